@@ -1,0 +1,212 @@
+"""What caching means: pure functions in which the cache is an argument and a return value.
+
+The one definition of compute, recompute-some-tokens, reuse and skip. The reference sampler calls these functions with torch tensors
+(`TorchOps`), the exporter with symbolic values that write ONNX nodes, and training calls their soft form, `mixed_block`, which
+equals the hard form wherever its weights are 0 or 1.
+
+Shape suffixes: B batch (both halves of guidance), N tokens, K kept tokens, P = N - K pruned tokens, D width, M heads, E head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tc_lightning.dataflow import Entry
+from tc_lightning.models.dit import DiTBlock, KeyValue, Modulation
+from tc_lightning.plan import Segment
+
+Array = Any  # a torch.Tensor, or the exporter's symbolic value: both have + - *
+Cache = Mapping[Entry, Array]
+
+
+class Ops(Protocol):
+    """The few operations beyond + - * that caching and sampling need."""
+
+    def take(self, x: Array, index_K: Array, axis: int) -> Array:
+        """Rows `index_K` of `x` along `axis`."""
+
+    def put(self, x_BND: Array, index_K: Array, rows_BKD: Array) -> Array:
+        """`x` with the tokens `index_K` replaced."""
+
+    def concat(self, parts: Sequence[Array], axis: int) -> Array:
+        """Concatenation."""
+
+    def halves(self, x: Array) -> tuple[Array, Array]:
+        """First and second half of the batch."""
+
+    def channels(self, x_BCHW: Array, start: int, stop: int) -> Array:
+        """A range of channels."""
+
+
+class TorchOps:
+    """`Ops` on torch tensors."""
+
+    def take(self, x: Tensor, index_K: Tensor, axis: int) -> Tensor:
+        """See `Ops`."""
+        return x.index_select(axis, index_K)
+
+    def put(self, x_BND: Tensor, index_K: Tensor, rows_BKD: Tensor) -> Tensor:
+        """See `Ops`."""
+        return x_BND.index_copy(1, index_K, rows_BKD)
+
+    def concat(self, parts: Sequence[Tensor], axis: int) -> Tensor:
+        """See `Ops`."""
+        return torch.cat(list(parts), axis)
+
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Ops`."""
+        first, second = x.chunk(2)
+        return first, second
+
+    def channels(self, x_BCHW: Tensor, start: int, stop: int) -> Tensor:
+        """See `Ops`."""
+        return x_BCHW[:, start:stop]
+
+
+class TokenSet(NamedTuple):
+    """Indices of the recomputed tokens [K] and of the others [P]; `pruned` is None when every token is kept."""
+
+    kept: Array
+    pruned: Array | None
+
+
+class Step(NamedTuple):
+    """What one step does: its segments, the token set of each partial one, the values it reads, the entries it must return."""
+
+    segments: tuple[Segment, ...]
+    tokens: tuple[TokenSet | None, ...]
+    cached: Cache
+    wanted: Collection[Entry]
+
+
+def forecast(values: Sequence[Array], weights: Sequence[Any]) -> Array:
+    """Weighted sum of an entry's last values, latest first (TaylorSeer, arXiv 2503.06923, with exact extrapolation weights)."""
+    if len(values) == 1:
+        return values[0]
+    total = values[0] * weights[0]
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total = total + value * weight
+    return total
+
+
+def run_blocks(step: Step, z_BND: Array, blocks: Sequence[Any], mods: Sequence[Any], ops: Ops) -> tuple[Array, dict[Entry, Array]]:
+    """Run all blocks as the step says.
+
+    Args:
+        step: segments, token sets, cached values and the entries to return.
+        z_BND: tokens.
+        blocks: the blocks of a `DiT`, or objects with their methods.
+        mods: adaLN terms of each block.
+        ops: array operations.
+
+    Returns:
+        Tokens [B, N, D], and the value of every wanted entry.
+    """
+    writes: dict[Entry, Array] = {}
+    spans = [entry for entry in step.wanted if entry.kind == "span"]
+    edges = {entry.start for entry in spans} | {entry.stop for entry in spans}
+    z_at: dict[int, Array] = {0: z_BND}
+    for segment, tokens in zip(step.segments, step.tokens, strict=True):
+        if segment.mode == "skip":
+            z_BND = z_BND + step.cached[Entry("span", segment.start, segment.stop)]
+        elif segment.mode == "partial":
+            assert tokens is not None
+            z_BND = _run_partial(segment, tokens, z_BND, blocks, mods, step.cached, ops)
+        else:
+            for b in segment.blocks:
+                z_BND = _run_block(segment, b, z_BND, blocks[b], mods[b], step.cached, step.wanted, writes)
+                if b + 1 in edges:
+                    z_at[b + 1] = z_BND
+        z_at[segment.stop] = z_BND
+    for entry in spans:
+        writes[entry] = z_at[entry.stop] - z_at[entry.start]
+    return z_BND, writes
+
+
+def _run_block(
+    segment: Segment,
+    b: int,
+    z_BND: Array,
+    block: Any,
+    mod: Any,
+    cached: Cache,
+    wanted: Collection[Entry],
+    writes: dict[Entry, Array],
+) -> Array:
+    """Compute a block over all tokens, but for the branches that the segment reuses; add what is wanted to `writes`."""
+    reused = segment.branches if segment.mode == "reuse" else ()
+    available: dict[str, Array] = {}
+    if "attn" in reused:
+        a_BND = cached[Entry("attn", b, b + 1)]
+    else:
+        a_BND, kv = block.attn_branch(z_BND, mod)
+        available |= {"attn": a_BND, "k": kv.k, "v": kv.v}
+    z_BND = z_BND + mod.gate_attn * a_BND
+    if "mlp" in reused:
+        m_BND = cached[Entry("mlp", b, b + 1)]
+    else:
+        m_BND = block.mlp_branch(z_BND, mod)
+        available["mlp"] = m_BND
+    for kind, value in available.items():
+        if (entry := Entry(kind, b, b + 1)) in wanted:
+            writes[entry] = value
+    return z_BND + mod.gate_mlp * m_BND
+
+
+def _run_partial(
+    segment: Segment, tokens: TokenSet, z_BND: Array, blocks: Sequence[Any], mods: Sequence[Any], cached: Cache, ops: Ops
+) -> Array:
+    """Recompute the kept tokens through the segment: one gather on entry, one scatter on exit, however deep it is.
+
+    Nothing inside the segment looks at the pruned tokens but through their cached keys and values, so their path through it is
+    a single tensor, the segment's summed residual.
+    """
+    z_BKD = ops.take(z_BND, tokens.kept, 1)
+    for b in segment.blocks:
+        if "attn" in segment.branches:
+            past = None
+            if tokens.pruned is not None:
+                k, v = cached[Entry("k", b, b + 1)], cached[Entry("v", b, b + 1)]
+                past = KeyValue(ops.take(k, tokens.pruned, 2), ops.take(v, tokens.pruned, 2))
+            a_BKD, _ = blocks[b].attention(*blocks[b].qkv(z_BKD, mods[b]), past)
+        else:
+            a_BKD = ops.take(cached[Entry("attn", b, b + 1)], tokens.kept, 1)
+        z_BKD = z_BKD + mods[b].gate_attn * a_BKD
+        z_BKD = z_BKD + mods[b].gate_mlp * blocks[b].mlp_branch(z_BKD, mods[b])
+    if tokens.pruned is None:
+        return z_BKD
+    return ops.put(z_BND + cached[Entry("span", segment.start, segment.stop)], tokens.kept, z_BKD)
+
+
+class BlockCache(NamedTuple):
+    """What the soft form takes from the neighbouring step: residual update [B, N, D], keys and values [B, M, N, E]."""
+
+    residual: Tensor
+    kv: KeyValue
+
+
+def full_block(block: DiTBlock, z_BND: Tensor, mod: Modulation) -> tuple[Tensor, BlockCache]:
+    """Compute a block and return its tokens and what `mixed_block` needs of it."""
+    a_BND, kv = block.attn_branch(z_BND, mod)
+    h_BND = z_BND + mod.gate_attn * a_BND
+    out_BND = h_BND + mod.gate_mlp * block.mlp_branch(h_BND, mod)
+    return out_BND, BlockCache(out_BND - z_BND, kv)
+
+
+def mixed_block(block: DiTBlock, z_BND: Tensor, mod: Modulation, w_BN: Tensor, cached: BlockCache) -> Tensor:
+    """Superposition of computing and reusing, token by token (TokenCache v1): z + w f(z) + (1 - w) cached.
+
+    Keys and values are mixed with the same weights, so that with w in {0, 1} this is exactly the partial step of a one-block
+    segment: kept tokens attend to all tokens, those of weight 0 through their cached keys and values.
+    """
+    w_BN1, w_B1N1 = w_BN[:, :, None], w_BN[:, None, :, None]
+    q, k, v = block.qkv(z_BND, mod)
+    k, v = k * w_B1N1 + cached.kv.k * (1 - w_B1N1), v * w_B1N1 + cached.kv.v * (1 - w_B1N1)
+    a_BND, _ = block.attention(q, k, v)
+    h_BND = z_BND + mod.gate_attn * a_BND
+    f_BND = h_BND + mod.gate_mlp * block.mlp_branch(h_BND, mod) - z_BND
+    return z_BND + w_BN1 * f_BND + (1 - w_BN1) * cached.residual

@@ -1,0 +1,86 @@
+"""The command: `lightning fit|validate|test -c config.yaml`, alias `tc-lightning` and `python -m tc_lightning`.
+
+Subclass mode of LightningCLI: a config names its LightningModule and its data module by class path. Every checkpoint is written
+atomically, and `--ckpt_path last` goes on from the newest checkpoint of the same name that loads.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from tc_lightning.errors import TokenCacheError
+from tc_lightning.training.checkpointing import newest_valid_checkpoint
+
+
+class TokenCacheCLI(LightningCLI):
+    """LightningCLI with resuming that looks for the newest valid checkpoint."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Nothing is linked: a link's target set in YAML would be ignored without a word."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone: Lightning would let values stored in the checkpoint override YAML and flags."""
+
+    def before_instantiate_classes(self) -> None:
+        """Resolve `--ckpt_path last`."""
+        config = self.config.get(self.config.get("subcommand") or "", {})
+        if config.get("ckpt_path") != "last":
+            return
+        root = _run_root(config)
+        config["ckpt_path"] = str(found) if (found := newest_valid_checkpoint(root)) else None
+        print(f"resuming from {found}" if found else f"no checkpoint under {root} to resume from: starting afresh")
+
+
+def _run_root(config: Any) -> Path:
+    """Where the runs of this configuration are: the first logger's folder."""
+    logger = config["trainer"].get("logger")
+    first = logger[0] if isinstance(logger, list) and logger else logger
+    arguments = first.get("init_args", {}) if hasattr(first, "get") else {}
+    return Path(arguments.get("save_dir") or config["trainer"].get("default_root_dir") or ".") / (arguments.get("name") or "")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; an error meant for the user is printed as one paragraph, and the exit status is 2."""
+    # Ours to choose, nothing for the user to act on: the data sets are in memory, or mapped.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    try:
+        TokenCacheCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"plugins": [{"class_path": "tc_lightning.training.checkpointing.AtomicCheckpointIO"}]},
+            args=args,
+        )
+    except Exception as error:
+        if (told := _user_error(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _user_error(error: BaseException | None) -> str | None:
+    """What to tell the user, from anywhere in a chain of exceptions: jsonargparse wraps what a constructor raises."""
+    while error is not None:
+        if isinstance(error, TokenCacheError):
+            return str(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            where = error.filename or "a file of the run"
+            return f"{where}: {error.strerror}. Free space, or set another folder in the config; what was recorded is kept."
+        error = error.__cause__ or error.__context__
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Multiply-accumulates and cache bytes of a plan: derived, never stored, and the same for every consumer."""
+
+from __future__ import annotations
+
+import math
+
+from tc_lightning.dataflow import Entry, assign_slots, trace
+from tc_lightning.plan import CachePlan, ModelSignature, Segment
+
+TIME_FEATURES = 256  # width of the sinusoidal timestep features
+
+
+def block_macs(model: ModelSignature, tokens: int, branches: tuple[str, ...] = ("attn", "mlp")) -> int:
+    """MACs of one block for one sample when `tokens` tokens are computed in `branches`; attention is over all tokens."""
+    attention = tokens * 4 * model.width**2 + 2 * tokens * model.tokens * model.width
+    mlp = tokens * 2 * model.width * model.mlp_width
+    return ("attn" in branches) * attention + ("mlp" in branches) * mlp
+
+
+def fixed_macs(model: ModelSignature) -> int:
+    """MACs of one forward outside the blocks' branches, for one sample: embeddings, all adaLN terms, final layer."""
+    patch = model.patch_size**2
+    ends = model.tokens * model.width * patch * (model.in_channels + model.out_channels)
+    conditioning = TIME_FEATURES * model.width + model.width**2 * (1 + 6 * model.depth + 2)
+    return ends + conditioning
+
+
+def segment_macs(model: ModelSignature, segment: Segment) -> int:
+    """MACs of a segment for one sample. Forecasts are elementwise and count as none."""
+    depth = segment.stop - segment.start
+    if segment.mode == "compute":
+        return depth * block_macs(model, model.tokens)
+    if segment.mode == "partial":
+        return depth * block_macs(model, len(segment.tokens), segment.branches)
+    if segment.mode == "reuse":
+        computed = tuple(b for b in ("attn", "mlp") if b not in segment.branches)
+        return depth * block_macs(model, model.tokens, computed)
+    return 0
+
+
+def step_macs(model: ModelSignature, segments: tuple[Segment, ...]) -> int:
+    """MACs of one step for one sample."""
+    return fixed_macs(model) + sum(segment_macs(model, s) for s in segments)
+
+
+def full_step_macs(model: ModelSignature) -> int:
+    """MACs of a full forward for one sample."""
+    return fixed_macs(model) + model.depth * block_macs(model, model.tokens)
+
+
+def plan_macs(plan: CachePlan) -> int:
+    """MACs of the whole plan for one sample (one half of guidance)."""
+    return sum(step_macs(plan.model, segments) for segments in plan.steps)
+
+
+def macs_speedup(plan: CachePlan) -> float:
+    """MACs of full compute over those of the plan, at the same number of steps."""
+    return plan.num_steps * full_step_macs(plan.model) / plan_macs(plan)
+
+
+def entry_shape(model: ModelSignature, entry: Entry) -> tuple[int, ...]:
+    """Shape of a cache entry for one sample."""
+    if entry.kind in ("k", "v"):
+        return (model.heads, model.tokens, model.width // model.heads)
+    return (model.tokens, model.width)
+
+
+def cache_bytes_per_image(plan: CachePlan, bytes_per_value: int = 4) -> int:
+    """Bytes of cache for one image; guidance holds two samples an image."""
+    _, depth = assign_slots(trace(plan))
+    values = sum(slots * math.prod(entry_shape(plan.model, entry)) for entry, slots in depth.items())
+    return values * bytes_per_value * (2 if plan.guidance.doubles_batch else 1)

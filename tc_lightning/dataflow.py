@@ -1,0 +1,140 @@
+"""What a plan reads from and writes to the cache, step by step: plain data, no torch.
+
+An *entry* is one cached quantity. It is written at every step that computes it for all tokens; a read takes its last `order + 1`
+writes, weighted by constants. From this follow which writes are live, how many copies of an entry must be kept, and where each is
+kept (a *slot*): the reference sampler and the compiler both go by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from tc_lightning.errors import PlanError
+from tc_lightning.plan import CachePlan, Segment
+
+
+class Entry(NamedTuple):
+    """A cached quantity of blocks [start, stop).
+
+    Kinds: `span`, the summed residual [B, N, D]; `attn` and `mlp`, a branch of one block before its gate [B, N, D]; `k` and `v`, keys
+    and values of one block [B, M, N, E].
+    """
+
+    kind: str
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """For example `span_3_20`, `k_5`."""
+        return f"{self.kind}_{self.start}" + (f"_{self.stop}" if self.kind == "span" else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A read of an entry: its value is sum_j weights[j] * (value written at step sources[j]); the latest source comes first."""
+
+    entry: Entry
+    sources: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFlow:
+    """Reads of one step, and the writes of it that a later step reads."""
+
+    reads: tuple[Read, ...]
+    writes: tuple[Entry, ...]
+
+
+def lagrange_weights(sources: Sequence[int], at: int) -> tuple[float, ...]:
+    """Weights that extrapolate the polynomial through values at steps `sources` to step `at`; one source repeats its value."""
+    weights = []
+    for j, s in enumerate(sources):
+        weight = 1.0
+        for k, other in enumerate(sources):
+            if k != j:
+                weight *= (at - other) / (s - other)
+        weights.append(weight)
+    return tuple(weights)
+
+
+def entries_read(segment: Segment, num_tokens: int) -> dict[Entry, int]:
+    """Entries that a segment reads, with the forecast order of each."""
+    start, stop, order = segment.start, segment.stop, segment.order
+    if segment.mode == "skip":
+        return {Entry("span", start, stop): order}
+    if segment.mode == "reuse":
+        return {Entry(branch, b, b + 1): order for b in segment.blocks for branch in segment.branches}
+    if segment.mode == "compute":
+        return {}
+    reads = {} if len(segment.tokens) == num_tokens else {Entry("span", start, stop): order}
+    for b in segment.blocks:
+        if "attn" not in segment.branches:
+            reads[Entry("attn", b, b + 1)] = order
+        elif len(segment.tokens) < num_tokens:
+            reads |= {Entry("k", b, b + 1): 0, Entry("v", b, b + 1): 0}
+    return reads
+
+
+def is_written(entry: Entry, segments: Iterable[Segment]) -> bool:
+    """Whether a step with these segments computes the entry for all tokens."""
+    modes = {b: s for s in segments for b in s.blocks}
+    covering = [modes[b] for b in range(entry.start, entry.stop)]
+    if entry.kind == "span":
+        return all(s.mode == "compute" for s in covering)
+    branch = "mlp" if entry.kind == "mlp" else "attn"
+    return covering[0].mode == "compute" or (covering[0].mode == "reuse" and branch not in covering[0].branches)
+
+
+def trace(plan: CachePlan) -> list[StepFlow]:
+    """Reads and live writes of every step.
+
+    Raises:
+        PlanError: if a step reads what no step before it computed.
+    """
+    wanted = [{e: o for s in segments for e, o in entries_read(s, plan.model.tokens).items()} for segments in plan.steps]
+    universe = {entry for reads in wanted for entry in reads}
+    written: dict[Entry, list[int]] = defaultdict(list)
+    live: set[tuple[Entry, int]] = set()
+    reads: list[tuple[Read, ...]] = []
+    for i, segments in enumerate(plan.steps):
+        reads.append(tuple(_resolve(entry, order, written[entry], i) for entry, order in sorted(wanted[i].items())))
+        live |= {(read.entry, source) for read in reads[-1] for source in read.sources}
+        for entry in universe:
+            if is_written(entry, segments):
+                written[entry].append(i)
+    return [StepFlow(r, tuple(sorted(e for e in universe if (e, i) in live))) for i, r in enumerate(reads)]
+
+
+def _resolve(entry: Entry, order: int, written: list[int], step: int) -> Read:
+    if not written:
+        span = f"blocks [{entry.start}, {entry.stop})"
+        raise PlanError(
+            f"step {step} reads the cached {entry.kind} of {span}, which no earlier step has computed as a whole: "
+            "put a step that computes these blocks before it."
+        )
+    sources = tuple(reversed(written[-order - 1 :]))
+    return Read(entry, sources, lagrange_weights(sources, step))
+
+
+def assign_slots(flows: Sequence[StepFlow]) -> tuple[dict[tuple[Entry, int], int], dict[Entry, int]]:
+    """Place every live write in a slot of its entry, reusing slots whose value is not read any more.
+
+    Returns:
+        The slot of (entry, step of the write), and the number of slots of each entry.
+    """
+    last_read: dict[tuple[Entry, int], int] = {}
+    for i, flow in enumerate(flows):
+        last_read |= {(read.entry, source): i for read in flow.reads for source in read.sources}
+    slots: dict[tuple[Entry, int], int] = {}
+    depth: dict[Entry, int] = {}
+    for i, flow in enumerate(flows):
+        for entry in flow.writes:
+            busy = {slot for (e, step), slot in slots.items() if e == entry and last_read[e, step] >= i}
+            slots[entry, i] = next(s for s in range(len(busy) + 1) if s not in busy)
+            depth[entry] = max(depth.get(entry, 0), slots[entry, i] + 1)
+    return slots, depth

@@ -1,0 +1,1 @@
+"""Noise schedule, samplers as coefficient tables, guidance and the training loss."""

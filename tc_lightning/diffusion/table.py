@@ -1,0 +1,97 @@
+"""A sampler as a table of coefficients: plain numbers, no torch, no numpy.
+
+DDIM, DPM-Solver++ 2M, ancestral DDPM and flow-matching Euler are all linear in the latents and in the last network outputs. With
+eps the (guided) network output at step i, one step is
+
+    m_i     = m_x * x_i + m_eps * eps                          the quantity that the solver extrapolates (eps, x0 or v)
+    x_{i+1} = next_x * x_i + next_m * m_i + next_m_prev * m_{i-1} + noise * N(0, I)
+
+and nothing else about the sampler is known anywhere downstream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from tc_lightning.errors import PlanError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerStep:
+    """Coefficients of one sampling step (see the module's equations); `t` is the diffusion time given to the network."""
+
+    t: float
+    m_x: float
+    m_eps: float
+    next_x: float
+    next_m: float
+    next_m_prev: float = 0.0
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # an int would come back from JSON as a float, and change the plan's digest
+            object.__setattr__(self, field.name, float(getattr(self, field.name)))
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerTable:
+    """All steps of a sampler, noisiest first.
+
+    Args:
+        name: solver, for example `ddim`.
+        spacing: how the times were chosen, for example `uniform`.
+        steps: one `SamplerStep` per network call.
+
+    Raises:
+        PlanError: if the table is empty, holds a non-finite number, or its first step asks for an output before it.
+    """
+
+    name: str
+    spacing: str
+    steps: tuple[SamplerStep, ...]
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise PlanError("the sampler table has no steps.")
+        for i, step in enumerate(self.steps):
+            if not all(math.isfinite(value) for value in dataclasses.astuple(step)):
+                raise PlanError(f"sampler step {i} holds a coefficient that is not finite: {step}.")
+        if self.steps[0].next_m_prev != 0.0:
+            raise PlanError("sampler step 0 uses the network output of the step before it, and there is none.")
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def uses_previous(self) -> bool:
+        """Whether any step reads m_{i-1} (a multistep solver)."""
+        return any(step.next_m_prev != 0.0 for step in self.steps)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any step adds noise."""
+        return any(step.noise != 0.0 for step in self.steps)
+
+    def to_json(self) -> dict[str, Any]:
+        """Columns as lists, which is what a person can read in `plan.json`."""
+        names = [field.name for field in dataclasses.fields(SamplerStep)]
+        return {"name": self.name, "spacing": self.spacing, **{n: [getattr(s, n) for s in self.steps] for n in names}}
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> SamplerTable:
+        """Inverse of `to_json`.
+
+        Raises:
+            PlanError: if a column is missing, unknown, or of another length than the others.
+        """
+        names = [field.name for field in dataclasses.fields(SamplerStep)]
+        if not isinstance(raw, dict) or set(raw) != {"name", "spacing", *names}:
+            keys = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
+            raise PlanError(f"the sampler table must have the keys name, spacing, {', '.join(names)}; found {keys}.")
+        columns = [raw[name] for name in names]
+        numeric = all(isinstance(c, list) and all(type(v) in (int, float) for v in c) for c in columns)
+        if not numeric or len({len(c) for c in columns}) != 1:
+            raise PlanError("the sampler table's columns must be lists of numbers of one length.")
+        return cls(raw["name"], raw["spacing"], tuple(SamplerStep(*map(float, row)) for row in zip(*columns, strict=True)))

@@ -1,0 +1,84 @@
+"""How far a plan's images are from those of full compute, on noise that was not trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.models.dit import DiT
+from tc_lightning.plan import CachePlan
+from tc_lightning.sampling import check_labels, sample
+
+BATCH = 16  # images a forward; guidance doubles them
+
+
+def psnr_db(mse_B: Tensor | np.ndarray | float, data_range: float = 2.0) -> float:
+    """Mean over images of each image's peak signal-to-noise ratio in dB; infinite if an image has no error at all.
+
+    Args:
+        mse_B: mean squared error of each image.
+        data_range: largest minus smallest value of an image.
+    """
+    with np.errstate(divide="ignore"):
+        return float(np.mean(10.0 * np.log10(data_range**2 / np.asarray(mse_B, dtype=np.float64))))
+
+
+class RolloutEvaluator:
+    """Error of a plan's final latents against given ones, over whole trajectories from noise.
+
+    Args:
+        model: the teacher.
+        x_T: initial noise [B, C, H, W].
+        labels: class of each image [B].
+        x_0: final latents of full compute from that noise [B, C, H, W].
+
+    Raises:
+        TokenCacheError: if the numbers of images differ or are zero, a label is out of range, or `x_0` is not finite.
+    """
+
+    def __init__(self, model: DiT, x_T: Tensor, labels: Tensor, x_0: Tensor) -> None:
+        if not len(x_T) or x_T.shape != x_0.shape or len(labels) != len(x_T):
+            raise TokenCacheError(
+                f"cannot evaluate: noise {tuple(x_T.shape)}, labels {tuple(labels.shape)} and final latents "
+                f"{tuple(x_0.shape)} must belong to the same images, at least one."
+            )
+        if not torch.isfinite(x_0).all():
+            raise TokenCacheError("cannot evaluate: the final latents of full compute hold NaN or infinite values.")
+        check_labels(labels, model.config.num_classes)
+        self.model, self.x_T, self.labels, self.x_0 = model, x_T, labels, x_0
+
+    def __call__(self, plan: CachePlan, num_images: int | None = None) -> float:
+        """Mean squared error over the first images (None, or more than there are: all); infinite if the plan diverges."""
+        num_images = None if num_images is not None and num_images > len(self.x_T) else num_images
+        return float(self.mse_per_image(plan, num_images).mean())
+
+    def psnr(self, plan: CachePlan, num_images: int | None = None) -> float:
+        """Mean PSNR in dB over the first images; errors of `mse_per_image`."""
+        return psnr_db(self.mse_per_image(plan, num_images).cpu())
+
+    def mse_per_image(self, plan: CachePlan, num_images: int | None = None) -> Tensor:
+        """Mean squared error of each of the first images, [B]; all infinite if the latents of any become NaN or infinite.
+
+        Raises:
+            TokenCacheError: if the number of images is out of range, or the sampler is stochastic.
+            PlanError: if the plan is for another model.
+        """
+        count = len(self.x_T) if num_images is None else num_images
+        if not 1 <= count <= len(self.x_T):
+            raise TokenCacheError(f"cannot evaluate on {count} images: choose 1 to {len(self.x_T)}, what was recorded.")
+        if plan.sampler.stochastic:
+            raise TokenCacheError(f"cannot compare trajectories of {plan.sampler.name}: it adds noise, use a deterministic sampler.")
+        batches = [range(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+        try:
+            return torch.cat([self._batch(plan, batch) for batch in batches])
+        except PlanError:
+            raise
+        except TokenCacheError:  # inputs were checked above: what is left is a trajectory that diverged
+            return torch.full((count,), torch.inf)
+
+    def _batch(self, plan: CachePlan, images: range) -> Tensor:
+        part = slice(images.start, images.stop)
+        x = sample(self.model, plan, self.x_T[part], self.labels[part])
+        return (x - self.x_0[part]).square().flatten(1).mean(1)

@@ -1,0 +1,1 @@
+"""Diffusion transformers and the checkpoints they are loaded from."""

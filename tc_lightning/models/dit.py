@@ -1,0 +1,346 @@
+"""The diffusion transformer (Peebles and Xie, arXiv 2212.09748), written so that a cache can be put around its blocks.
+
+State-dict keys are those of the original release. A block exposes its two branches (`attn_branch`, `mlp_branch`) and the pieces
+of attention that caching needs (`qkv`, `attention`); `tc_lightning.cache` composes them, and so does the block's own forward.
+
+Shape suffixes: B batch (both halves of guidance counted), C channels, H W latent height and width, N tokens, n any subset of
+them, D width, M heads, E head dimension (D = M E), L blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tc_lightning.errors import TeacherError
+
+NORM_EPS = 1e-6
+FREQUENCIES = 256  # width of the sinusoidal timestep features
+A = TypeVar("A")  # array type: torch.Tensor, or a symbolic value of the exporter
+_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Shape of a DiT.
+
+    Args:
+        input_size: height and width of the (latent) image.
+        patch_size: side of a token in latent pixels; divides `input_size`.
+        in_channels: latent channels.
+        hidden_size: width D.
+        depth: blocks L.
+        num_heads: attention heads; divides `hidden_size`.
+        mlp_ratio: width of the MLP over D.
+        num_classes: classes; label `num_classes` is the null label of classifier-free guidance.
+        learn_sigma: the output carries 2C channels, of which the first C are eps.
+        freq_shift: the timestep frequencies are spaced by 1 / (128 - freq_shift); 0 in the release, 1 in diffusers.
+        mlp_norm_eps: epsilon of the norm before each MLP; 1e-6 in the release, 1e-5 by default in diffusers.
+
+    Raises:
+        TeacherError: if sizes do not divide.
+    """
+
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    freq_shift: float = 0.0
+    mlp_norm_eps: float = NORM_EPS
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+            if getattr(self, name) < 1:
+                raise TeacherError(f"DiT {name} is {getattr(self, name)}; it must be at least 1.")
+        if self.input_size % self.patch_size:
+            raise TeacherError(f"DiT input_size {self.input_size} is not a multiple of patch_size {self.patch_size}.")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise TeacherError(f"DiT hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads {self.num_heads}.")
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens of one image."""
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the raw output: C, or 2C with a learned variance."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+
+def preset(name: str, **overrides: int | float | bool) -> DiTConfig:
+    """Return the configuration of `DiT-{S,B,L,XL}/{2,4,8}`, with any field overridden.
+
+    Raises:
+        TeacherError: if the name is not a preset.
+    """
+    size, _, patch = name.removeprefix("DiT-").partition("/")
+    if not name.startswith("DiT-") or size not in _SIZES or patch not in {"2", "4", "8"}:
+        raise TeacherError(f"unknown preset {name!r}: choose DiT-{{S,B,L,XL}}/{{2,4,8}}, for example DiT-XL/2.")
+    width, depth, heads = _SIZES[size]
+    base = DiTConfig(hidden_size=width, depth=depth, num_heads=heads, patch_size=int(patch))
+    return dataclasses.replace(base, **overrides)  # type: ignore[arg-type]
+
+
+class Modulation(NamedTuple, Generic[A]):
+    """adaLN terms of one block, each [B, 1, D]; `scale_*` already holds 1 + scale (it can be computed ahead of time)."""
+
+    shift_attn: A
+    scale_attn: A
+    gate_attn: A
+    shift_mlp: A
+    scale_mlp: A
+    gate_mlp: A
+
+
+class FinalModulation(NamedTuple, Generic[A]):
+    """adaLN terms of the final layer, each [B, 1, D]; `scale` holds 1 + scale."""
+
+    shift: A
+    scale: A
+
+
+class KeyValue(NamedTuple, Generic[A]):
+    """Keys and values of attention, each [B, M, n, E]."""
+
+    k: A
+    v: A
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal features of the diffusion time, then a two-layer MLP."""
+
+    def __init__(self, hidden_size: int, freq_shift: float = 0.0) -> None:
+        super().__init__()
+        self.freq_shift = freq_shift
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def features(self, t_B: Tensor) -> Tensor:
+        """Sinusoidal features of times (in training steps, fractional allowed), [B] -> [B, 256] fp32."""
+        half = FREQUENCIES // 2
+        # On the CPU first: the frequencies are constants of the graph, and must be the same on every device.
+        freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - self.freq_shift)).to(t_B.device)
+        args = t_B.float()[:, None] * freqs[None]
+        return torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        """Embed times [B] -> [B, D]."""
+        return self.mlp(self.features(t_B).to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
+
+
+class LabelEmbedder(nn.Module):
+    """Class embedding; the last row is the null label."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y_B: Tensor) -> Tensor:
+        """[B] -> [B, D]."""
+        return self.embedding_table(y_B)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches -> tokens, in row-major order."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, N, D]."""
+        return self.proj(x_BCHW).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Weights of multi-head self-attention (`DiTBlock` does the arithmetic)."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+
+class Mlp(nn.Module):
+    """Two linear layers around a tanh-approximated GELU."""
+
+    def __init__(self, hidden_size: int, mlp_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_size)
+        self.fc2 = nn.Linear(mlp_size, hidden_size)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """[B, n, D] -> [B, n, D]."""
+        return self.fc2(F.gelu(self.fc1(h), approximate="tanh"))
+
+
+def modulate(x_BnD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
+    """Apply adaLN; `scale` holds 1 + scale."""
+    return x_BnD * scale_B1D + shift_B1D
+
+
+class DiTBlock(nn.Module):
+    """One transformer block with adaLN-Zero conditioning."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.norm1 = nn.LayerNorm(D, elementwise_affine=False, eps=NORM_EPS)
+        self.attn = Attention(D, config.num_heads)
+        self.norm2 = nn.LayerNorm(D, elementwise_affine=False, eps=config.mlp_norm_eps)
+        self.mlp = Mlp(D, config.mlp_size)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
+
+    def modulation(self, c_BD: Tensor) -> Modulation:
+        """adaLN terms from the conditioning vector."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c_BD).unsqueeze(1).chunk(6, dim=2)
+        return Modulation(shift_a, 1 + scale_a, gate_a, shift_m, 1 + scale_m, gate_m)
+
+    def qkv(self, z_BnD: Tensor, mod: Modulation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the given tokens, each [B, M, n, E]."""
+        h = modulate(self.norm1(z_BnD), mod.shift_attn, mod.scale_attn)
+        B, n, D = h.shape
+        q, k, v = self.attn.qkv(h).reshape(B, n, 3, self.attn.num_heads, D // self.attn.num_heads).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
+        """Attend from the tokens of `q` to `past` and those of `k`; return ([B, n, D] before the gate, all keys and values)."""
+        present = KeyValue(k, v) if past is None else KeyValue(torch.cat([past.k, k], 2), torch.cat([past.v, v], 2))
+        a_BMnE = F.scaled_dot_product_attention(q, present.k, present.v)
+        return self.attn.proj(a_BMnE.transpose(1, 2).flatten(2)), present
+
+    def attn_branch(self, z_BND: Tensor, mod: Modulation) -> tuple[Tensor, KeyValue]:
+        """Self-attention over all tokens, before the gate, and its keys and values."""
+        return self.attention(*self.qkv(z_BND, mod))
+
+    def mlp_branch(self, z_BnD: Tensor, mod: Modulation) -> Tensor:
+        """MLP of the given tokens, before the gate."""
+        return self.mlp(modulate(self.norm2(z_BnD), mod.shift_mlp, mod.scale_mlp))
+
+    def forward(self, z_BND: Tensor, mod: Modulation) -> Tensor:
+        """Full computation of the block."""
+        a_BND, _ = self.attn_branch(z_BND, mod)
+        z_BND = z_BND + mod.gate_attn * a_BND
+        return z_BND + mod.gate_mlp * self.mlp_branch(z_BND, mod)
+
+
+class FinalLayer(nn.Module):
+    """adaLN and the linear map from a token to its patch."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.norm_final = nn.LayerNorm(D, elementwise_affine=False, eps=NORM_EPS)
+        self.linear = nn.Linear(D, config.patch_size**2 * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(D, 2 * D))
+
+    def modulation(self, c_BD: Tensor) -> FinalModulation:
+        """adaLN terms from the conditioning vector."""
+        shift, scale = self.adaLN_modulation(c_BD).unsqueeze(1).chunk(2, dim=2)
+        return FinalModulation(shift, 1 + scale)
+
+    def forward(self, z_BND: Tensor, mod: FinalModulation) -> Tensor:
+        """[B, N, D] -> [B, N, P P out_channels]."""
+        return self.linear(modulate(self.norm_final(z_BND), mod.shift, mod.scale))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer with class conditioning."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = TimestepEmbedder(config.hidden_size, config.freq_shift)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
+        grid = config.input_size // config.patch_size
+        table = torch.from_numpy(sincos_position_embedding(config.hidden_size, grid))
+        self.pos_embed = nn.Parameter(table[None].float(), requires_grad=False)
+        self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self._initialise()
+
+    def embed(self, x_BCHW: Tensor) -> Tensor:
+        """Latents -> tokens [B, N, D]."""
+        return self.x_embedder(x_BCHW) + self.pos_embed
+
+    def condition(self, t_B: Tensor, y_B: Tensor) -> Tensor:
+        """Conditioning vector c [B, D] of times (training steps) and labels."""
+        return self.t_embedder(t_B) + self.y_embedder(y_B)
+
+    def modulations(self, c_BD: Tensor) -> tuple[list[Modulation], FinalModulation]:
+        """adaLN terms of all blocks and of the final layer."""
+        return [block.modulation(c_BD) for block in self.blocks], self.final_layer.modulation(c_BD)  # type: ignore[operator]
+
+    def readout(self, z_BND: Tensor, mod: FinalModulation) -> Tensor:
+        """Tokens -> raw output [B, out_channels, H, W]."""
+        P, C = self.config.patch_size, self.config.out_channels
+        grid = self.config.input_size // P
+        patches = self.final_layer(z_BND, mod).reshape(-1, grid, grid, P, P, C)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, grid * P, grid * P)
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+        """Raw output [B, out_channels, H, W] for latents, times in training steps and labels."""
+        z_BND = self.embed(x_BCHW)
+        mods, final = self.modulations(self.condition(t_B, y_B))
+        for block, mod in zip(self.blocks, mods, strict=True):
+            z_BND = block(z_BND, mod)
+        return self.readout(z_BND, final)
+
+    def eps(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+        """Predicted noise [B, C, H, W]: the first C channels of the output."""
+        return self(x_BCHW, t_B, y_B)[:, : self.config.in_channels]
+
+    def _initialise(self) -> None:
+        """Initialisation of the original release: Xavier, and zero for gates and the output (adaLN-Zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden_size, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for index in (0, 2):
+            nn.init.normal_(self.t_embedder.mlp[index].weight, std=0.02)  # type: ignore[arg-type]
+        for layer in [*self.blocks, self.final_layer]:
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+
+def randomise_(model: DiT, seed: int, std: float = 0.05) -> DiT:
+    """Fill every trainable weight with noise in place, so that gates are open and no branch is silent (tests, benchmarks)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "pos_embed":
+                parameter.normal_(0.0, std, generator=generator)
+    return model
+
+
+def sincos_position_embedding(dim: int, grid: int) -> np.ndarray:
+    """Fixed 2-D sine-cosine table [grid * grid, dim] in float64; the first half of the features is the column."""
+    rows, columns = np.meshgrid(np.arange(grid, dtype=np.float64), np.arange(grid, dtype=np.float64), indexing="ij")
+    return np.concatenate([_sincos_1d(dim // 2, columns.ravel()), _sincos_1d(dim // 2, rows.ravel())], axis=1)
+
+
+def _sincos_1d(dim: int, positions: np.ndarray) -> np.ndarray:
+    omega = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2.0))
+    angles = positions[:, None] * omega[None]
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

@@ -1,0 +1,349 @@
+"""The cache plan: for each sampling step, what happens to every block. The waist of the package; needs no torch.
+
+    {"step": 7, "segments": [
+        {"blocks": [0, 3],   "mode": "compute"},
+        {"blocks": [3, 20],  "mode": "skip",    "order": 2},
+        {"blocks": [20, 27], "mode": "partial", "keep": 4, "tokens": [3, 17, 18, 40], "order": 1},
+        {"blocks": [27, 28], "mode": "reuse",   "branches": ["attn"], "order": 1}]}
+
+compute: everything. partial: the listed tokens are recomputed and attend to all tokens, whose keys and values come from the
+cache; for the others the segment's summed residual comes from the cache. With branches ["mlp"] only the MLP is recomputed, and
+attention comes from the cache. reuse: the named branches come from the cache before their gate, the current gate is applied;
+other branches are computed. skip: the segment's summed residual comes from the cache as one tensor. order: 0 repeats the cached
+value, 1 and 2 extrapolate it from the last 2 and 3 times that it was computed (keys and values are always repeated).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tc_lightning.diffusion.table import SamplerTable
+from tc_lightning.errors import PlanError
+
+FORMAT_VERSION = 1
+MODES = ("compute", "partial", "reuse", "skip")
+BRANCHES = ("attn", "mlp")
+MAX_ORDER = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """What happens to blocks `start` to `stop` (exclusive) in one step; see the module's description.
+
+    Args:
+        start: first block.
+        stop: one past the last block.
+        mode: compute, partial, reuse or skip.
+        order: forecast order of what comes from the cache, 0 to 2.
+        branches: reuse: the branches that come from the cache; partial: those recomputed for the kept tokens.
+        tokens: partial: the tokens that are recomputed, ascending.
+    """
+
+    start: int
+    stop: int
+    mode: str
+    order: int = 0
+    branches: tuple[str, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+    @property
+    def blocks(self) -> range:
+        """The blocks covered."""
+        return range(self.start, self.stop)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that the mode uses."""
+        raw: dict[str, Any] = {"blocks": [self.start, self.stop], "mode": self.mode}
+        if self.mode == "partial":
+            raw |= {"keep": len(self.tokens), "tokens": list(self.tokens)}
+        if self.mode in ("partial", "reuse"):
+            raw["branches"] = list(self.branches)
+        if self.mode != "compute":
+            raw["order"] = self.order
+        return raw
+
+    @classmethod
+    def from_json(cls, raw: Any, where: str) -> Segment:
+        """Inverse of `to_json`.
+
+        Raises:
+            PlanError: if a key is missing or unknown, or a value has the wrong type.
+        """
+        _check_keys(raw, {"blocks", "mode"}, {"keep", "tokens", "branches", "order"}, where)
+        blocks, tokens = raw["blocks"], raw.get("tokens", [])
+        if not (_is_ints(blocks) and len(blocks) == 2 and _is_ints(tokens) and type(raw.get("order", 0)) is int):
+            raise PlanError(f"{where}: blocks must be two integers, tokens a list of integers and order an integer.")
+        if raw.get("keep", len(tokens)) != len(tokens):
+            raise PlanError(f"{where}: keep is {raw['keep']}, but {len(tokens)} tokens are listed.")
+        branches = raw.get("branches", list(BRANCHES) if raw["mode"] == "partial" else [])
+        if not (isinstance(branches, list) and all(isinstance(branch, str) for branch in branches)):
+            raise PlanError(f"{where}: branches must be a list of names.")
+        return cls(blocks[0], blocks[1], raw["mode"], raw.get("order", 0), tuple(branches), tuple(tokens))
+
+
+def compute(start: int, stop: int) -> Segment:
+    """Segment that computes everything."""
+    return Segment(start, stop, "compute")
+
+
+def skip(start: int, stop: int, order: int = 0) -> Segment:
+    """Segment whose summed residual comes from the cache."""
+    return Segment(start, stop, "skip", order)
+
+
+def partial(start: int, stop: int, tokens: tuple[int, ...], order: int = 0, branches: tuple[str, ...] = BRANCHES) -> Segment:
+    """Segment that recomputes the given tokens."""
+    return Segment(start, stop, "partial", order, branches, tuple(sorted(tokens)))
+
+
+def reuse(start: int, stop: int, branches: tuple[str, ...], order: int = 0) -> Segment:
+    """Segment whose named branches come from the cache, before the gate."""
+    return Segment(start, stop, "reuse", order, branches)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSignature:
+    """What a plan must know of the model it was made for; `teacher` is the sha256 of its weights."""
+
+    family: str
+    depth: int
+    tokens: int
+    width: int
+    heads: int
+    mlp_width: int
+    patch_size: int
+    in_channels: int
+    out_channels: int
+    input_size: int
+    num_classes: int
+    teacher: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: eps = uncond + scale (cond - uncond) on the first `channels` channels, cond on the others.
+
+    With scale 1 the unconditional half is not computed. The DiT release guides 3 of its 4 channels, diffusers all of them.
+    """
+
+    scale: float = 1.0
+    channels: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", float(self.scale))  # 2 and 2.0 are equal, and must be written alike: the digest is
+
+    @property
+    def doubles_batch(self) -> bool:
+        """Whether the network sees a conditional and an unconditional half."""
+        return self.scale != 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePlan:
+    """A frozen, validated, hashed caching schedule.
+
+    Args:
+        model: what it was made for.
+        sampler: coefficients of the sampler.
+        guidance: guidance scale and channels.
+        steps: the segments of each sampling step, noisiest step first.
+        provenance: policy, its arguments, digests of what it was made from: plain JSON values.
+
+    Raises:
+        PlanError: if segments do not cover the blocks, a token or block does not exist, something is reused that was never
+            computed, or the number of steps is not the sampler's.
+    """
+
+    model: ModelSignature
+    sampler: SamplerTable
+    guidance: Guidance
+    steps: tuple[tuple[Segment, ...], ...]
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _validate(self)
+
+    @property
+    def num_steps(self) -> int:
+        """Sampling steps T."""
+        return len(self.steps)
+
+    @property
+    def full_steps(self) -> list[int]:
+        """The I-steps: those that compute every block."""
+        return [i for i, segments in enumerate(self.steps) if all(s.mode == "compute" for s in segments)]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def summary(self) -> str:
+        """One line, fit for a file name."""
+        policy = str(self.provenance.get("policy", "custom"))
+        return f"{policy}-{self.sampler.name}{self.num_steps}-full{len(self.full_steps)}-{self.digest[:8]}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `from_json` inverts it exactly."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "model": dataclasses.asdict(self.model),
+            "sampler": self.sampler.to_json(),
+            "guidance": dataclasses.asdict(self.guidance),
+            "steps": [{"step": i, "segments": [s.to_json() for s in segs]} for i, segs in enumerate(self.steps)],
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_json(cls, raw: Any) -> CachePlan:
+        """Inverse of `to_json`.
+
+        Raises:
+            PlanError: if the format is not this version's, or anything in it is invalid.
+        """
+        _check_keys(raw, {"format_version", "model", "sampler", "guidance", "steps", "provenance"}, set(), "plan")
+        if not isinstance(raw["provenance"], dict):
+            raise PlanError(f"provenance: expected an object, found {type(raw['provenance']).__name__}.")
+        if raw["format_version"] != FORMAT_VERSION:
+            raise PlanError(f"plan format version {raw['format_version']} is not {FORMAT_VERSION}: make the plan again.")
+        return cls(
+            _from_fields(ModelSignature, raw["model"], "model"),
+            SamplerTable.from_json(raw["sampler"]),
+            _from_fields(Guidance, raw["guidance"], "guidance"),
+            tuple(_segments_from_json(step, i) for i, step in enumerate(_as_list(raw["steps"], "steps"))),
+            raw["provenance"],
+        )
+
+    def save(self, path: Path) -> None:
+        """Write `plan.json` atomically: a reader sees the old file or the new one."""
+        temporary = path.with_name(path.name + ".tmp")
+        lines = json.dumps(self.to_json(), indent=1)
+        with temporary.open("w") as file:
+            file.write(lines + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> CachePlan:
+        """Read `plan.json`.
+
+        Raises:
+            PlanError: if the file is missing, is not JSON, or is not a valid plan.
+        """
+        try:
+            raw = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise PlanError(f"cannot read the plan {path}: {error}. Make it again with `lightning fit`.") from error
+        try:
+            return cls.from_json(raw)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+
+    def require_model(self, signature: ModelSignature) -> None:
+        """Check that the plan was made for this model.
+
+        Raises:
+            PlanError: naming every field that differs, teacher weights included.
+        """
+        ours, theirs = dataclasses.asdict(self.model), dataclasses.asdict(signature)
+        differing = [f"{name} (plan {ours[name]}, model {theirs[name]})" for name in ours if ours[name] != theirs[name]]
+        if differing:
+            raise PlanError(
+                f"the plan {self.digest[:8]} was made for another model: they differ in {'; '.join(differing)}. "
+                "Make a plan for this model with `lightning fit`, or load the teacher that the plan names."
+            )
+
+
+def _validate(plan: CachePlan) -> None:
+    from tc_lightning.dataflow import trace  # dataflow reads plans; it is imported late so that it may import this module
+
+    if plan.num_steps != len(plan.sampler):
+        raise PlanError(f"the plan has {plan.num_steps} steps, its sampler {len(plan.sampler)}: they must be equal.")
+    if not 0 <= plan.guidance.channels <= plan.model.in_channels:
+        raise PlanError(f"guidance channels {plan.guidance.channels}: the model has {plan.model.in_channels} channels.")
+    if not math.isfinite(plan.guidance.scale):
+        raise PlanError(f"guidance scale {plan.guidance.scale} is not finite.")
+    if plan.guidance.doubles_batch and plan.guidance.channels == 0:
+        raise PlanError(f"guidance scale {plan.guidance.scale} acts on no channel: set guidance channels to 1 or more.")
+    for i, segments in enumerate(plan.steps):
+        reached = 0
+        for segment in segments:
+            _validate_segment(segment, reached, plan.model, f"step {i}, blocks [{segment.start}, {segment.stop})")
+            reached = segment.stop
+        if reached != plan.model.depth:
+            raise PlanError(f"step {i} covers {reached} of {plan.model.depth} blocks: the plan is for another depth, or a gap.")
+    trace(plan)  # raises if something is read that was never computed
+
+
+def _validate_segment(segment: Segment, reached: int, model: ModelSignature, where: str) -> None:
+    def fail(reason: str) -> NoReturn:
+        raise PlanError(f"{where}: {reason}.")
+
+    if segment.mode not in MODES:
+        fail(f"unknown mode {segment.mode!r}, choose one of {', '.join(MODES)}")
+    if segment.start != reached or segment.stop <= segment.start or segment.stop > model.depth:
+        fail(f"segments must cover blocks 0 to {model.depth} in order without gap or overlap; {reached} was reached")
+    if not 0 <= segment.order <= MAX_ORDER:
+        fail(f"order {segment.order} is not 0, 1 or 2")
+    if len(set(segment.branches)) != len(segment.branches) or not set(segment.branches) <= set(BRANCHES):
+        fail(f"branches {list(segment.branches)} must be distinct and of {list(BRANCHES)}")
+    if (segment.mode == "partial") != bool(segment.tokens):
+        fail("tokens are listed if and only if the mode is partial, and at least one must be")
+    if segment.tokens and (segment.tokens[0] < 0 or segment.tokens[-1] >= model.tokens):
+        fail(f"tokens must lie in 0 to {model.tokens - 1}; the plan is for another token count")
+    if any(a >= b for a, b in zip(segment.tokens, segment.tokens[1:], strict=False)):
+        fail("tokens must be ascending and distinct")
+    if segment.mode == "reuse" and not segment.branches:
+        fail("reuse must name the branches that come from the cache")
+    if segment.mode == "partial" and "mlp" not in segment.branches:
+        fail("partial recomputes attn and mlp, or mlp alone")
+    if segment.mode == "compute" and (segment.order or segment.branches):
+        fail("compute takes neither order nor branches")
+    if segment.mode == "skip" and segment.branches:
+        fail("skip takes no branches")
+
+
+def _segments_from_json(raw: Any, i: int) -> tuple[Segment, ...]:
+    _check_keys(raw, {"step", "segments"}, set(), f"step {i}")
+    if raw["step"] != i:
+        raise PlanError(f"steps must be listed in order: found step {raw['step']} at place {i}.")
+    return tuple(Segment.from_json(s, f"step {i}, segment {j}") for j, s in enumerate(_as_list(raw["segments"], f"step {i}")))
+
+
+def _check_keys(raw: Any, required: set[str], optional: set[str], where: str) -> None:
+    if not isinstance(raw, dict):
+        raise PlanError(f"{where}: expected an object, found {type(raw).__name__}.")
+    if missing := required - set(raw):
+        raise PlanError(f"{where}: missing {', '.join(sorted(missing))}.")
+    if unknown := set(raw) - required - optional:
+        raise PlanError(f"{where}: unknown {', '.join(sorted(unknown))}.")
+
+
+def _from_fields(cls: Any, raw: Any, where: str) -> Any:
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    _check_keys(raw, set(types), set(), where)
+    allowed: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+    for name, kind in types.items():
+        if type(raw[name]) not in allowed[str(kind)]:
+            raise PlanError(f"{where}.{name}: expected {kind}, found {raw[name]!r}.")
+    return cls(**raw)
+
+
+def _as_list(raw: Any, where: str) -> list[Any]:
+    if not isinstance(raw, list):
+        raise PlanError(f"{where}: expected a list, found {type(raw).__name__}.")
+    return raw
+
+
+def _is_ints(raw: Any) -> bool:
+    return isinstance(raw, list) and all(type(value) is int for value in raw)

@@ -1,0 +1,1 @@
+"""Policies: functions from a teacher's scores and a budget to a `CachePlan`."""

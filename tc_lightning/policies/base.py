@@ -1,0 +1,52 @@
+"""What a policy is given, and what it returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from tc_lightning.diffusion.table import SamplerTable
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature
+from tc_lightning.scores import Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanningContext:
+    """All that a policy may look at.
+
+    Args:
+        signature: the model.
+        sampler: the sampler whose steps are to be planned.
+        guidance: guidance scale and channels.
+        scores: learned importance of tokens and measured sensitivity of branches.
+        evaluate: mean squared error of a plan's final latents against full compute, over the first n held-out images
+            (None: all).
+    """
+
+    signature: ModelSignature
+    sampler: SamplerTable
+    guidance: Guidance
+    scores: Scores
+    evaluate: Callable[[CachePlan, int | None], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanChoice:
+    """The plan chosen, and one row for each candidate that was looked at."""
+
+    plan: CachePlan
+    candidates: list[dict[str, Any]]
+
+
+class Policy(ABC):
+    """A caching method: anything that turns a `PlanningContext` into a plan."""
+
+    @abstractmethod
+    def plan(self, context: PlanningContext) -> PlanChoice:
+        """Choose a plan.
+
+        Raises:
+            PlanError: if no plan satisfies what was asked for.
+        """

@@ -1,0 +1,92 @@
+"""Run folders: what `lightning fit` leaves behind, and how the exporter finds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tc_lightning.errors import RunError
+from tc_lightning.models.checkpoints import TeacherSpec
+from tc_lightning.models.dit import DiTConfig
+
+FORMAT_VERSION = 1
+NAME = "run.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Args:
+        folder: where it is.
+        name: its name, for example `digits`.
+        teacher: the teacher that it used.
+        teacher_digest: sha256 of that teacher's weights.
+        plan: path of the plan.
+        scores: path of the scores.
+    """
+
+    folder: Path
+    name: str
+    teacher: TeacherSpec
+    teacher_digest: str
+    plan: Path
+    scores: Path
+
+
+def write_run(folder: Path, name: str, teacher: TeacherSpec, teacher_digest: str) -> None:
+    """Write `run.json`, atomically and last: a folder that has one is complete."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "teacher": dataclasses.asdict(teacher),
+        "teacher_digest": teacher_digest,
+        "plan": "plan.json",
+        "scores": "scores.safetensors",
+    }
+    temporary = folder / (NAME + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / NAME)
+
+
+def find_run(root: Path) -> Path:
+    """The newest finished run under a folder.
+
+    Raises:
+        RunError: if there is none.
+    """
+    found = sorted(root.rglob(NAME), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise RunError(
+            f"no finished run under {root.resolve()}: run `lightning fit -c lightning_configs/digits.yaml` there first, "
+            "or name a run folder with --run."
+        )
+    return found[-1].parent
+
+
+def read_run(folder: Path) -> Run:
+    """Read `run.json`.
+
+    Raises:
+        RunError: if the folder is not a finished run, or its `run.json` is damaged.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise RunError(f"{folder} is not a finished run: it holds no {NAME}. Name the folder that `lightning fit` printed.")
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text())
+        if raw["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {raw['format_version']} is not {FORMAT_VERSION}")
+        teacher = dict(raw["teacher"])
+        if teacher["dit"] is not None:
+            teacher["dit"] = DiTConfig(**teacher["dit"])
+        spec = TeacherSpec(**teacher)
+        return Run(folder, raw["name"], spec, raw["teacher_digest"], folder / raw["plan"], folder / raw["scores"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error!r}): run `lightning fit` again.") from error

@@ -1,0 +1,173 @@
+"""The reference sampler: runs a cache plan in torch, step by step. What the exported graphs must agree with.
+
+Shape suffixes: B images (guidance doubles them inside), C H W latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tc_lightning.cache import Step, TokenSet, TorchOps, forecast, run_blocks
+from tc_lightning.dataflow import Entry, StepFlow, trace
+from tc_lightning.diffusion.table import SamplerStep, SamplerTable
+from tc_lightning.diffusion.update import Coefficients, advance, guide
+from tc_lightning.errors import TokenCacheError
+from tc_lightning.models.checkpoints import teacher_digest
+from tc_lightning.models.dit import DiT
+from tc_lightning.noise import initial_noise
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature, Segment, compute
+
+OPS = TorchOps()
+
+
+Store = dict[tuple[Entry, int], Tensor]  # (entry, step that wrote it) -> value
+
+
+class SamplingStep(NamedTuple):
+    """All there is to know of one sampling step.
+
+    Latents before it, guided eps and latents after it, each [B, C, H, W]; the solver's m before and after it; the cached values
+    that exist before it; the values that it writes.
+    """
+
+    step: int
+    x: Tensor
+    eps: Tensor
+    x_next: Tensor
+    m_prev: Tensor | None
+    m: Tensor
+    store: Store
+    writes: dict[Entry, Tensor]
+
+
+def model_signature(model: DiT, digest: str | None = None) -> ModelSignature:
+    """Signature of a DiT; pass its digest if it is already known, since hashing reads every weight."""
+    c = model.config
+    return ModelSignature(
+        family="dit",
+        depth=c.depth,
+        tokens=c.num_tokens,
+        width=c.hidden_size,
+        heads=c.num_heads,
+        mlp_width=c.mlp_size,
+        patch_size=c.patch_size,
+        in_channels=c.in_channels,
+        out_channels=c.out_channels,
+        input_size=c.input_size,
+        num_classes=c.num_classes,
+        teacher=digest or teacher_digest(model),
+    )
+
+
+def full_plan(signature: ModelSignature, sampler: SamplerTable, guidance: Guidance) -> CachePlan:
+    """The plan that computes everything."""
+    everything = (compute(0, signature.depth),)
+    return CachePlan(signature, sampler, guidance, (everything,) * len(sampler), {"policy": "full"})
+
+
+def noise_for(seed: int, indices: range, model: DiT, device: torch.device | str = "cpu", stream: int = 0) -> Tensor:
+    """Initial noise of images `indices`, [B, C, H, W]."""
+    c = model.config
+    return torch.from_numpy(initial_noise(seed, indices, (c.in_channels, c.input_size, c.input_size), stream)).to(device)
+
+
+@torch.no_grad()
+def sample_steps(
+    model: DiT, plan: CachePlan, x_BCHW: Tensor, labels_B: Tensor, seed: int = 0, first_index: int = 0
+) -> Iterator[SamplingStep]:
+    """Run a plan from noise, yielding every step.
+
+    Args:
+        model: the teacher.
+        plan: a plan for this teacher (its shape is checked here; its digest by whoever loaded both).
+        x_BCHW: initial noise.
+        labels_B: class of each image.
+        seed: seed of what a stochastic sampler adds.
+        first_index: global index of the first image, which keys that noise.
+
+    Raises:
+        TokenCacheError: if a label is out of range, or the latents become NaN.
+    """
+    check_labels(labels_B, plan.model.num_classes)
+    plan.require_model(model_signature(model, plan.model.teacher))
+    flows = trace(plan)
+    y = torch.cat([labels_B, torch.full_like(labels_B, plan.model.num_classes)]) if plan.guidance.doubles_batch else labels_B
+    store: Store = {}
+    m_prev: Tensor | None = None
+    for i, (segments, flow, row) in enumerate(zip(plan.steps, flows, plan.sampler.steps, strict=True)):
+        eps, writes = _predict(model, plan, segments, flow, row, x_BCHW, y, store)
+        x_next, m = advance(x_BCHW, eps, m_prev, _coefficients(row))
+        if row.noise:
+            x_next = x_next + row.noise * noise_for(
+                seed, range(first_index, first_index + len(x_next)), model, x_next.device, stream=i + 1
+            )
+        if not torch.isfinite(x_next).all():
+            raise TokenCacheError(f"latents became NaN or infinite at step {i} (t = {row.t:g}): check the teacher's weights.")
+        yield SamplingStep(i, x_BCHW, eps, x_next, m_prev, m, store, writes)
+        store = _updated(store, writes, flows, i)
+        x_BCHW, m_prev = x_next, m
+
+
+def sample(model: DiT, plan: CachePlan, x_BCHW: Tensor, labels_B: Tensor, seed: int = 0) -> Tensor:
+    """Final latents [B, C, H, W] of a plan; arguments and errors of `sample_steps`."""
+    for state in sample_steps(model, plan, x_BCHW, labels_B, seed):
+        x_BCHW = state.x_next
+    return x_BCHW
+
+
+def check_labels(labels_B: Tensor, num_classes: int) -> None:
+    """Refuse labels outside 0 to num_classes - 1.
+
+    Raises:
+        TokenCacheError: naming the first such label.
+    """
+    bad = labels_B[(labels_B < 0) | (labels_B >= num_classes)]
+    if len(bad):
+        raise TokenCacheError(f"label {int(bad[0])} is out of range: the model has classes 0 to {num_classes - 1}.")
+
+
+def _predict(
+    model: DiT,
+    plan: CachePlan,
+    segments: tuple[Segment, ...],
+    flow: StepFlow,
+    row: SamplerStep,
+    x_BCHW: Tensor,
+    y: Tensor,
+    store: Store,
+) -> tuple[Tensor, dict[Entry, Tensor]]:
+    """Guided eps of one step, and what it writes."""
+    cached = {r.entry: forecast([store[r.entry, s] for s in r.sources], r.weights) for r in flow.reads}
+    tokens = tuple(token_set(s, plan.model.tokens, x_BCHW.device) for s in segments)
+    mods, final = model.modulations(model.condition(torch.full((len(y),), row.t, device=x_BCHW.device), y))
+    x = torch.cat([x_BCHW, x_BCHW]) if plan.guidance.doubles_batch else x_BCHW
+    z, writes = run_blocks(Step(segments, tokens, cached, flow.writes), model.embed(x), list(model.blocks), mods, OPS)
+    C = plan.model.in_channels
+    eps = OPS.channels(model.readout(z, final), 0, C)
+    if plan.guidance.doubles_batch:
+        eps = guide(eps, plan.guidance.scale, plan.guidance.channels, C, OPS)
+    return eps, writes
+
+
+def token_set(segment: Segment, num_tokens: int, device: torch.device | str = "cpu") -> TokenSet | None:
+    """Index tensors of a partial segment; None for other modes."""
+    if segment.mode != "partial":
+        return None
+    others = sorted(set(range(num_tokens)) - set(segment.tokens))
+    kept = torch.tensor(segment.tokens, device=device)
+    return TokenSet(kept, torch.tensor(others, device=device) if others else None)
+
+
+def _coefficients(row: SamplerStep) -> Coefficients:
+    return Coefficients(row.m_x, row.m_eps, row.next_x, row.next_m, row.next_m_prev or None)
+
+
+def _updated(store: Store, writes: dict[Entry, Tensor], flows: list[StepFlow], i: int) -> Store:
+    """The store with this step's writes, less what no later step reads; the old one belongs to whoever kept its step."""
+    still_read = {(read.entry, source) for flow in flows[i + 1 :] for read in flow.reads for source in read.sources}
+    known = store | {(entry, i): value for entry, value in writes.items()}
+    return {key: value for key, value in known.items() if key in still_read}

@@ -1,0 +1,115 @@
+"""What distillation hands to a policy: the predictor's importances and the measured sensitivities. Needs numpy, no torch.
+
+Shape suffixes: T sampling steps, L blocks, N tokens, 2 branches (0 attn, 1 mlp).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from tc_lightning.diffusion.table import SamplerTable
+from tc_lightning.errors import RunError
+
+_ARRAYS = ("importance_TLN", "sensitivity_TL2")
+
+
+def sampler_digest(sampler: SamplerTable) -> str:
+    """sha256 of a sampler's coefficients."""
+    return hashlib.sha256(json.dumps(sampler.to_json(), sort_keys=True).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+    """Importances and sensitivities of every step and block; row i belongs to sampling step i, the noisiest being 0.
+
+    Args:
+        importance_TLN: the predictor's w in [0, 1], 1 meaning recompute; row 0 is all ones.
+        sensitivity_TL2: mean squared change of the guided eps when one branch of one block is reused from the step before and
+            everything else is computed; row 0 is all zeros, since there is nothing to reuse.
+        teacher: sha256 of the teacher's weights.
+        sampler: `sampler_digest` of the sampler.
+
+    Raises:
+        RunError: if shapes disagree, a value is not finite or out of range.
+    """
+
+    importance_TLN: np.ndarray
+    sensitivity_TL2: np.ndarray
+    teacher: str
+    sampler: str
+
+    def __post_init__(self) -> None:
+        for name in _ARRAYS:
+            array = np.array(getattr(self, name), dtype=np.float32, order="C")
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
+        _validate(self)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of both arrays and of what they belong to."""
+        hasher = hashlib.sha256(f"{self.teacher} {self.sampler}".encode())
+        for name in _ARRAYS:
+            array = getattr(self, name)
+            hasher.update(f"\n{name} {array.shape}\n".encode() + array.tobytes())
+        return hasher.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write `.safetensors` atomically: a reader sees the old file or the new one."""
+        from safetensors.numpy import save
+
+        content = save({name: getattr(self, name) for name in _ARRAYS}, {"teacher": self.teacher, "sampler": self.sampler})
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """Read what `save` wrote.
+
+        Raises:
+            RunError: if the file is missing, damaged, or does not hold valid scores.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "np") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"cannot read the scores {path}: {error}. Make them again with `lightning fit`.") from error
+        if set(arrays) != set(_ARRAYS) or not {"teacher", "sampler"} <= set(metadata):
+            raise RunError(f"{path} does not hold scores: found {', '.join(sorted(arrays)) or 'nothing'}.")
+        try:
+            return cls(**arrays, teacher=metadata["teacher"], sampler=metadata["sampler"])
+        except RunError as error:
+            raise RunError(f"{path}: {error}") from error
+
+
+def _validate(scores: Scores) -> None:
+    importance, sensitivity = scores.importance_TLN, scores.sensitivity_TL2
+    if importance.ndim != 3 or 0 in importance.shape:
+        raise RunError(f"importance has the shape {importance.shape}; [steps, blocks, tokens] was expected.")
+    if sensitivity.shape != (*importance.shape[:2], 2):
+        raise RunError(f"sensitivity has the shape {sensitivity.shape}; {(*importance.shape[:2], 2)} was expected.")
+    for name, array in (("importance", importance), ("sensitivity", sensitivity)):
+        if not np.isfinite(array).all():
+            step, block = np.argwhere(~np.isfinite(array))[0][:2]
+            raise RunError(f"{name} is not finite at step {step}, block {block}: training diverged, or the teacher is damaged.")
+    if importance.min() < 0 or importance.max() > 1:
+        raise RunError(f"importance must lie in [0, 1]; it reaches from {importance.min():g} to {importance.max():g}.")
+    if sensitivity.min() < 0 or sensitivity[0].any():
+        raise RunError("sensitivity must not be negative, and must be 0 at step 0, where nothing can be reused.")

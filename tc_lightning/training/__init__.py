@@ -1,0 +1,1 @@
+"""LightningModules, and the callbacks and plug-ins around them."""
