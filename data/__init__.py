@@ -1,0 +1,1 @@
+"""What goes in: image data modules, recorded trajectories, and the small teacher that ships with the package."""
