@@ -1,0 +1,224 @@
+"""Compiles a plan and its teacher into an artefact: programs, graphs, weights, proof, and the manifest last."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor
+
+from export.emit import Emitter
+from export.fidelity import Fidelity, measure
+from export.manifest import NAME, ArtefactError, read_manifest, write_manifest
+from export.onnx_dit import weight_layout
+from export.parity import Check, prove, require_parity, trajectory_error
+from export.programs import LoweredPlan, Program, computed_tokens, lower
+from export.runtime import CachedSampler
+from export.symbolic import External
+from export.weights import write_weights
+from tc_lightning.costs import cache_bytes_per_image, entry_shape, macs_speedup
+from tc_lightning.errors import TokenCacheError
+from tc_lightning.models.dit import DiT
+from tc_lightning.plan import CachePlan
+from tc_lightning.sampling import model_signature
+
+WEIGHTS = "weights.data"
+CONDITION_VALUES = 1 << 26  # modulation values held at a time (256 MiB in fp32); longer requests are conditioned in chunks
+
+Report = Callable[[str], None]
+
+
+def export_artefact(
+    model: DiT, plan: CachePlan, out: Path, precision: str, provider: str, images: int, report: Report = print
+) -> dict[str, Any]:
+    """Write the artefact `out`, replacing an older one only when the new one is proved and complete.
+
+    Args:
+        model: the teacher.
+        plan: a plan made for it.
+        out: folder of the artefact.
+        precision: fp32, fp16 or bf16.
+        provider: provider that the proof runs on.
+        images: images in the proof.
+        report: called with a line for each stage.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        PlanError: if the plan is for another model.
+        TokenCacheError: if `out` exists and is something else, the sampler is stochastic, or a weight does not fit the precision.
+        ParityError: if the artefact disagrees with the torch reference; nothing is left under `out`.
+    """
+    plan.require_model(model_signature(model))
+    if plan.sampler.stochastic:
+        raise TokenCacheError(f"the sampler {plan.sampler.name} adds noise at every step and cannot be exported: plan with ddim.")
+    if precision == "bf16" and provider == "cpu":
+        raise TokenCacheError(
+            "bf16 cannot be proved on the CPU, which has no kernels for it: add --provider cuda, or take fp32 or fp16."
+        )
+    out = out.resolve()
+    _require_replaceable(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _clear_up(out)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}-", suffix=".partial", dir=out.parent))
+    try:
+        manifest = _compile(model, plan, folder, precision, provider, images, report)
+        _replace(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return manifest
+
+
+def _compile(model: DiT, plan: CachePlan, folder: Path, precision: str, provider: str, images: int, report: Report) -> dict[str, Any]:
+    lowered = lower(plan)
+    report(f"writing {WEIGHTS} and {len(lowered.programs) + 1} graphs in {precision}")
+    index = write_weights(_tensors(model), folder / WEIGHTS, precision)
+    graphs = _write_graphs(model, plan, lowered, folder, precision, index)
+    plan.save(folder / "plan.json")
+    manifest = _describe(model, plan, lowered, index, precision, graphs)
+    sampler = CachedSampler(folder, provider, preload=False, manifest=manifest)
+    sampler.session("condition")  # says at once if the provider cannot be used
+    report(f"proving parity with torch on {images} images ({provider})")
+    checks = prove(model, plan, lowered, sampler, images)
+    require_parity(checks, precision, "No manifest was written. Try --precision fp32; if it fails there too, report it with the plan.")
+    report(f"comparing with full compute on {images} images")
+    fidelity = measure(sampler, images, max(1, images // 2), seed=1)
+    sampler.release()
+    manifest |= _measured(checks, fidelity, images, provider)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _tensors(model: DiT) -> Iterator[tuple[str, Tensor]]:
+    yield from weight_layout(model)
+    yield "unit_scale", torch.ones(model.config.hidden_size)  # the affine scale of norms that have none
+
+
+def _write_graphs(
+    model: DiT, plan: CachePlan, lowered: LoweredPlan, folder: Path, precision: str, index: dict[str, External]
+) -> dict[str, onnx.ModelProto]:
+    emitter = Emitter(plan, model.config, precision, WEIGHTS, index)
+    features = model.t_embedder.features(torch.tensor([row.t for row in plan.sampler.steps])).numpy()
+    graphs = {"condition": emitter.condition(features)} | {p.name: emitter.step(p) for p in lowered.programs}
+    for name, graph in graphs.items():
+        path = folder / f"{name}.onnx"
+        onnx.save(graph, str(path))
+        onnx.checker.check_model(str(path))
+    return graphs
+
+
+def _describe(
+    model: DiT,
+    plan: CachePlan,
+    lowered: LoweredPlan,
+    index: dict[str, External],
+    precision: str,
+    graphs: dict[str, onnx.ModelProto],
+) -> dict[str, Any]:
+    """What the runtime must know of the plan, and what a reader wants to."""
+    return {
+        "plan_digest": plan.digest,
+        "plan_summary": plan.summary,
+        "teacher": plan.model.teacher,
+        "model": dataclasses.asdict(plan.model),
+        "dit_config": dataclasses.asdict(model.config),
+        "sampler": {"name": plan.sampler.name, "spacing": plan.sampler.spacing},
+        "guidance": dataclasses.asdict(plan.guidance),
+        "steps": plan.num_steps,
+        "precision": precision,
+        "programs": {p.name: _interface(p, graphs[p.name], plan) for p in lowered.programs},
+        "schedule": [dataclasses.asdict(b) for b in lowered.bindings],
+        "entries": {e.name: {"shape": entry_shape(plan.model, e), "slots": n} for e, n in sorted(lowered.slots.items())},
+        "condition_values": CONDITION_VALUES,
+        "weights": {name: list(entry) for name, entry in index.items()},
+        "macs_speedup": macs_speedup(plan),
+        "cache_bytes_per_image": cache_bytes_per_image(plan, 4 if precision == "fp32" else 2),
+        "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
+    }
+
+
+def _interface(program: Program, graph: onnx.ModelProto, plan: CachePlan) -> dict[str, Any]:
+    return {
+        "inputs": [value.name for value in graph.graph.input],
+        "outputs": [value.name for value in graph.graph.output],
+        "blocks_x_tokens": sum(computed_tokens(s, plan.model.tokens) for s in program.segments),
+    }
+
+
+def _measured(checks: list[Check], fidelity: Fidelity, images: int, provider: str) -> dict[str, Any]:
+    programs = [{"where": c.where, "output": c.output, "rel_l2": c.rel_l2} for c in checks if c.where != "trajectory"]
+    return {
+        "parity": {"trajectory_rel_l2": trajectory_error(checks), "images": images, "provider": provider, "programs": programs},
+        "fidelity": {
+            "images": images,
+            "provider": provider,
+            "psnr_db": fidelity.psnr_db,
+            "mse": fidelity.mse,
+            "wall_speedup": fidelity.wall_speedup,
+        },
+    }
+
+
+def _require_replaceable(out: Path) -> None:
+    """Never put an artefact in place of something that is not one, or that holds files of someone else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        listed = {NAME, *read_manifest(out, check_files=False)["files"]}
+        foreign = sorted(path.name for path in out.iterdir() if path.name not in listed)
+    except (ArtefactError, OSError):
+        foreign = ["no valid manifest"]
+    if foreign:
+        raise TokenCacheError(
+            f"{out} exists and is not an artefact alone ({', '.join(foreign[:3])}): replacing it would lose that. Name another --out."
+        )
+
+
+def _clear_up(out: Path) -> None:
+    """After an export that was killed: bring the old artefact back, if it was just being replaced, and remove what is half-written."""
+    old = out.with_name(f".{out.name}.old.partial")
+    if old.exists() and not out.exists():
+        old.rename(out)
+    abandoned = [path for path in out.parent.glob(f".{out.name}.*.partial") if _is_abandoned(path, out)]
+    for stale in [old, *abandoned]:
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path, out: Path) -> bool:
+    """Whether a half-written folder is of an export to `out` whose process is gone: its number is in the name."""
+    process, _, rest = folder.name.removeprefix(f".{out.name}.").partition("-")
+    if not process.isdigit() or "." in rest.removesuffix(".partial"):
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _replace(folder: Path, out: Path) -> None:
+    """Put the finished folder in place of `out`; a reader never sees half of one, and a failure brings the old one back."""
+    os.chmod(folder, 0o755)  # mkdtemp makes it private
+    if out.exists():
+        old = out.with_name(f".{out.name}.old.partial")
+        out.rename(old)
+        try:
+            folder.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        folder.rename(out)

@@ -1,0 +1,155 @@
+"""Emission: the condition graph and one graph per step program, from the functions that define caching.
+
+Inputs and outputs of the graphs (M rows of the doubled batch, U distinct labels, S steps of a chunk, R = 6 L + 2):
+
+    condition   steps [S], labels [U]                                    -> mods [S, U, R, D]
+    step_*      x [B, C, H, W], (m_prev), step, first_step, mods, rows [M], (guidance), ENTRY.j ...  -> x_next, (m), ENTRY.new ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx
+
+from export.onnx_dit import OnnxDiT
+from export.programs import Program, merge
+from export.symbolic import External, Graph, OnnxOps, Sym, TokenIndex
+from tc_lightning.cache import Step, TokenSet, forecast, run_blocks
+from tc_lightning.costs import entry_shape
+from tc_lightning.dataflow import Entry, StepFlow, trace
+from tc_lightning.diffusion.update import Coefficients, advance, guide
+from tc_lightning.models.dit import DiTConfig
+from tc_lightning.plan import CachePlan, Segment
+
+
+@dataclasses.dataclass(frozen=True)
+class Emitter:
+    """Writes the graphs of one plan.
+
+    Args:
+        plan: the plan.
+        config: shape of the model.
+        dtype: working precision, fp32, fp16 or bf16; latents, guidance and the sampler are always fp32.
+        weights_file: name of the shared weights file.
+        index: what is in it.
+    """
+
+    plan: CachePlan
+    config: DiTConfig
+    dtype: str
+    weights_file: str
+    index: dict[str, External]
+
+    def condition(self, features_TF: np.ndarray) -> onnx.ModelProto:
+        """The condition graph, from the timestep features of all steps."""
+        g = Graph("condition", self.weights_file, self.index)
+        steps, labels = g.input("steps", "int64", ["steps"]), g.input("labels", "int64", ["labels"])
+        features = g.op("Gather", g.constant(features_TF, "fp32"), steps, axis=0, dtype="fp32")
+        mods = OnnxDiT(g, self.config, self.dtype).modulation_table(features.cast(self.dtype), labels)
+        g.output("mods", mods, ["steps", "labels", *self._table_shape])
+        return g.model()
+
+    def step(self, program: Program) -> onnx.ModelProto:
+        """The graph of one step program: network, guidance and sampler update."""
+        g = Graph(program.name, self.weights_file, self.index)
+        ops, signature, guidance = OnnxOps(g), self.plan.model, self.plan.guidance
+        latent: list[int | str] = ["batch", signature.in_channels, signature.input_size, signature.input_size]
+        x = g.input("x", "fp32", latent)
+        m_prev = g.input("m_prev", "fp32", latent) if self.plan.sampler.uses_previous else None
+        step = g.input("step", "int64", [])
+        mods = self._modulations(g, step)
+        scale = g.input("guidance", "fp32", []) if guidance.doubles_batch else None
+
+        model = OnnxDiT(g, self.config, self.dtype)
+        block_mods, final = model.unpack(mods, [b for s in program.segments if s.mode != "skip" for b in s.blocks])
+        todo = Step(program.segments, self._tokens(g, ops, step, program), self._cached(g, step, program), program.writes)
+        z = model.embed(ops.concat([x, x], 0) if guidance.doubles_batch else x)
+        z, writes = run_blocks(todo, z, model.blocks, block_mods, ops)
+        eps = ops.channels(model.readout(z, final), 0, signature.in_channels)
+        if scale is not None:
+            eps = guide(eps, scale, guidance.channels, signature.in_channels, ops)
+        x_next, m = advance(x, eps, m_prev, self._coefficients(g, step))
+        g.output("x_next", x_next, latent)
+        if m_prev is not None:
+            g.output("m", m, latent)
+        for entry in program.writes:
+            g.output(f"{entry.name}.new", writes[entry], ["rows", *entry_shape(signature, entry)])
+        return g.model()
+
+    @property
+    def _table_shape(self) -> tuple[int, int]:
+        return 6 * self.config.depth + 2, self.config.hidden_size
+
+    def _modulations(self, g: Graph, step: Sym) -> Sym:
+        """This step's adaLN terms for every row of the batch, [M, R, D]."""
+        first = g.input("first_step", "int64", [])
+        table = g.input("mods", self.dtype, ["steps", "labels", *self._table_shape])
+        rows = g.input("rows", "int64", ["rows"])
+        return g.op("Gather", g.op("Gather", table, step - first, axis=0), rows, axis=0)
+
+    def _cached(self, g: Graph, step: Sym, program: Program) -> dict[Entry, Sym]:
+        """Declare the cache inputs and forecast every entry that is read."""
+        flows, cached = trace(self.plan), {}
+        for entry, count in program.reads:
+            shape: list[int | str] = ["rows", *entry_shape(self.plan.model, entry)]
+            values = [g.input(f"{entry.name}.{j}", self.dtype, shape) for j in range(count)]
+            weights_TO = forecast_table(flows, program.steps, entry, count)
+            columns = [self._lookup(g, step, column, self.dtype) for column in weights_TO.T] if count > 1 else []
+            cached[entry] = forecast(values, columns)
+        return cached
+
+    def _tokens(self, g: Graph, ops: OnnxOps, step: Sym, program: Program) -> tuple[TokenSet | None, ...]:
+        """Index tables of every partial segment, looked up by step."""
+        sets: list[TokenSet | None] = []
+        for j, segment in enumerate(program.segments):
+            if segment.mode != "partial":
+                sets.append(None)
+                continue
+            tables = token_tables([merge(self.plan.steps[i])[j] for i in program.steps], self.plan.model.tokens)
+            kept, pruned, restore = (self._rows(g, step, table, program.steps) for table in tables)
+            assert kept is not None
+            index = ops.register(TokenIndex(kept, pruned, restore))
+            sets.append(TokenSet(index.kept, index.pruned))
+        return tuple(sets)
+
+    def _rows(self, g: Graph, step: Sym, table_SK: np.ndarray, steps: tuple[int, ...]) -> Sym | None:
+        """Row of a token table for this step; a constant if all steps share it, None if it is empty."""
+        if table_SK.shape[1] == 0:
+            return None
+        if (table_SK == table_SK[0]).all():
+            return g.constant(table_SK[0], "int64")
+        full_TK = np.zeros((self.plan.num_steps, table_SK.shape[1]), dtype=np.int64)
+        full_TK[list(steps)] = table_SK
+        return g.op("Gather", g.constant(full_TK, "int64"), step, axis=0)
+
+    def _coefficients(self, g: Graph, step: Sym) -> Coefficients:
+        rows = self.plan.sampler.steps
+
+        def column(name: str) -> Sym:
+            return self._lookup(g, step, np.array([getattr(row, name) for row in rows]), "fp32")
+
+        previous = column("next_m_prev") if self.plan.sampler.uses_previous else None
+        return Coefficients(column("m_x"), column("m_eps"), column("next_x"), column("next_m"), previous)
+
+    def _lookup(self, g: Graph, step: Sym, column_T: np.ndarray, dtype: str) -> Sym:
+        return g.op("Gather", g.constant(column_T, dtype), step, axis=0)
+
+
+def forecast_table(flows: list[StepFlow], steps: tuple[int, ...], entry: Entry, count: int) -> np.ndarray:
+    """Forecast weights [T, count] of an entry at the given steps; 0 for past values that do not exist yet."""
+    table_TO = np.zeros((len(flows), count))
+    for i in steps:
+        weights = next(read.weights for read in flows[i].reads if read.entry == entry)
+        table_TO[i, : len(weights)] = weights
+    return table_TO
+
+
+def token_tables(segments: list[Segment], num_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Kept [S, K], pruned [S, P], and the permutation [S, N] that restores the order of [pruned, kept]; empty when all are kept."""
+    kept_SK = np.array([s.tokens for s in segments], dtype=np.int64)
+    everything = np.arange(num_tokens)
+    pruned_SP = np.stack([np.setdiff1d(everything, row) for row in kept_SK])
+    restore_SN = np.argsort(np.concatenate([pruned_SP, kept_SK], axis=1), axis=1)
+    return kept_SK, pruned_SP, restore_SN if pruned_SP.shape[1] else restore_SN[:, :0]

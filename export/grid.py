@@ -1,0 +1,48 @@
+"""Image grids as PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+LABEL_WIDTH, PAD, SMALLEST = 84, 4, 64
+
+
+def to_pixels(latents_BCHW: np.ndarray) -> np.ndarray:
+    """RGB bytes [B, H, W, 3]: pixels in [-1, 1] as they are; of a latent with more channels, the first three over their range."""
+    x = latents_BCHW.transpose(0, 2, 3, 1)
+    if x.shape[-1] == 1:
+        x = np.repeat(x, 3, axis=-1)
+    elif x.shape[-1] != 3:
+        x = x[..., :3] / max(float(np.abs(x[..., :3]).max()), 1e-6)
+    return np.round((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def difference_pixels(a_BCHW: np.ndarray, b_BCHW: np.ndarray, gain: float) -> np.ndarray:
+    """Absolute difference, averaged over channels and amplified, as grey levels [B, H, W, 3]."""
+    grey = np.clip(np.abs(a_BCHW - b_BCHW).mean(1) * gain, 0, 2)
+    return np.repeat(np.round(grey * 127.5).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def save_grid(rows: dict[str, np.ndarray], path: Path) -> None:
+    """Write rows of images [B, H, W, 3] uint8, each with its name on the left, as one PNG."""
+    tiles = {name: [_enlarge(image) for image in images] for name, images in rows.items()}
+    height, width = np.asarray(next(iter(tiles.values()))[0]).shape[:2]
+    columns = max(len(images) for images in tiles.values())
+    canvas = Image.new("RGB", (LABEL_WIDTH + columns * (width + PAD), len(tiles) * (height + PAD)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for r, (name, images) in enumerate(tiles.items()):
+        draw.text((PAD, r * (height + PAD) + height // 2 - 6), name, fill="black")
+        for c, image in enumerate(images):
+            canvas.paste(image, (LABEL_WIDTH + c * (width + PAD), r * (height + PAD)))
+    temporary = path.with_name(path.name + ".tmp")
+    canvas.save(temporary, format="PNG")
+    temporary.replace(path)
+
+
+def _enlarge(pixels: np.ndarray) -> Image.Image:
+    factor = max(1, -(-SMALLEST // pixels.shape[0]))
+    image = Image.fromarray(pixels)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -1,0 +1,107 @@
+"""The manifest of an artefact: what it is, what was measured, and the sha256 of every file. Standard library only.
+
+It is written last, and only if parity held: a folder without a valid manifest is not an artefact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tc_lightning.errors import TokenCacheError
+
+FORMAT_VERSION = 1
+NAME = "manifest.json"
+_KEYS = (
+    "format_version",
+    "files",
+    "plan_digest",
+    "teacher",
+    "model",
+    "guidance",
+    "steps",
+    "schedule",
+    "programs",
+    "entries",
+    "precision",
+)
+
+
+class ArtefactError(TokenCacheError):
+    """An artefact is missing, incomplete, damaged, or of another format version."""
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    """Hash every file of the folder and write the manifest, atomically."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != NAME)
+    listing = {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in files}
+    temporary = folder / (NAME + ".tmp")
+    with temporary.open("w") as file:
+        complete = {"format_version": FORMAT_VERSION, **content, "files": listing}
+        json.dump({**complete, "sha256": _self_digest(complete)}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / NAME)
+
+
+def _self_digest(content: dict[str, Any]) -> str:
+    """sha256 of the manifest's own contents, as canonical JSON: the schedule and the figures are not to be edited either."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read_manifest(folder: Path, check_files: bool = True) -> dict[str, Any]:
+    """Read a manifest and, unless told not to, re-hash every file that it lists.
+
+    Raises:
+        ArtefactError: if there is no manifest, it is of another version, or a file is missing, truncated or changed.
+    """
+    path = folder / NAME
+    again = "Export it again with `python export/to_onnx.py`."
+    if not path.is_file():
+        what = "holds no manifest.json: it is not an artefact, or its export did not finish" if folder.is_dir() else "does not exist"
+        raise ArtefactError(f"the artefact {folder} {what}. {again}")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise ArtefactError(f"{path} is not valid JSON ({error}). {again}") from error
+    if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+        raise ArtefactError(f"{path} is not of format version {FORMAT_VERSION}. {again}")
+    stated = manifest.pop("sha256", None)
+    if stated != _self_digest(manifest):
+        raise ArtefactError(f"{path} was edited or damaged: its contents do not match its own sha256. {again}")
+    if missing := [key for key in _KEYS if key not in manifest]:
+        raise ArtefactError(f"{path} lacks {', '.join(missing)}. {again}")
+    if check_files:
+        _check_listing(path, manifest, again)
+        for name, expected in manifest["files"].items():
+            _check_file(folder / name, expected, again)
+    return manifest
+
+
+def _check_listing(path: Path, manifest: dict[str, Any], again: str) -> None:
+    """A file that is not listed would not be checked."""
+    files, programs = manifest["files"], manifest["programs"]
+    if not (isinstance(files, dict) and isinstance(programs, dict)):
+        raise ArtefactError(f"{path} is damaged: files and programs must be objects. {again}")
+    for name in ("weights.data", "plan.json", "condition.onnx", *(f"{program}.onnx" for program in programs)):
+        entry = files.get(name)
+        if not isinstance(entry, dict) or not {"sha256", "bytes"} <= set(entry):
+            raise ArtefactError(f"{path} is damaged: it does not list the size and sha256 of {name}. {again}")
+
+
+def _check_file(path: Path, expected: dict[str, Any], again: str) -> None:
+    if not path.is_file():
+        raise ArtefactError(f"{path} is missing. {again}")
+    if (size := path.stat().st_size) != expected["bytes"]:
+        raise ArtefactError(f"{path} has {size} bytes, its manifest says {expected['bytes']}: it is truncated or replaced. {again}")
+    if (digest := sha256_of(path)) != expected["sha256"]:
+        raise ArtefactError(f"{path} is damaged: its sha256 is {digest[:12]}, its manifest says {expected['sha256'][:12]}. {again}")

@@ -1,0 +1,147 @@
+"""A DiT that writes ONNX nodes: the methods of `tc_lightning.models.dit.DiT` and its blocks, on symbolic values.
+
+Weights are stored as the products want them ([in, out]; q, k and v apart), so that the graph holds no transpose and no split of
+a projection. Shape suffixes as in `tc_lightning.models.dit`; M rows of the (doubled) batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from export.symbolic import Graph, Sym
+from tc_lightning.models.dit import NORM_EPS, DiT, DiTConfig, FinalModulation, KeyValue, Modulation
+
+MODULATIONS = 6  # adaLN terms of a block
+
+
+def weight_layout(model: DiT) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the model under its name in the artefact, in the layout of the graphs (views, no copies)."""
+    for name, tensor in model.state_dict().items():
+        if ".attn.qkv." in name:
+            stem, kind = name.split("qkv.")
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                yield f"{stem}{letter}.{kind}", part.t() if kind == "weight" else part
+        elif name.endswith(".weight") and tensor.ndim == 2 and "embedding_table" not in name:
+            yield name, tensor.t()
+        else:
+            yield name, tensor
+
+
+def from_layout(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Inverse of `weight_layout`: the state dict of the model, fp32."""
+    parts: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        linear = name.endswith(".weight") and tensor.ndim == 2 and "embedding_table" not in name
+        parts[name] = (tensor.t() if linear else tensor).float()
+    for name in [n for n in parts if ".attn.q." in n]:
+        stem, kind = name.split(".q.")
+        parts[f"{stem}.qkv.{kind}"] = torch.cat([parts.pop(f"{stem}.{letter}.{kind}") for letter in "qkv"])
+    return parts
+
+
+class OnnxBlock:
+    """Branches of one block; see `DiTBlock`."""
+
+    def __init__(self, graph: Graph, config: DiTConfig, index: int) -> None:
+        self._graph, self._config, self._stem = graph, config, f"blocks.{index}"
+
+    def qkv(self, z_MnD: Sym, mod: Modulation) -> tuple[Sym, Sym, Sym]:
+        """Queries, keys and values, each [M, n, D]: the Attention node splits the heads."""
+        with self._graph.scope(self._stem):
+            h = modulated_norm(self._graph, z_MnD, mod.shift_attn, mod.scale_attn)
+            q, k, v = (linear(self._graph, h, f"{self._stem}.attn.{letter}") for letter in "qkv")
+        return q, k, v
+
+    def attention(self, q: Sym, k: Sym, v: Sym, past: KeyValue | None = None) -> tuple[Sym, KeyValue]:
+        """Attention over past and present keys; their order does not matter, so nothing is scattered into place."""
+        heads = self._config.num_heads
+        cached = (None, past.k, past.v) if past is not None else ()
+        with self._graph.scope(self._stem):
+            a, k_all, v_all = self._graph.multi(
+                "Attention", 3, q, k, v, *cached, q_num_heads=heads, kv_num_heads=heads, softmax_precision=1
+            )
+            return linear(self._graph, a, f"{self._stem}.attn.proj"), KeyValue(k_all, v_all)
+
+    def attn_branch(self, z_MND: Sym, mod: Modulation) -> tuple[Sym, KeyValue]:
+        """Self-attention over all tokens, before the gate."""
+        return self.attention(*self.qkv(z_MND, mod))
+
+    def mlp_branch(self, z_MnD: Sym, mod: Modulation) -> Sym:
+        """MLP of the given tokens, before the gate."""
+        with self._graph.scope(self._stem):
+            h = modulated_norm(self._graph, z_MnD, mod.shift_mlp, mod.scale_mlp, self._config.mlp_norm_eps)
+            h = self._graph.op("Gelu", linear(self._graph, h, f"{self._stem}.mlp.fc1"), approximate="tanh")
+            return linear(self._graph, h, f"{self._stem}.mlp.fc2")
+
+
+class OnnxDiT:
+    """Embedding, blocks and readout of a DiT; see `DiT`."""
+
+    def __init__(self, graph: Graph, config: DiTConfig, dtype: str) -> None:
+        self._graph, self._config, self._dtype = graph, config, dtype
+        self.blocks = [OnnxBlock(graph, config, b) for b in range(config.depth)]
+
+    def embed(self, x_MCHW: Sym) -> Sym:
+        """Latents (fp32) -> tokens [M, N, D] in the working precision."""
+        g, D, P = self._graph, self._config.hidden_size, self._config.patch_size
+        weight, bias = g.weight("x_embedder.proj.weight"), g.weight("x_embedder.proj.bias")
+        with g.scope("x_embedder"):
+            maps = g.op("Conv", x_MCHW.cast(self._dtype), weight, bias, kernel_shape=[P, P], strides=[P, P])
+            z = g.op("Transpose", g.reshape(maps, 0, D, self._config.num_tokens), perm=[0, 2, 1])
+            return z + g.weight("pos_embed")
+
+    def readout(self, z_MND: Sym, mod: FinalModulation) -> Sym:
+        """Tokens -> raw output [M, out_channels, H, W] in fp32."""
+        g, P, C = self._graph, self._config.patch_size, self._config.out_channels
+        grid = self._config.input_size // P
+        with g.scope("final_layer"):
+            h = linear(g, modulated_norm(g, z_MND, mod.shift, mod.scale), "final_layer.linear").cast("fp32")
+            patches = g.op("Transpose", g.reshape(h, 0, grid, grid, P, P, C), perm=[0, 5, 1, 3, 2, 4])
+            return g.reshape(patches, 0, C, grid * P, grid * P)
+
+    def unpack(self, mods_MRD: Sym, used: list[int]) -> tuple[list[Modulation | None], FinalModulation]:
+        """adaLN terms of the `used` blocks (None for the others) and of the final layer, each [M, 1, D].
+
+        `mods_MRD` holds 6 rows a block and 2 for the final layer, as the condition graph writes them.
+        """
+        g, depth = self._graph, self._config.depth
+        rows = [MODULATIONS * b + j for b in used for j in range(MODULATIONS)] + [MODULATIONS * depth, MODULATIONS * depth + 1]
+        if len(used) < depth:
+            mods_MRD = g.op("Gather", mods_MRD, g.constant(np.array(rows), "int64"), axis=1)
+        pieces = g.multi("Split", len(rows), mods_MRD, axis=1, num_outputs=len(rows))
+        mods: list[Modulation | None] = [None] * depth
+        for place, b in enumerate(used):
+            mods[b] = Modulation(*pieces[MODULATIONS * place : MODULATIONS * (place + 1)])
+        return mods, FinalModulation(*pieces[-2:])
+
+    def modulation_table(self, features_SF: Sym, labels_U: Sym) -> Sym:
+        """adaLN terms of all blocks for S times and U labels, [S, U, 6 L + 2, D]; scales already hold 1 + scale."""
+        g, c, D = self._graph, self._config, self._config.hidden_size
+        t_SD = linear(g, silu(g, linear(g, features_SF, "t_embedder.mlp.0")), "t_embedder.mlp.2")
+        y_UD = g.op("Gather", g.weight("y_embedder.embedding_table.weight"), labels_U, axis=0)
+        axes = g.constant(np.array([1]), "int64")
+        c_SUD = silu(g, g.op("Unsqueeze", t_SD, axes) + y_UD)
+        layers = [(f"blocks.{b}", MODULATIONS) for b in range(c.depth)] + [("final_layer", 2)]
+        parts = [g.reshape(linear(g, c_SUD, f"{stem}.adaLN_modulation.1"), 0, 0, rows, D) for stem, rows in layers]
+        is_scale = np.array([0.0, 1, 0, 0, 1, 0] * c.depth + [0, 1])[:, None]
+        return g.op("Concat", *parts, axis=2) + g.constant(is_scale, self._dtype)
+
+
+def linear(g: Graph, x: Sym, stem: str) -> Sym:
+    """x W + b, with W stored [in, out]."""
+    return g.op("MatMul", x, g.weight(f"{stem}.weight")) + g.weight(f"{stem}.bias")
+
+
+def silu(g: Graph, x: Sym) -> Sym:
+    """x sigmoid(x)."""
+    return x * g.op("Sigmoid", x)
+
+
+def modulated_norm(g: Graph, x_MnD: Sym, shift_M1D: Sym, scale_M1D: Sym, epsilon: float = NORM_EPS) -> Sym:
+    """Layer norm (statistics in fp32) and adaLN."""
+    ones = g.weight("unit_scale")
+    return g.op("LayerNormalization", x_MnD, ones, axis=-1, epsilon=epsilon, stash_type=1) * scale_M1D + shift_M1D

@@ -1,0 +1,133 @@
+"""Lowering: equal steps of a plan share one step program. Plain data, no torch, no onnx.
+
+A program is a step with its constants taken out: the modes, depths and numbers of tokens, which cache entries it reads and writes.
+Which step it is, hence which tokens, forecast weights and sampler coefficients, is looked up by step index inside the graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tc_lightning.costs import step_macs
+from tc_lightning.dataflow import Entry, StepFlow, assign_slots, trace
+from tc_lightning.plan import CachePlan, Segment
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One step program.
+
+    Args:
+        name: file stem of its graph.
+        segments: segments of a representative step (its token indices are only an example).
+        reads: entries read, with the number of past values of each.
+        writes: entries written.
+        steps: the steps that run it.
+    """
+
+    name: str
+    segments: tuple[Segment, ...]
+    reads: tuple[tuple[Entry, int], ...]
+    writes: tuple[Entry, ...]
+    steps: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+    """What one step runs and where its cache values are: slots of each entry, latest value first for a read."""
+
+    program: str
+    reads: dict[str, list[int]]
+    writes: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredPlan:
+    """All programs, the binding of each step, and the number of slots of each entry."""
+
+    programs: tuple[Program, ...]
+    bindings: tuple[Binding, ...]
+    slots: dict[Entry, int]
+
+
+FULL = "step_full"  # full compute that keeps no cache: the baseline, and steps that nobody reads from
+
+
+def lower(plan: CachePlan) -> LoweredPlan:
+    """Group the steps of a plan into programs; the program `step_full` always exists."""
+    flows = trace(plan)
+    slot_of, depth = assign_slots(flows)
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, (segments, flow) in enumerate(zip(plan.steps, flows, strict=True)):
+        groups.setdefault((_shapes(merge(segments)), flow.writes), []).append(i)
+    full_steps: tuple[int, ...] = ()
+    programs: list[Program] = []
+    for steps in groups.values():
+        segments, flow = merge(plan.steps[steps[0]]), flows[steps[0]]
+        if not flow.writes and all(s.mode == "compute" for s in segments):
+            full_steps = tuple(steps)
+            continue
+        programs.append(Program(f"step_{len(programs):02d}", segments, _read_counts(segments, flow), flow.writes, tuple(steps)))
+    everything = (Segment(0, plan.model.depth, "compute"),)
+    programs.append(Program(FULL, everything, (), (), full_steps))
+    by_step = {i: program for program in programs for i in program.steps}
+    bindings = tuple(_bind(by_step[i], flow, i, slot_of) for i, flow in enumerate(flows))
+    return LoweredPlan(tuple(programs), bindings, depth)
+
+
+def explain(plan: CachePlan, lowered: LoweredPlan) -> str:
+    """A listing of the programs that a person can read."""
+    lines = [f"{plan.summary}: {plan.num_steps} steps, {len(lowered.programs)} programs"]
+    for program in lowered.programs:
+        segments = ", ".join(_describe(s) for s in program.segments)
+        macs = step_macs(plan.model, program.segments) / 1e6
+        lines.append(f"  {program.name}: {len(program.steps)} steps, {macs:.1f} MMACs a sample: {segments}")
+        if program.reads:
+            lines.append("    reads " + ", ".join(f"{e.name} x{n}" for e, n in program.reads))
+        if program.writes:
+            lines.append("    writes " + ", ".join(e.name for e in program.writes))
+    short = {p.name: ("F" if p.name == FULL else str(j)) for j, p in enumerate(lowered.programs)}
+    lines.append("  steps, noisiest first: " + " ".join(short[b.program] for b in lowered.bindings) + "  (F = step_full)")
+    return "\n".join(lines)
+
+
+def computed_tokens(segment: Segment, num_tokens: int) -> int:
+    """Blocks x tokens in which a segment computes a branch at least."""
+    if segment.mode == "compute" or (segment.mode == "reuse" and len(segment.branches) < 2):
+        return len(segment.blocks) * num_tokens
+    return len(segment.blocks) * len(segment.tokens)
+
+
+def merge(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+    """The segments with adjacent compute segments made one."""
+    merged: list[Segment] = []
+    for segment in segments:
+        if merged and segment.mode == merged[-1].mode == "compute":
+            merged[-1] = dataclasses.replace(merged[-1], stop=segment.stop)
+        else:
+            merged.append(segment)
+    return tuple(merged)
+
+
+def _shapes(segments: tuple[Segment, ...]) -> tuple[object, ...]:
+    """What two steps must have in common to share a program: all but which tokens."""
+    return tuple((s.start, s.stop, s.mode, s.order, s.branches, len(s.tokens)) for s in segments)
+
+
+def _read_counts(segments: tuple[Segment, ...], flow: StepFlow) -> tuple[tuple[Entry, int], ...]:
+    """Past values of each entry that the program takes: order + 1, even at early steps that have fewer."""
+    order = {b: s.order for s in segments for b in s.blocks}
+    return tuple((r.entry, 1 if r.entry.kind in ("k", "v") else order[r.entry.start] + 1) for r in flow.reads)
+
+
+def _bind(program: Program, flow: StepFlow, step: int, slot_of: dict[tuple[Entry, int], int]) -> Binding:
+    reads = {}
+    for read, (_, count) in zip(flow.reads, program.reads, strict=True):
+        slots = [slot_of[read.entry, source] for source in read.sources]
+        reads[read.entry.name] = slots + slots[-1:] * (count - len(slots))  # absent past values carry weight 0
+    return Binding(program.name, reads, {entry.name: slot_of[entry, step] for entry in flow.writes})
+
+
+def _describe(s: Segment) -> str:
+    what = {"partial": f"partial {len(s.tokens)} tokens", "reuse": f"reuse {'+'.join(s.branches)}"}.get(s.mode, s.mode)
+    return f"[{s.start},{s.stop}) {what}" + (f" order {s.order}" if s.mode != "compute" else "")

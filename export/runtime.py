@@ -1,0 +1,343 @@
+"""Runs an artefact: numpy and onnxruntime are all it needs.
+
+    sampler = CachedSampler("artefacts/digits", provider="cpu")
+    result = sampler.sample([0, 1, 2], seed=7)
+    result.images, result.receipt
+
+Shape suffixes: B images, C H W latent, M rows of the (doubled) batch, U distinct labels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from export.manifest import ArtefactError, read_manifest
+from tc_lightning.errors import TokenCacheError
+from tc_lightning.noise import initial_noise
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# ONNX element types that buffers have; numpy has no bfloat16, so types go by number.
+ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16, "int64": 7}
+CONDITION = "condition"
+_pool_size: list[int | None] = []  # threads of the process-wide pool, once it exists
+FULL = "step_full"
+
+
+class RuntimeUnavailableError(TokenCacheError):
+    """The provider that was asked for cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a request returns.
+
+    Args:
+        latents: the model's own output, [B, C, H, W] float32.
+        images: pixels in [-1, 1], [B, 3 or 1, H, W] float32; None for a model of latents, which its own decoder turns into images.
+        receipt: what ran, in plain JSON values.
+    """
+
+    latents: np.ndarray
+    images: np.ndarray | None
+    receipt: dict[str, Any]
+
+
+class CachedSampler:
+    """An artefact, loaded and ready. Requests share nothing but the weights.
+
+    Args:
+        path: artefact folder.
+        provider: `cpu` or `cuda`; there is no fallback from one to the other.
+        threads: threads on the CPU, in one pool that all samplers of the process share; None lets ONNX Runtime choose.
+        preload: load every program now, rather than at its first use.
+        manifest: for the exporter alone, which runs an artefact to prove it before its manifest is written.
+
+    Raises:
+        ArtefactError: if a file is missing, truncated or changed.
+        RuntimeUnavailableError: if the provider cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        provider: str = "cpu",
+        threads: int | None = None,
+        preload: bool = True,
+        manifest: dict[str, Any] | None = None,
+    ) -> None:
+        if provider not in PROVIDERS:
+            raise RuntimeUnavailableError(f"unknown provider {provider!r}: choose one of {', '.join(PROVIDERS)}.")
+        self.path, self.provider = Path(path), provider
+        self.manifest = manifest or read_manifest(self.path)
+        self._options = _session_options(provider, threads)
+        self._sessions: dict[str, ort.InferenceSession] = {}
+        if preload:
+            for name in [CONDITION, *self.manifest["programs"]]:
+                self.session(name)
+
+    def session(self, name: str) -> ort.InferenceSession:
+        """The session of `condition` or of a step program, loaded on first use."""
+        if name not in self._sessions:
+            self._sessions[name] = _open_session(self.path / f"{name}.onnx", self.provider, self._options)
+        return self._sessions[name]
+
+    def release(self) -> None:
+        """Drop all sessions and their memory; they load again when needed."""
+        self._sessions.clear()
+
+    def sample(
+        self,
+        labels: Sequence[int],
+        seed: int = 0,
+        guidance: float | None = None,
+        first_index: int = 0,
+        full: bool = False,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Result:
+        """Make one image for each label.
+
+        Args:
+            labels: classes.
+            seed: seed of the request; image i depends on (seed, first_index + i) and its label alone.
+            guidance: guidance scale; None takes the plan's.
+            first_index: index of the first image, to continue a series.
+            full: compute everything at every step (the baseline), with the same sampler.
+            on_step: called with (steps done, steps in all) after each step.
+
+        Raises:
+            TokenCacheError: if a label is out of range, guidance was not exported, or latents become NaN.
+        """
+        scale = self._check_request(labels, seed, first_index, guidance)
+        started = time.perf_counter()
+        request = _Request(self, np.asarray(labels, dtype=np.int64), seed, first_index, scale, full)
+        for step in range(self.manifest["steps"]):
+            request.run_step(step)
+            if on_step is not None:
+                on_step(step + 1, self.manifest["steps"])
+        latents = request.latents()
+        images = np.clip(latents, -1.0, 1.0) if self.manifest["model"]["in_channels"] in (1, 3) else None
+        return Result(latents, images, self._receipt(request, seed, first_index, time.perf_counter() - started))
+
+    def _check_request(self, labels: Sequence[int], seed: int, first_index: int, guidance: float | None) -> float:
+        classes, plan = self.manifest["model"]["num_classes"], self.manifest["guidance"]
+        if len(labels) == 0:
+            raise TokenCacheError("no labels were given: name one class for each image.")
+        for label in labels:
+            if int(label) != label or not 0 <= label < classes:
+                raise TokenCacheError(f"label {label} is out of range: this artefact has classes 0 to {classes - 1}.")
+        if not 0 <= seed < 2**63:
+            raise TokenCacheError(f"seed {seed} is out of range: choose 0 to 2**63 - 1.")
+        if not 0 <= first_index < 2**63:
+            raise TokenCacheError(f"first_index {first_index} is out of range: choose 0 to 2**63 - 1.")
+        scale = float(plan["scale"] if guidance is None else guidance)
+        if not np.isfinite(scale):
+            raise TokenCacheError(f"guidance {scale} is not a number that can be used.")
+        if plan["scale"] == 1.0 and scale != 1.0:
+            raise TokenCacheError(
+                f"guidance {scale:g} was asked for, but this artefact was planned at scale 1 and holds no unconditional half. "
+                "Fit with model.guidance_scale set, and export again."
+            )
+        return scale
+
+    def _receipt(self, request: _Request, seed: int, first_index: int, seconds: float) -> dict[str, Any]:
+        m = self.manifest
+        planned = float(m["guidance"]["scale"])
+        return {
+            "plan_digest": m["plan_digest"],
+            "weights_sha256": m.get("files", {}).get("weights.data", {}).get("sha256"),
+            "teacher": m["teacher"],
+            "precision": m["precision"],
+            "seed": seed,
+            "first_index": first_index,
+            "images": len(request.labels_B),
+            "labels": request.labels_B.tolist(),
+            "guidance": {"scale": request.scale, "planned": planned, "as_planned": request.scale == planned},
+            "provider": self.provider,
+            "nodes_per_provider": {name: _nodes_per_provider(s) for name, s in self._sessions.items() if name in request.ran},
+            "full_compute": request.full,
+            "steps_per_program": {name: count for name, count in request.ran.items() if name != CONDITION},
+            "steps_reading_cache": request.cached_steps,
+            "cache_engaged": request.cached_steps > 0,
+            "blocks_x_tokens_computed": request.computed,
+            "blocks_x_tokens_share": request.computed / (m["steps"] * m["model"]["depth"] * m["model"]["tokens"]),
+            "cache_bytes": request.cache_bytes,
+            "ms_per_program": {name: 1e3 * value for name, value in request.seconds.items()},
+            "ms": 1e3 * seconds,
+        }
+
+
+class _Request:
+    """Buffers of one request and its progress through the steps; nothing of it outlives the request."""
+
+    def __init__(self, owner: CachedSampler, labels_B: np.ndarray, seed: int, first: int, scale: float, full: bool) -> None:
+        self.owner, self.labels_B, self.scale, self.full = owner, labels_B, scale, full
+        self.ran: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.cached_steps = self.computed = self.cache_bytes = 0
+        model = owner.manifest["model"]
+        latent = (model["in_channels"], model["input_size"], model["input_size"])
+        x_BCHW = initial_noise(seed, range(first, first + len(labels_B)), latent)
+        self._x, self._x_next = self._place(x_BCHW), self._empty("fp32", x_BCHW.shape)
+        self._m_prev, self._m = self._place(np.zeros_like(x_BCHW)), self._empty("fp32", x_BCHW.shape)
+        self._doubled = owner.manifest["guidance"]["scale"] != 1.0
+        rows_M, self._labels_U = self._label_rows(labels_B, model["num_classes"])
+        self._rows, self._scale = self._place(rows_M), self._place(np.float32(scale))
+        self._slots = {} if full else self._allocate_cache(len(rows_M))
+        self._mods, self._first, self._chunk = None, 0, range(0)
+
+    def run_step(self, step: int) -> None:
+        """Run one step program and exchange the buffers."""
+        manifest = self.owner.manifest
+        bound: dict[str, Any] = {"program": FULL, "reads": {}, "writes": {}} if self.full else manifest["schedule"][step]
+        if step not in self._chunk:
+            self._condition(step)
+        program = manifest["programs"][bound["program"]]
+        binding = self._bind(bound, program, step)
+        started = time.perf_counter()
+        self.owner.session(bound["program"]).run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        self.seconds[bound["program"]] += time.perf_counter() - started
+        self._x, self._x_next, self._m, self._m_prev = self._x_next, self._x, self._m_prev, self._m
+        self.ran[bound["program"]] += 1
+        self.cached_steps += bool(bound["reads"])
+        self.computed += program["blocks_x_tokens"]
+        if not np.isfinite(self._x.numpy()).all():
+            raise TokenCacheError(
+                f"latents became NaN or infinite at step {step} in program {bound['program']}: "
+                "lower the guidance scale, or export with --precision fp32."
+            )
+
+    def latents(self) -> np.ndarray:
+        """Current latents on the host."""
+        return np.array(self._x.numpy())
+
+    def _bind(self, bound: dict[str, Any], program: dict[str, Any], step: int) -> Any:
+        values = {"x": self._x, "m_prev": self._m_prev, "step": self._place(np.int64(step))}
+        values |= {"first_step": self._first, "mods": self._mods, "rows": self._rows, "guidance": self._scale}
+        for entry, slots in bound["reads"].items():
+            values |= {f"{entry}.{j}": self._slots[entry][slot] for j, slot in enumerate(slots)}
+        targets = {"x_next": self._x_next, "m": self._m}
+        targets |= {f"{entry}.new": self._slots[entry][slot] for entry, slot in bound["writes"].items()}
+        binding = self.owner.session(bound["program"]).io_binding()
+        for name in program["inputs"]:
+            binding.bind_ortvalue_input(name, values[name])
+        for name in program["outputs"]:
+            binding.bind_ortvalue_output(name, targets[name])
+        return binding
+
+    def _condition(self, step: int) -> None:
+        """Modulations of the next chunk of steps, for every distinct label, on the device."""
+        manifest = self.owner.manifest
+        rows, width = 6 * manifest["model"]["depth"] + 2, manifest["model"]["width"]
+        per_step = len(self._labels_U) * rows * width
+        count = max(1, min(manifest["steps"] - step, manifest["condition_values"] // per_step))
+        self._chunk, self._first = range(step, step + count), self._place(np.int64(step))
+        self._mods = self._empty(manifest["precision"], (count, len(self._labels_U), rows, width))
+        session = self.owner.session(CONDITION)
+        binding = session.io_binding()
+        binding.bind_ortvalue_input("steps", self._place(np.arange(step, step + count)))
+        binding.bind_ortvalue_input("labels", self._place(self._labels_U))
+        binding.bind_ortvalue_output("mods", self._mods)
+        started = time.perf_counter()
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        self.seconds[CONDITION] += time.perf_counter() - started
+        self.ran[CONDITION] += 1
+
+    def _label_rows(self, labels_B: np.ndarray, null: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row of each batch entry in the list of distinct labels, and that list; the unconditional half shares one."""
+        labels_M = np.concatenate([labels_B, np.full_like(labels_B, null)]) if self._doubled else labels_B
+        distinct_U, rows_M = np.unique(labels_M, return_inverse=True)
+        return rows_M.astype(np.int64), distinct_U
+
+    def _allocate_cache(self, rows: int) -> dict[str, list[Any]]:
+        manifest, slots = self.owner.manifest, {}
+        for name, entry in manifest["entries"].items():
+            shape = (rows, *entry["shape"])
+            slots[name] = [self._empty(manifest["precision"], shape) for _ in range(entry["slots"])]
+            width = 4 if manifest["precision"] == "fp32" else 2
+            self.cache_bytes += entry["slots"] * int(np.prod(shape)) * width
+        return slots
+
+    def _empty(self, dtype: str, shape: tuple[int, ...]) -> Any:
+        return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), ELEMENT_TYPES[dtype], self.owner.provider, 0)
+
+    def _place(self, array: np.ndarray | np.generic) -> Any:
+        return ort.OrtValue.ortvalue_from_numpy(np.asarray(array), self.owner.provider, 0)
+
+
+def _session_options(provider: str, threads: int | None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    _share_threads(options, threads)
+    if provider == "cuda":
+        _require_cuda()
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return options
+
+
+def _share_threads(options: ort.SessionOptions, threads: int | None) -> None:
+    """Let all sessions of the process use one thread pool.
+
+    With a pool each, the threads of the program that ran last spin on the cores that the next one needs: on two cores the first
+    full step after a cheap one took twice its time.
+    """
+    if not _pool_size:
+        with contextlib.suppress(Exception):  # someone else has made the pool already: then it is used as it is
+            ort.set_global_thread_pool_sizes(threads or 0, 1)
+        _pool_size.append(threads)
+    if threads in (None, _pool_size[0]):
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+
+def _require_cuda() -> None:
+    """Say what is missing, rather than run on the CPU as ONNX Runtime would."""
+    if PROVIDERS["cuda"] not in ort.get_available_providers():
+        raise RuntimeUnavailableError(
+            "provider cuda was asked for, but this onnxruntime has no CUDA provider: install onnxruntime-gpu, and uninstall "
+            "onnxruntime if both are installed (the CPU package hides the other). Or ask for provider cpu."
+        )
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
+
+
+def _open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.InferenceSession:
+    name = PROVIDERS[provider]
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[name])
+    except Exception as error:
+        if provider == "cuda":
+            raise RuntimeUnavailableError(
+                f"{path.name} cannot run on CUDA: {_first_line(error)} Check that a GPU is visible (nvidia-smi) and that its driver, "
+                "CUDA and cuDNN match this onnxruntime-gpu. Or ask for provider cpu."
+            ) from error
+        raise ArtefactError(
+            f"{path} cannot be loaded: {_first_line(error)} Export it again with `python export/to_onnx.py`."
+        ) from error
+    if name not in session.get_providers():
+        raise RuntimeUnavailableError(f"{path.name} was to run on {name}, but ONNX Runtime gave {session.get_providers()}.")
+    return session
+
+
+def _nodes_per_provider(session: ort.InferenceSession) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        counts[part.ep_name] += len(part.get_nodes())
+    return dict(counts)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,65 @@
+"""Make images with an artefact.
+
+python export/sample.py artefacts/digits --labels 0 1 2 3 --out grid.png --receipt receipt.json --compare
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from export.command import run
+from export.fidelity import psnr
+from export.grid import difference_pixels, save_grid, to_pixels
+from export.runtime import CachedSampler, Result
+from tc_lightning.errors import TokenCacheError
+
+GAIN = 10.0  # of the difference row
+
+
+def main() -> None:
+    """Command line."""
+    args = _arguments()
+    for path in (args.out, args.receipt):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise TokenCacheError(f"cannot write {path}: the folder {path.resolve().parent} does not exist.")
+        if path is not None and path.is_dir():
+            raise TokenCacheError(f"cannot write {path}: it is a folder. Name a file in it.")
+    sampler = CachedSampler(args.artefact, provider=args.provider)
+    cached = _sample(sampler, args, full=False)
+    rows = {"cached": to_pixels(cached.latents)}
+    receipt = cached.receipt
+    if args.compare:
+        full = _sample(sampler, args, full=True)
+        rows |= {"full": to_pixels(full.latents), f"diff x{GAIN:g}": difference_pixels(cached.latents, full.latents, GAIN)}
+        receipt |= {"compare": {"psnr_db": psnr(cached.latents, full.latents), "full": full.receipt}}
+        print(f"PSNR {receipt['compare']['psnr_db']:.1f} dB, cached against full compute (python export/verify.py measures the speed)")
+    save_grid(rows, args.out)
+    if args.receipt is not None:
+        args.receipt.write_text(json.dumps(receipt, indent=1) + "\n")
+    print(f"wrote {args.out}" + (f" and {args.receipt}" if args.receipt else ""))
+
+
+def _sample(sampler: CachedSampler, args: argparse.Namespace, full: bool) -> Result:
+    with tqdm(total=sampler.manifest["steps"], desc="full" if full else "cached", unit="step") as bar:
+        return sampler.sample(args.labels, args.seed, args.guidance, full=full, on_step=lambda done, _: bar.update(done - bar.n))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artefact", type=Path, help="artefact folder, as written by export/to_onnx.py")
+    parser.add_argument("--labels", type=int, nargs="+", required=True, help="one class for each image")
+    parser.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG to write")
+    parser.add_argument("--receipt", type=Path, help="JSON to write: what ran, where, how long")
+    parser.add_argument("--compare", action="store_true", help="add a full-compute row and the difference")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance", type=float, help="guidance scale (default: the plan's)")
+    parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,61 @@
+"""Export a run's plan and teacher to an ONNX artefact.
+
+    python export/to_onnx.py                                     the newest run under runs/, to artefacts/NAME
+    python export/to_onnx.py --run runs/digits/version_3 --precision fp16
+    python export/to_onnx.py --explain                           print the programs of the plan and write nothing
+
+Exit status: 0 proved and written; 2 an error in what was given; 3 the artefact disagrees with torch, and nothing was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from export.command import positive, run
+from export.compiler import export_artefact
+from export.programs import explain, lower
+from tc_lightning.costs import cache_bytes_per_image, full_step_macs, macs_speedup
+from tc_lightning.models.checkpoints import load_teacher
+from tc_lightning.plan import CachePlan
+from tc_lightning.runs import find_run, read_run
+
+FEW_IMAGES_ABOVE = 5e9  # MACs of a forward beyond which a proof on several images takes minutes on a CPU
+
+
+def main() -> None:
+    """Command line."""
+    args = _arguments()
+    run_info = read_run(args.run or find_run(Path("runs")))
+    plan = CachePlan.load(args.plan or run_info.plan)
+    print(f"run {run_info.folder}, teacher {run_info.teacher.weights}")
+    if args.explain:
+        print(explain(plan, lower(plan)))
+        return
+    model = load_teacher(run_info.teacher)
+    out = args.out or Path("artefacts") / (run_info.name + ("" if args.precision == "fp32" else f"-{args.precision}"))
+    images = args.images or (1 if full_step_macs(plan.model) > FEW_IMAGES_ABOVE else 4)
+    cache = cache_bytes_per_image(plan, 4 if args.precision == "fp32" else 2)
+    print(f"plan {plan.summary}: {macs_speedup(plan):.2f}x fewer MACs, cache {cache / 1e6:.2f} MB an image")
+    manifest = export_artefact(model, plan, out, args.precision, args.provider, images)
+    parity, fidelity = manifest["parity"], manifest["fidelity"]
+    print(f"export error  {parity['trajectory_rel_l2']:.1e} relative L2 over whole trajectories, ONNX Runtime against torch")
+    print(f"method error  {fidelity['psnr_db']:.1f} dB PSNR, cached against full compute")
+    print(f"speed         {manifest['macs_speedup']:.2f}x in MACs, {fidelity['wall_speedup']:.2f}x on the clock ({args.provider})")
+    print(f"wrote {out}\nnext: python export/sample.py {out} --labels 0 1 2 3 --out grid.png --compare")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="run folder, as printed by `lightning fit` (default: the newest under runs/)")
+    parser.add_argument("--plan", type=Path, help="plan to export instead of the run's own")
+    parser.add_argument("--out", type=Path, help="artefact folder (default: artefacts/NAME OF THE RUN)")
+    parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32")
+    parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="provider that the proof runs on")
+    parser.add_argument("--images", type=positive, help="images in the proof (default: 4, or 1 for a large model)")
+    parser.add_argument("--explain", action="store_true", help="print the plan's programs and exit")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main)
