@@ -1,0 +1,99 @@
+"""What the tests of plans, caching and export share: tiny teachers with open gates, and plans that use every mode."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.models.dit import DiT, DiTConfig, randomise_
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature, Segment, compute, partial, reuse, skip
+from tc_lightning.sampling import model_signature
+
+torch.set_num_threads(1)
+
+CONFIG = DiTConfig(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=4, num_heads=2, num_classes=5)
+SIGNATURE = ModelSignature("dit", 4, 16, 32, 2, 128, 2, 4, 8, 8, 5, "0" * 64)
+FULL = (compute(0, 4),)
+Steps = tuple[tuple[Segment, ...], ...]
+
+# Every mode, every order, token sets that change from step to step, and forecasts that lack past values at first.
+EVERY_MODE: Steps = (
+    FULL,
+    (compute(0, 2), compute(2, 4)),
+    (reuse(0, 1, ("mlp",), 1), skip(1, 3, 2), partial(3, 4, (0, 3, 7), 0, ("mlp",))),
+    FULL,
+    (reuse(0, 1, ("mlp",), 1), skip(1, 3, 1), partial(3, 4, (2, 4, 15), 0, ("mlp",))),
+    (partial(0, 2, (1, 5, 6, 9, 15), 1), compute(2, 3), reuse(3, 4, ("attn", "mlp"), 2)),
+    (partial(0, 2, (0, 2, 3, 13, 14), 1), compute(2, 3), reuse(3, 4, ("attn", "mlp"), 2)),
+    (skip(0, 4, 0),),
+)
+
+
+def make_teacher(seed: int = 0, **changes: Any) -> DiT:
+    """A frozen teacher whose blocks matter: weights of 0.2 make gates and branches of order 1."""
+    return randomise_(DiT(dataclasses.replace(CONFIG, **changes)), seed, std=0.2).eval().requires_grad_(False)
+
+
+def make_plan(
+    model: DiT | ModelSignature,
+    steps: Steps = EVERY_MODE,
+    guidance: Guidance | None = None,
+    sampler: str = "ddim",
+    spacing: str = "uniform",
+    **provenance: Any,
+) -> CachePlan:
+    """A plan; guidance 1.5 on three channels unless told otherwise."""
+    signature = model if isinstance(model, ModelSignature) else model_signature(model)
+    table = make_sampler(sampler, len(steps), spacing)
+    return CachePlan(signature, table, guidance or Guidance(1.5, min(3, signature.in_channels)), steps, provenance)
+
+
+def random_steps(seed: int, num_steps: int = 7, depth: int = 4, tokens: int = 16) -> Steps:
+    """Random steps after a full one, valid by construction."""
+    rng = random.Random(seed)
+
+    def segment(start: int, stop: int) -> Segment:
+        order = rng.randrange(3)
+        match rng.choice(("compute", "compute", "partial", "mlp", "reuse", "skip")):
+            case "compute":
+                return compute(start, stop)
+            case "skip":
+                return skip(start, stop, order)
+            case "reuse":
+                return reuse(start, stop, rng.choice((("attn",), ("mlp",), ("attn", "mlp"))), order)
+            case kind:
+                kept = tuple(rng.sample(range(tokens), rng.choice((1, 5, tokens))))
+                return partial(start, stop, kept, order, ("mlp",) if kind == "mlp" else ("attn", "mlp"))
+
+    steps = [(compute(0, depth),)]
+    for _ in range(num_steps - 1):
+        cuts = [0, *sorted(rng.sample(range(1, depth), rng.randrange(depth))), depth]
+        steps.append(tuple(segment(a, b) for a, b in itertools.pairwise(cuts)))
+    return tuple(steps)
+
+
+@pytest.fixture(scope="session")
+def teacher() -> DiT:
+    return make_teacher()
+
+
+@pytest.fixture(scope="session")
+def plan(teacher: DiT) -> CachePlan:
+    return make_plan(teacher)
+
+
+@pytest.fixture(scope="session")
+def artefact(teacher: DiT, plan: CachePlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The plan of every mode as an fp32 artefact. Copy it before changing a byte."""
+    from export.compiler import export_artefact
+
+    out = tmp_path_factory.mktemp("artefacts") / "tiny"
+    export_artefact(teacher, plan, out, "fp32", "cpu", images=2, report=lambda _: None)
+    return out

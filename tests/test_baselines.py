@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+
+from tc_lightning.costs import full_step_macs, macs_speedup, plan_macs, step_macs
+from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.errors import PlanError
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature, skip
+from tc_lightning.policies.fewer_steps import fewer_steps_plan
+from tc_lightning.policies.uniform import uniform_reuse_plan
+
+SIGNATURE = ModelSignature("dit", 12, 64, 96, 3, 384, 2, 1, 1, 16, 10, "0" * 64)
+GUIDANCE = Guidance(1.5, 1)
+FULL = full_step_macs(SIGNATURE)
+SKIPPED = step_macs(SIGNATURE, (skip(0, 12),))
+
+
+@pytest.mark.parametrize(("budget", "steps"), [(20 * FULL, 20), (20.9 * FULL, 20), (FULL, 1)])
+def test_fewer_steps_spends_what_it_is_given(budget: float, steps: int):
+    plan = fewer_steps_plan(SIGNATURE, "dpmpp_2m", "logsnr", GUIDANCE, budget)
+    assert plan.num_steps == steps
+    assert plan.full_steps == list(range(steps))
+    assert plan_macs(plan) == steps * FULL <= budget
+    assert plan.sampler == make_sampler("dpmpp_2m", steps, "logsnr")
+    assert CachePlan.from_json(plan.to_json()) == plan
+
+
+def test_fewer_steps_needs_a_step():
+    with pytest.raises(PlanError, match="does not pay for one full step"):
+        fewer_steps_plan(SIGNATURE, "ddim", "uniform", GUIDANCE, 0.99 * FULL)
+
+
+def test_uniform_at_a_whole_ratio_is_every_nth_step():
+    target = 12 * FULL / (4 * FULL + 8 * SKIPPED)  # what every third of 12 steps comes to
+    plan = uniform_reuse_plan(SIGNATURE, make_sampler("ddim", 12), GUIDANCE, target)
+    assert plan.full_steps == [0, 3, 6, 9]
+    assert macs_speedup(plan) == pytest.approx(target)
+    assert {plan.steps[i] for i in (1, 2, 11)} == {(skip(0, 12, 0),)}
+
+
+@pytest.mark.parametrize("target", [1.3, 2.5, 3.0, 7.7])
+def test_uniform_spreads_full_steps_evenly_and_uses_the_budget(target: float):
+    plan = uniform_reuse_plan(SIGNATURE, make_sampler("ddim", 50), GUIDANCE, target)
+    gaps = {b - a for a, b in zip(plan.full_steps, [*plan.full_steps[1:], 50], strict=True)}
+    assert max(gaps) - min(gaps) <= 1
+    assert plan_macs(plan) <= 50 * FULL / target < plan_macs(plan) + FULL - SKIPPED
+    assert CachePlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("target", [0.5, 1.0, 1000.0])
+def test_uniform_says_what_is_reachable(target: float):
+    most = 50 * FULL / (FULL + 49 * SKIPPED)
+    with pytest.raises(PlanError, match=f"up to {most:.2f}"):
+        uniform_reuse_plan(SIGNATURE, make_sampler("ddim", 50), GUIDANCE, target)

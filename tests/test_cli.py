@@ -1,0 +1,146 @@
+"""The command line: every shipped config runs (on a tiny teacher, for a few steps), and what is wrong is said clearly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tc_lightning.cli import main
+from tc_lightning.models.checkpoints import save_teacher
+from tc_lightning.models.dit import DiT, DiTConfig, randomise_
+from tc_lightning.runs import find_run, read_run
+from tc_lightning.training.checkpointing import newest_valid_checkpoint
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "lightning_configs"
+TINY = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=32, depth=2, num_heads=2, num_classes=4, learn_sigma=False)
+OVERLAY = """
+model:
+  init_args:
+    teacher: {weights: tiny.safetensors, preset: null, input_size: null}
+    num_steps: 6
+    sensitivity_samples: 2
+    policy: {init_args: {target_speedup: 1.5}}
+data:
+  init_args: {num_train: 16, num_val: 16}
+trainer: {max_steps: 4, val_check_interval: 2}
+"""
+SHORT = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.accelerator", "cpu"]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with a tiny teacher in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning"])
+    (tmp_path / "tiny.yaml").write_text(OVERLAY)
+    save_teacher(randomise_(DiT(TINY), seed=0), tmp_path / "tiny.safetensors")
+    return tmp_path
+
+
+def distil(config: str, *extra: str) -> list[str]:
+    """Arguments that shrink a distillation config to seconds."""
+    return ["fit", "-c", str(CONFIGS / config), "-c", "tiny.yaml", *SHORT, *extra]
+
+
+@pytest.mark.parametrize("config", ["digits.yaml", "dit_xl2_256.yaml"])
+def test_distillation_configs_run_to_a_plan(config: str, workplace: Path) -> None:
+    main(distil(config))
+    run = read_run(find_run(Path("runs")))
+    assert run.plan.exists()
+    assert run.scores.exists()
+    assert run.name == Path(config).stem
+    assert {p.name for p in (run.folder / "figures").iterdir()} == {"importance.png", "sensitivity.png"}
+
+
+def test_overlays_apply(workplace: Path) -> None:
+    arguments = distil("digits.yaml", "--trainer.devices", "1")
+    overlays = [part for name in ("ddp.yaml", "bf16.yaml") for part in ("-c", str(CONFIGS / name))]
+    main([*arguments[:5], *overlays, *arguments[5:]])
+    torch.distributed.destroy_process_group()  # Lightning leaves it to the end of the process
+    written = (find_run(Path("runs")) / "config.yaml").read_text()
+    assert "strategy: ddp" in written
+    assert "precision: bf16-mixed" in written
+
+
+def test_validate_and_test_run(workplace: Path) -> None:
+    for command in ("validate", "test"):
+        main([command, *distil("digits.yaml", "--trainer.limit_test_batches", "1")[1:]])
+    assert not list(Path("runs").rglob("run.json"))  # planning belongs to fit
+
+
+def teacher_arguments(config: str) -> list[str]:
+    sizes = {"hidden_size": 32, "depth": 2, "num_heads": 2}
+    shape = [part for name, value in sizes.items() for part in (f"--model.init_args.dit.{name}", str(value))]
+    return ["fit", "-c", str(CONFIGS / config), *shape, *SHORT, "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+
+
+def test_digits_teacher_trains_and_shows_samples(workplace: Path) -> None:
+    main(teacher_arguments("digits_teacher.yaml"))
+    folder = Path("runs/digits_teacher/version_0")
+    assert (folder / "teacher.safetensors").exists()
+    assert Image.open(folder / "samples" / "step-000002.png").size[0] > 16 * 8
+
+
+def test_imagefolder_teacher_trains_and_feeds_distillation(workplace: Path) -> None:
+    for i in range(12):
+        folder = workplace / "images" / f"class{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 48), (20 * i, 80, 120)).save(folder / f"{i}.png")
+    size = ["--model.init_args.dit.input_size", "8", "--data.init_args.size", "8", "--data.init_args.batch_size", "4"]
+    main([*teacher_arguments("imagefolder_teacher.yaml"), *size, "--model.init_args.dit.num_classes", "2"])
+    trained = next(Path("runs").rglob("teacher.safetensors"))
+    main([*distil("digits.yaml"), "--model.init_args.teacher.weights", str(trained), "--model.init_args.guidance_channels", "2"])
+    assert read_run(find_run(Path("runs"))).teacher.weights == str(trained)
+
+
+def test_unknown_key_is_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*distil("digits.yaml"), "--model.init_args.no_such_key", "1"])
+    assert stop.value.code == 2
+    assert "no_such_key" in capsys.readouterr().err
+
+
+def test_missing_teacher_is_one_paragraph(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*distil("digits.yaml"), "--model.init_args.teacher.weights", "absent.pt"])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "absent.pt" in message
+    assert "Traceback" not in message
+
+
+def test_resume_passes_over_a_damaged_checkpoint(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(distil("digits.yaml"))
+    folder = Path("runs/digits/version_0/checkpoints")
+    newest = newest_valid_checkpoint(folder)
+    assert newest is not None
+    damaged = folder / "zz.ckpt"
+    damaged.write_bytes(newest.read_bytes()[:1000])
+    capsys.readouterr()
+    main([*distil("digits.yaml", "--ckpt_path", "last"), "--trainer.max_steps", "6"])
+    told = capsys.readouterr().out
+    assert "zz.ckpt" in told
+    assert "resuming from" in told
+    state = torch.load(Path("runs/digits/version_1/checkpoints/last.ckpt"), weights_only=True)
+    assert state["global_step"] == 6
+
+
+def test_resume_with_nothing_to_resume_starts_afresh(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*distil("digits.yaml"), "--ckpt_path", "last"])
+    assert "starting afresh" in capsys.readouterr().out
+    assert find_run(Path("runs")).name == "version_0"
+
+
+@pytest.mark.parametrize("command", [["lightning"], ["tc-lightning"], [sys.executable, "-m", "tc_lightning"]])
+def test_three_names_are_one_command(command: list[str]) -> None:
+    if len(command) == 1:
+        command = [str(Path(sys.executable).parent / command[0])]
+    told = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "fit" in told
+    assert "validate" in told

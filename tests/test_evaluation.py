@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.evaluation import BATCH, RolloutEvaluator, psnr_db
+from tc_lightning.models.dit import DiT, DiTConfig, randomise_
+from tc_lightning.plan import CachePlan, Guidance, compute, skip
+from tc_lightning.sampling import full_plan, model_signature, noise_for, sample
+
+CONFIG = DiTConfig(input_size=4, patch_size=2, in_channels=2, hidden_size=16, depth=3, num_heads=2, num_classes=5, learn_sigma=False)
+GUIDANCE = Guidance(1.5, 2)
+SAMPLER = make_sampler("ddim", 4)
+IMAGES = BATCH + 3
+
+
+@pytest.fixture(scope="module")
+def model() -> DiT:
+    return randomise_(DiT(CONFIG), seed=0, std=0.1).eval()
+
+
+@pytest.fixture(scope="module")
+def evaluator(model: DiT) -> RolloutEvaluator:
+    x_T, labels = noise_for(0, range(IMAGES), model), torch.arange(IMAGES) % 5
+    return RolloutEvaluator(model, x_T, labels, sample(model, full_plan(model_signature(model), SAMPLER, GUIDANCE), x_T, labels))
+
+
+def caching_plan(model: DiT, signature_changes: dict[str, str] | None = None) -> CachePlan:
+    signature = dataclasses.replace(model_signature(model), **(signature_changes or {}))
+    full, skipped = (compute(0, 3),), (skip(0, 3),)
+    return CachePlan(signature, SAMPLER, GUIDANCE, (full, skipped, full, skipped))
+
+
+def test_psnr_is_the_mean_over_images():
+    assert psnr_db(torch.tensor([4e-4, 4e-2])) == pytest.approx((40 + 20) / 2)
+    assert psnr_db(0.01, data_range=1.0) == pytest.approx(20)
+    assert psnr_db(torch.zeros(2)) == math.inf
+
+
+def test_full_compute_has_no_error_but_rounding(model: DiT, evaluator: RolloutEvaluator):
+    assert evaluator(full_plan(model_signature(model), SAMPLER, GUIDANCE)) < 1e-10
+
+
+def test_errors_are_those_of_the_first_images_whatever_the_batches(model: DiT, evaluator: RolloutEvaluator):
+    plan = caching_plan(model)
+    x_0 = sample(model, plan, evaluator.x_T, evaluator.labels)  # all in one batch
+    expected_B = (x_0 - evaluator.x_0).square().mean((1, 2, 3))
+    assert expected_B.min() > 1e-8  # caching did something
+    torch.testing.assert_close(evaluator.mse_per_image(plan), expected_B, rtol=1e-3, atol=1e-9)
+    assert evaluator(plan, 2) == pytest.approx(expected_B[:2].mean().item(), rel=1e-3)
+    assert evaluator.psnr(plan) == pytest.approx(psnr_db(expected_B), abs=1e-2)
+
+
+def test_a_plan_that_diverges_scores_infinity(model: DiT, evaluator: RolloutEvaluator):
+    steps = list(SAMPLER.steps)
+    steps[2] = dataclasses.replace(steps[2], next_x=1e38, next_m=1e38)
+    sampler = dataclasses.replace(SAMPLER, steps=tuple(steps))
+    assert evaluator(full_plan(model_signature(model), sampler, GUIDANCE)) == math.inf
+
+
+def test_mistakes_are_not_taken_for_divergence(model: DiT, evaluator: RolloutEvaluator):
+    x_T, labels, x_0 = evaluator.x_T, evaluator.labels, evaluator.x_0
+    with pytest.raises(PlanError, match="another model"):
+        evaluator(caching_plan(model, {"family": "other"}))
+    with pytest.raises(TokenCacheError, match="1 to 19"):
+        evaluator(caching_plan(model), IMAGES + 1)
+    with pytest.raises(TokenCacheError, match="ddpm"):
+        evaluator(full_plan(model_signature(model), make_sampler("ddpm", 4), GUIDANCE))
+    with pytest.raises(TokenCacheError, match="out of range"):
+        RolloutEvaluator(model, x_T, labels + 5, x_0)
+    with pytest.raises(TokenCacheError, match="same images"):
+        RolloutEvaluator(model, x_T, labels[:3], x_0)
+    with pytest.raises(TokenCacheError, match="NaN"):
+        RolloutEvaluator(model, x_T, labels, x_0 * torch.nan)

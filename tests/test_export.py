@@ -1,0 +1,397 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import EVERY_MODE, FULL, make_plan, make_teacher, random_steps
+
+import export.compiler
+from export.command import run
+from export.compiler import export_artefact
+from export.manifest import read_manifest, sha256_of
+from export.onnx_dit import OnnxDiT, weight_layout
+from export.parity import Check, ParityError, relative_l2, require_parity
+from export.programs import lower
+from export.runtime import CachedSampler
+from export.verify import rebuild_teacher
+from tc_lightning.costs import cache_bytes_per_image, macs_speedup
+from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.models.dit import DiT
+from tc_lightning.plan import CachePlan, Guidance, partial, skip
+from tc_lightning.sampling import model_signature, noise_for, sample
+
+
+def export(model: DiT, plan: CachePlan, out: Path, precision: str = "fp32") -> dict[str, Any]:
+    return export_artefact(model, plan, out, precision, "cpu", images=2, report=lambda _: None)
+
+
+def torch_latents(model: DiT, plan: CachePlan, labels: list[int], seed: int) -> np.ndarray:
+    return sample(model, plan, noise_for(seed, range(len(labels)), model), torch.tensor(labels)).numpy()
+
+
+def worst_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    return max(relative_l2(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def graphs_of(folder: Path) -> dict[str, onnx.ModelProto]:
+    return {path.stem: onnx.load(str(path), load_external_data=False) for path in folder.glob("*.onnx")}
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in folder.iterdir()}
+
+
+# Parity
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], str, str, Guidance]] = {
+    "three of four channels": ({}, "ddim", "uniform", Guidance(1.5, 3)),
+    "all channels, no sigma, diffusers' conventions": (
+        {"learn_sigma": False, "freq_shift": 1.0, "mlp_norm_eps": 1e-2},
+        "dpmpp_2m",
+        "logsnr",
+        Guidance(2.5, 4),
+    ),
+    "no guidance, one channel": ({"in_channels": 1}, "ddim", "trailing", Guidance()),
+    "no guidance, multistep": ({"in_channels": 3, "mlp_norm_eps": 1e-5}, "dpmpp_2m", "uniform", Guidance()),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_mode_agrees_with_torch(tmp_path, name):
+    changes, sampler, spacing, guidance = VARIANTS[name]
+    model = make_teacher(2, **changes)
+    plan = make_plan(model, EVERY_MODE, guidance, sampler, spacing)
+    manifest = export(model, plan, tmp_path / "artefact")
+    assert manifest["parity"]["trajectory_rel_l2"] < 1e-5
+    assert max(row["rel_l2"] for row in manifest["parity"]["programs"]) < 1e-5
+    loaded = CachedSampler(tmp_path / "artefact")
+    for labels in ([4], [0, 3, 1], [2, 2, 0, 4, 1]):  # one artefact, any batch
+        expected = torch_latents(model, plan, labels, seed=11)
+        assert worst_error(loaded.sample(labels, seed=11).latents, expected) < 1e-5
+    full = make_plan(model, (FULL,) * 8, guidance, sampler, spacing)
+    full_x = torch_latents(model, full, labels, seed=11)
+    assert worst_error(loaded.sample(labels, seed=11, full=True).latents, full_x) < 1e-5
+    assert relative_l2(expected, full_x) > 1e-2  # caching is not so harmless here that parity would not notice it
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_plans_agree_with_torch(tmp_path, seed):
+    model = make_teacher(seed, depth=3)
+    plan = make_plan(model, random_steps(seed, num_steps=6, depth=3), sampler=("ddim", "dpmpp_2m")[seed % 2])
+    export(model, plan, tmp_path / "artefact")
+    loaded = CachedSampler(tmp_path / "artefact", preload=False)
+    assert worst_error(loaded.sample([1, 3], seed=5).latents, torch_latents(model, plan, [1, 3], 5)) < 1e-5
+
+
+def test_token_sets_of_two_segments_do_not_mix(tmp_path):
+    """Same counts, other tokens, in one program, changing from step to step in one segment alone."""
+    model = make_teacher(3)
+    p = [(partial(0, 2, (0, 1, 2)), partial(2, 4, kept)) for kept in ((0, 1, 2), (3, 9, 12), (13, 14, 15))]
+    plan = make_plan(model, (FULL, *p))
+    assert len(lower(plan).programs) == 3
+    export(model, plan, tmp_path / "artefact")
+    loaded = CachedSampler(tmp_path / "artefact", preload=False)
+    assert worst_error(loaded.sample([1, 3], seed=5).latents, torch_latents(model, plan, [1, 3], 5)) < 1e-5
+
+
+def test_full_plan(tmp_path):
+    model = make_teacher()
+    plan = make_plan(model, (FULL,) * 4)
+    manifest = export(model, plan, tmp_path / "artefact")
+    assert list(manifest["programs"]) == ["step_full"]
+    assert manifest["entries"] == {}
+    assert manifest["fidelity"]["psnr_db"] == 200.0
+
+
+def test_fp16(tmp_path):
+    model = make_teacher(2)
+    plan = make_plan(model)
+    manifest = export(model, plan, tmp_path / "half", "fp16")
+    parity = manifest["parity"]["trajectory_rel_l2"]
+    assert 1e-6 < parity < 3e-2
+    assert manifest["cache_bytes_per_image"] == cache_bytes_per_image(plan, 2)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert 2 * parameters <= (tmp_path / "half" / "weights.data").stat().st_size < 2.1 * parameters
+    result = CachedSampler(tmp_path / "half").sample([1, 2], seed=3)
+    assert result.latents.dtype == np.float32
+    assert result.receipt["cache_bytes"] == 2 * cache_bytes_per_image(plan, 2)
+    graph = graphs_of(tmp_path / "half")["step_full"].graph
+    types = {value.name: value.type.tensor_type.elem_type for value in [*graph.input, *graph.output]}
+    assert types == {
+        "x": onnx.TensorProto.FLOAT,
+        "step": onnx.TensorProto.INT64,
+        "first_step": onnx.TensorProto.INT64,
+        "mods": onnx.TensorProto.FLOAT16,
+        "rows": onnx.TensorProto.INT64,
+        "guidance": onnx.TensorProto.FLOAT,
+        "x_next": onnx.TensorProto.FLOAT,
+    }
+
+
+# Graphs
+
+
+def test_graphs_are_lean(artefact, plan):
+    programs = {p.name: p for p in lower(plan).programs}
+    graphs = graphs_of(artefact)
+    assert set(graphs) == {"condition", *programs}
+    for name, model in graphs.items():
+        assert [(o.domain, o.version) for o in model.opset_import] == [("", 23)]
+        ops = Counter(node.op_type for node in model.graph.node)
+        assert not {"If", "Loop", "Scan", "NonZero", "Shape", "TopK", "Where", "ScatterND", "ScatterElements"} & set(ops)
+        assert not any(a.type == onnx.AttributeProto.GRAPH for node in model.graph.node for a in node.attribute)
+        if name == "condition":
+            assert not {"Attention", "Transpose", "Split"} & set(ops)
+            continue
+        segments = programs[name].segments
+        attends = [b for s in segments for b in s.blocks if _computes(s, "attn")]
+        thinks = [b for s in segments for b in s.blocks if _computes(s, "mlp")]
+        attention = [node.name for node in model.graph.node if node.op_type == "Attention"]
+        assert [node.split("/")[0] for node in attention] == [f"blocks.{b}" for b in attends]
+        assert ops["Gelu"] == len(thinks)
+        assert ops["Transpose"] == 2  # patches in, patches out
+        assert ops["Split"] == 2  # adaLN terms, halves of guidance
+        assert ops["MatMul"] == 4 * len(attends) + 2 * len(thinks) + 1
+
+
+def _computes(segment: Any, branch: str) -> bool:
+    if segment.mode == "reuse":
+        return branch not in segment.branches
+    return segment.mode == "compute" or (segment.mode == "partial" and branch in segment.branches)
+
+
+def test_only_the_batch_is_symbolic(artefact, plan):
+    for name, model in graphs_of(artefact).items():
+        free = {"steps", "labels", "batch", "rows"}
+        for value in [*model.graph.input, *model.graph.output]:
+            dims = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+            assert {d for d in dims if isinstance(d, str)} <= free, (name, value.name)
+            assert all(d in free or d > 0 for d in dims)
+
+
+def test_programs_take_and_give_what_their_plan_says(artefact, plan):
+    graphs = graphs_of(artefact)
+    for program in lower(plan).programs:
+        graph = graphs[program.name].graph
+        inputs, outputs = [v.name for v in graph.input], [v.name for v in graph.output]
+        reads = [f"{e.name}.{j}" for e, n in program.reads for j in range(n)]
+        assert inputs == ["x", "step", "first_step", "mods", "rows", "guidance", *reads]
+        assert outputs == ["x_next", *(f"{e.name}.new" for e in program.writes)]
+        assert read_manifest(artefact)["programs"][program.name]["inputs"] == inputs
+
+
+def test_weights_are_stored_once(artefact, teacher):
+    parameters = {name: p.numel() * 4 for name, p in teacher.state_dict().items()}
+    size, total = (artefact / "weights.data").stat().st_size, sum(parameters.values())
+    assert total <= size < total + 32 * 4 + 64 * 6 * len(parameters)
+    placed: dict[str, set[tuple[str, ...]]] = {}
+    for model in graphs_of(artefact).values():
+        for tensor in model.graph.initializer:
+            if tensor.external_data:
+                place = {e.key: e.value for e in tensor.external_data}
+                assert place["location"] == "weights.data"
+                placed.setdefault(tensor.name, set()).add((place["offset"], place["length"]))
+            else:
+                assert int(np.prod(tensor.dims)) <= 8 * 256  # a timestep table is the largest
+    assert all(len(places) == 1 for places in placed.values())
+    assert len(placed) == len(dict(weight_layout(teacher))) + 1
+    graphs_size = sum(path.stat().st_size for path in artefact.glob("*.onnx"))
+    assert graphs_size < total
+
+
+def test_the_teacher_can_be_rebuilt_bit_for_bit(artefact, teacher):
+    rebuilt = rebuild_teacher(CachedSampler(artefact, preload=False))
+    assert rebuilt.config == teacher.config
+    original, state = teacher.state_dict(), rebuilt.state_dict()
+    assert set(state) == set(original)
+    assert all(torch.equal(state[name], original[name]) for name in original)
+    assert model_signature(rebuilt).teacher == model_signature(teacher).teacher
+
+
+def test_manifest(artefact, plan, teacher):
+    manifest = read_manifest(artefact)
+    assert set(manifest["files"]) == {p.name for p in artefact.iterdir()} - {"manifest.json"}
+    for name, entry in manifest["files"].items():
+        assert entry == {"sha256": sha256_of(artefact / name), "bytes": (artefact / name).stat().st_size}
+    assert manifest["plan_digest"] == plan.digest == CachePlan.load(artefact / "plan.json").digest
+    assert manifest["teacher"] == model_signature(teacher).teacher
+    assert manifest["macs_speedup"] == pytest.approx(macs_speedup(plan))
+    assert manifest["cache_bytes_per_image"] == cache_bytes_per_image(plan)
+    assert manifest["parity"]["images"] == 2
+    checked = {row["where"].split(",")[0] for row in manifest["parity"]["programs"]}
+    assert checked == {*manifest["programs"]}
+    assert manifest["fidelity"]["mse"] > 0
+    assert [b["program"] for b in manifest["schedule"]] == [b.program for b in lower(plan).bindings]
+    assert (artefact.stat().st_mode & 0o777) == 0o755
+
+
+# What must not happen
+
+
+def test_interrupted_export_leaves_the_old_artefact(tmp_path, monkeypatch, teacher, plan):
+    out = tmp_path / "artefact"
+    export(teacher, make_plan(teacher, (FULL, (skip(0, 4),))), out)
+    before = snapshot(out)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for stage in ("_write_graphs", "prove", "measure", "write_manifest"):
+        with monkeypatch.context() as patch:
+            patch.setattr(export_module(), stage, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                export(teacher, plan, out)
+        assert snapshot(out) == before
+        assert [p.name for p in tmp_path.iterdir()] == ["artefact"]
+    assert CachedSampler(out).sample([1]).latents.shape == (1, 4, 8, 8)
+
+
+def export_module() -> Any:
+    return sys.modules["export.compiler"]
+
+
+def test_interrupted_exchange_leaves_the_old_artefact(tmp_path, monkeypatch, teacher):
+    """The old folder is moved away before the new one takes its place; a failure in between must bring it back."""
+    out, plan = tmp_path / "artefact", make_plan(teacher, (FULL, (skip(0, 4),)))
+    export(teacher, plan, out)
+    before, rename = snapshot(out), Path.rename
+
+    def refuse_the_new(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial") and ".old." not in self.name:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse_the_new)
+    with pytest.raises(KeyboardInterrupt):
+        export(teacher, plan, out)
+    assert snapshot(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["artefact"]
+
+
+def test_what_a_killed_export_left_is_cleared(tmp_path, teacher):
+    stale = tmp_path / ".artefact.abc123.partial"
+    stale.mkdir()
+    (stale / "weights.data").write_bytes(b"x")
+    other = tmp_path / ".another.abc123.partial"
+    other.mkdir()
+    export(teacher, make_plan(teacher, (FULL,)), tmp_path / "artefact")
+    assert not stale.exists()
+    assert other.exists()
+
+
+def test_a_folder_that_is_no_artefact_is_never_replaced(tmp_path, teacher):
+    plan = make_plan(teacher, (FULL,))
+    precious = tmp_path / "runs"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(TokenCacheError, match=r"runs.*not an artefact"):
+        export(teacher, plan, precious)
+    assert (precious / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(TokenCacheError, match=r"file.*not an artefact"):
+        export(teacher, plan, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    export(teacher, plan, empty)
+    assert (empty / "manifest.json").is_file()
+
+
+def planted_scale_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of shift and scale exchanged in the final layer."""
+    original = OnnxDiT.unpack
+
+    def unpack(self: OnnxDiT, mods: Any, used: list[int]) -> Any:
+        blocks, final = original(self, mods, used)
+        return blocks, final._replace(shift=final.scale, scale=final.shift)
+
+    monkeypatch.setattr(OnnxDiT, "unpack", unpack)
+
+
+def test_planted_bug_is_found(tmp_path, monkeypatch, teacher, plan):
+    planted_scale_bug(monkeypatch)
+    with pytest.raises(ParityError, match=r"disagrees with the torch reference.*\n *step_00, step 0 +x_next ") as caught:
+        export(teacher, plan, tmp_path / "artefact")
+    assert "trajectory" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_planted_bug_in_one_program_is_found(tmp_path, monkeypatch, teacher):
+    """Forecast weights of the wrong step: full compute is right, and so is each graph's arithmetic."""
+    from export import emit
+
+    original = emit.forecast_table
+    monkeypatch.setattr(emit, "forecast_table", lambda *args: np.roll(original(*args), 1, axis=0))
+    plan = make_plan(teacher, (FULL, FULL, (skip(0, 4, 1),), (skip(0, 4, 1),)))
+    with pytest.raises(ParityError) as caught:
+        export(teacher, plan, tmp_path / "artefact")
+    assert "step_01, step 2" in str(caught.value)
+    assert "step_full" not in str(caught.value)
+
+
+def test_command_exits_with_3(tmp_path, monkeypatch, capsys, teacher, plan):
+    from export import to_onnx
+    from tc_lightning.models.checkpoints import TeacherSpec, save_teacher
+    from tc_lightning.runs import write_run
+
+    planted_scale_bug(monkeypatch)
+    save_teacher(teacher, tmp_path / "teacher.safetensors")
+    plan.save(tmp_path / "plan.json")
+    write_run(tmp_path, "tiny", TeacherSpec(str(tmp_path / "teacher.safetensors")), plan.model.teacher)
+    monkeypatch.setattr(sys, "argv", ["to_onnx", "--run", str(tmp_path), "--out", str(tmp_path / "out" / "tiny"), "--images", "1"])
+    with pytest.raises(SystemExit) as caught:
+        run(to_onnx.main)
+    assert caught.value.code == 3
+    assert "error: the artefact disagrees" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_parity_of_nan_is_refused():
+    assert relative_l2(np.array([np.nan]), np.array([1.0])) == float("inf")
+    for value in (float("nan"), float("inf"), 2e-4):
+        with pytest.raises(ParityError):
+            require_parity([Check("step_00", "x_next", value)], "fp32")
+    require_parity([Check("step_00", "x_next", 9e-5)], "fp32")
+
+
+def test_plan_of_another_model_is_refused(tmp_path, teacher, plan):
+    for other, field in ((make_teacher(7), "teacher"), (make_teacher(depth=5), "depth"), (make_teacher(input_size=12), "tokens")):
+        with pytest.raises(PlanError, match=f"differ in .*{field}"):
+            export(other, plan, tmp_path / "artefact")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stochastic_sampler_is_refused(tmp_path, teacher, plan):
+    noisy = dataclasses.replace(plan, sampler=make_sampler("ddpm", 8))
+    with pytest.raises(TokenCacheError, match=r"ddpm adds noise .* cannot be exported: plan with ddim"):
+        export(teacher, noisy, tmp_path / "artefact")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("value", "precision"), [(float("nan"), "fp32"), (1e6, "fp16")])
+def test_weights_that_do_not_fit_are_named(tmp_path, value, precision):
+    model = make_teacher()
+    model.blocks[2].mlp.fc1.bias[3] = value
+    with pytest.raises(TokenCacheError, match=rf"weight blocks\.2\.mlp\.fc1\.bias is not finite in {precision}"):
+        export(model, make_plan(model, (FULL,)), tmp_path / "artefact", precision)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replacing_an_artefact(tmp_path, teacher, plan):
+    out = tmp_path / "artefact"
+    export(teacher, plan, out)
+    assert len(list(out.glob("step_*.onnx"))) > 2
+    export(teacher, make_plan(teacher, (FULL,)), out)
+    assert sorted(p.name for p in out.glob("*.onnx")) == ["condition.onnx", "step_full.onnx"]
+    assert [p.name for p in tmp_path.iterdir()] == ["artefact"]
+    assert json.loads((out / "manifest.json").read_text())["steps"] == 1

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps
+
+from export.programs import FULL as STEP_FULL
+from export.programs import computed_tokens, explain, lower, merge
+from tc_lightning.dataflow import Entry, is_written, trace
+from tc_lightning.plan import Guidance, compute, partial, reuse, skip
+
+SPAN = Entry("span", 0, 4)
+SKIP = (skip(0, 4, 1),)
+
+
+def test_equal_steps_share_a_program():
+    plan = make_plan(SIGNATURE, (FULL, SKIP, SKIP, FULL, SKIP, FULL))
+    programs = {p.name: p for p in lower(plan).programs}
+    assert set(programs) == {"step_00", "step_01", STEP_FULL}
+    assert programs["step_00"].steps == (0, 3)  # full, and writes the span
+    assert programs["step_00"].writes == (SPAN,)
+    assert programs["step_01"].steps == (1, 2, 4)
+    assert programs["step_01"].reads == ((SPAN, 2),)
+    assert programs[STEP_FULL].steps == (5,)  # nobody reads the last one
+
+
+def test_which_tokens_and_how_compute_is_cut_make_no_program():
+    a = (partial(0, 2, (1, 5)), compute(2, 4))
+    b = (partial(0, 2, (0, 9)), compute(2, 3), compute(3, 4))
+    more = (partial(0, 2, (0, 9, 11)), compute(2, 4))
+    programs = lower(make_plan(SIGNATURE, (FULL, a, b, more))).programs
+    assert [p.steps for p in programs] == [(0,), (1, 2), (3,), ()]
+    assert programs[1].segments == a
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (skip(0, 4, 0),),
+        (skip(0, 2, 1), skip(2, 4, 1)),
+        (reuse(0, 4, ("attn",), 1),),
+        (reuse(0, 4, ("mlp",), 1),),
+        (partial(0, 4, (1,), 1),),
+        (partial(0, 4, (1,), 1, ("mlp",)),),
+        (compute(0, 1), skip(1, 4, 1)),
+    ],
+)
+def test_steps_that_differ_have_their_own(other):
+    lowered = lower(make_plan(SIGNATURE, (FULL, FULL, SKIP, other)))
+    assert lowered.bindings[2].program != lowered.bindings[3].program
+
+
+def test_step_full_always_exists():
+    for steps in ((FULL,), (FULL, FULL), (FULL, SKIP), EVERY_MODE):
+        full = lower(make_plan(SIGNATURE, steps)).programs[-1]
+        assert (full.name, full.segments, full.reads, full.writes) == (STEP_FULL, FULL, (), ())
+
+
+def test_missing_past_values_are_padded():
+    """An order-2 program runs at steps that have one, two and three past values; it always takes three."""
+    order2 = (skip(0, 4, 2),)
+    lowered = lower(make_plan(SIGNATURE, (FULL, order2, FULL, order2, FULL, order2)))
+    assert [p.steps for p in lowered.programs] == [(0, 2, 4), (1, 3, 5), ()]
+    assert lowered.programs[1].reads == ((SPAN, 3),)
+    assert [lowered.bindings[i].reads["span_0_4"] for i in (1, 3, 5)] == [[0, 0, 0], [1, 0, 0], [2, 1, 0]]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_schedule_delivers_the_values_that_the_plan_defines(seed):
+    """Run the schedule on buffers of plain labels: every read must find what the definition of a cache says it finds."""
+    plan = make_plan(SIGNATURE, EVERY_MODE if seed == 0 else random_steps(seed, num_steps=12))
+    lowered, flows = lower(plan), trace(plan)
+    buffers = {e.name: [None] * n for e, n in lowered.slots.items()}
+    programs = {p.name: p for p in lowered.programs}
+    assert len(lowered.bindings) == plan.num_steps
+    for i, bound in enumerate(lowered.bindings):
+        program = programs[bound.program]
+        assert i in program.steps
+        assert set(bound.reads) == {e.name for e, _ in program.reads}
+        assert set(bound.writes) == {e.name for e in program.writes}
+        for entry, count in program.reads:
+            written = [j for j in reversed(range(i)) if is_written(entry, plan.steps[j])][:count]
+            expected = written + written[-1:] * (count - len(written))
+            found = [buffers[entry.name][slot] for slot in bound.reads[entry.name]]
+            assert found == [(entry.name, j) for j in expected]
+            assert next(r.sources for r in flows[i].reads if r.entry == entry) == tuple(written)
+        assert not set(bound.reads) & set(bound.writes)  # what is read is not computed: no buffer is read and written at once
+        for name, slot in bound.writes.items():
+            buffers[name][slot] = (name, i)
+
+
+def test_slots_of_a_small_schedule_by_hand():
+    bindings = lower(make_plan(SIGNATURE, (FULL, FULL, SKIP, FULL, SKIP))).bindings
+    assert bindings[2].reads["span_0_4"] == [1, 0]  # latest first
+    assert bindings[3].writes == {"span_0_4": 0}  # the value of step 0 is dead
+    assert bindings[4].reads["span_0_4"] == [0, 1]
+
+
+def test_merge():
+    assert merge((compute(0, 1), compute(1, 3), skip(3, 4))) == (compute(0, 3), skip(3, 4))
+    assert merge((skip(0, 2), skip(2, 4))) == (skip(0, 2), skip(2, 4))  # two entries
+
+
+def test_computed_tokens():
+    cases = {
+        compute(0, 2): 32,
+        skip(0, 2): 0,
+        reuse(0, 2, ("attn",)): 32,
+        reuse(0, 2, ("attn", "mlp")): 0,
+        partial(0, 2, (1, 2, 3)): 6,
+    }
+    assert {segment: computed_tokens(segment, 16) for segment in cases} == cases
+
+
+def test_explain():
+    plan = make_plan(SIGNATURE, (FULL, SKIP, (partial(0, 3, (1, 2)), reuse(3, 4, ("mlp",)))), Guidance())
+    text = explain(plan, lower(plan))
+    lines = text.splitlines()
+    assert lines[0] == f"{plan.summary}: 3 steps, 4 programs"
+    assert lines[1].startswith("  step_00: 1 steps, 0.9 MMACs a sample: [0,4) compute")
+    assert "    writes k_0, k_1, k_2, mlp_3, span_0_3, span_0_4, v_0, v_1, v_2" in lines
+    assert "    reads span_0_4 x2" in lines
+    assert any(line.endswith("[0,3) partial 2 tokens order 0, [3,4) reuse mlp order 0") for line in lines)
+    assert lines[-1] == "  steps, noisiest first: 0 1 2  (F = step_full)"
+
+
+def test_lowering_needs_no_torch():
+    script = (
+        "import sys; sys.modules |= dict.fromkeys(('torch', 'onnx', 'onnxruntime', 'lightning', 'numpy'))\n"
+        "import export.programs, tc_lightning.costs; print('fine')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "fine\n", done.stderr

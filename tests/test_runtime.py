@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import FULL, make_plan, make_teacher
+
+from export.compiler import export_artefact
+from export.manifest import ArtefactError, read_manifest, sha256_of
+from export.runtime import CachedSampler, RuntimeUnavailableError
+from tc_lightning.costs import cache_bytes_per_image
+from tc_lightning.errors import TokenCacheError
+from tc_lightning.plan import Guidance, skip
+
+LABELS = [0, 3, 1]
+
+
+@pytest.fixture(scope="session")
+def sampler(artefact: Path) -> CachedSampler:
+    """A loaded artefact; tests must not change its manifest."""
+    return CachedSampler(artefact)
+
+
+@pytest.fixture(scope="session")
+def unguided(tmp_path_factory) -> Path:
+    """Without guidance, three channels, two of three steps skipped."""
+    out = tmp_path_factory.mktemp("artefacts") / "unguided"
+    teacher = make_teacher(in_channels=3)
+    plan = make_plan(teacher, (FULL, (skip(0, 4),), (skip(0, 4),)), Guidance())
+    export_artefact(teacher, plan, out, "fp32", "cpu", images=1, report=lambda _: None)
+    return out
+
+
+@pytest.fixture
+def copied(artefact: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(artefact, tmp_path / "copy"))
+
+
+def close(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool(np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b))
+
+
+# Integrity
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("name", ["weights.data", "condition.onnx", "step_00.onnx", "step_full.onnx", "plan.json"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(flip_a_bit, "is damaged: its sha256"), (truncate, "it is truncated or replaced"), (Path.unlink, "is missing")],
+)
+def test_damaged_files_are_named(copied, name, damage: Callable[[Path], None], message):
+    damage(copied / name)
+    with pytest.raises(ArtefactError, match=f"{name} .*{message}|{name} {message}") as caught:
+        CachedSampler(copied)
+    assert "Export it again" in str(caught.value)
+
+
+def test_no_manifest(copied, tmp_path):
+    (copied / "manifest.json").unlink()
+    with pytest.raises(ArtefactError, match=r"holds no manifest\.json"):
+        CachedSampler(copied)
+    with pytest.raises(ArtefactError, match="nowhere does not exist"):
+        CachedSampler(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("", "is not valid JSON"),
+        ("[]", "is not of format version 1"),
+        ('{"format_version": 2}', "is not of format version 1"),
+        ('{"format_version": 1}', "lacks files, plan_digest, teacher"),
+    ],
+)
+def test_damaged_manifest(copied, text, message):
+    (copied / "manifest.json").write_text(text)
+    with pytest.raises(ArtefactError, match=rf"manifest\.json {message}"):
+        CachedSampler(copied)
+
+
+@pytest.mark.parametrize("files", [[], None, {}, {"weights.data": 3}, {"weights.data": {"bytes": 1}}])
+def test_damaged_file_list(copied, files):
+    """A list that leaves out a file would leave it unchecked."""
+    rewrite_manifest(copied, files=files)
+    with pytest.raises(ArtefactError, match=r"manifest\.json"):
+        CachedSampler(copied)
+
+
+@pytest.mark.parametrize("name", ["weights.data", "condition.onnx", "step_00.onnx", "plan.json"])
+def test_a_file_that_is_not_listed_is_not_trusted(copied, name):
+    files = read_manifest(copied)["files"]
+    del files[name]
+    rewrite_manifest(copied, files=files)
+    with pytest.raises(ArtefactError, match=rf"manifest\.json.*{name}"):
+        CachedSampler(copied)
+
+
+def rewrite_manifest(folder: Path, **changes: Any) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+# Requests
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": [0, 5]}, "label 5 is out of range: this artefact has classes 0 to 4"),
+        ({"labels": [-1]}, "label -1 is out of range"),
+        ({"labels": [1.5]}, "label 1.5 is out of range"),
+        ({"labels": []}, "no labels were given"),
+        ({"labels": [0], "guidance": float("nan")}, "guidance nan"),
+        ({"labels": [0], "guidance": float("inf")}, "guidance inf"),
+        ({"labels": [0], "seed": -1}, "seed -1 is out of range"),
+        ({"labels": [0], "seed": 2**63}, "is out of range"),
+        ({"labels": [0], "first_index": -1}, "first_index -1 is out of range"),
+    ],
+)
+def test_requests_that_are_refused(sampler, arguments, message):
+    with pytest.raises(TokenCacheError, match=message):
+        sampler.sample(**arguments)
+
+
+def test_guidance_that_was_not_exported(unguided):
+    sampler = CachedSampler(unguided)
+    with pytest.raises(TokenCacheError, match=r"guidance 2 was asked for, but this artefact was planned at scale 1"):
+        sampler.sample([0], guidance=2.0)
+    assert np.array_equal(sampler.sample([0], guidance=1.0).latents, sampler.sample([0]).latents)
+
+
+def test_seeds(sampler):
+    first, again, other = (sampler.sample(LABELS, seed=seed).latents for seed in (7, 7, 8))
+    assert np.array_equal(first, again)
+    assert not close(first, other)
+    assert sampler.sample([1], seed=2**63 - 1).latents.shape == (1, 4, 8, 8)
+
+
+def test_an_image_does_not_depend_on_its_batch(sampler):
+    together = sampler.sample(LABELS, seed=7).latents
+    for i, label in enumerate(LABELS):
+        assert close(sampler.sample([label], seed=7, first_index=i).latents[0], together[i])
+    others = sampler.sample([4, 3, 4], seed=7).latents
+    assert close(others[1], together[1])
+    assert not close(others[0], together[0])
+    assert not close(sampler.sample([0], seed=7, first_index=1).latents[0], together[0])
+
+
+def test_images(sampler, unguided):
+    result = sampler.sample([0])
+    assert result.images is None  # four channels: a latent
+    assert result.latents.dtype == np.float32
+    pixels = CachedSampler(unguided).sample([0])
+    assert np.abs(pixels.latents).max() > 1
+    assert np.array_equal(pixels.images, np.clip(pixels.latents, -1, 1))
+
+
+# Receipts
+
+
+def test_receipt(sampler, plan, artefact):
+    receipt = sampler.sample(LABELS, seed=7, first_index=2).receipt
+    json.dumps(receipt)
+    schedule = [b["program"] for b in sampler.manifest["schedule"]]
+    assert receipt["steps_per_program"] == {name: schedule.count(name) for name in set(schedule)} | {"condition": 1}
+    assert sum(receipt["steps_per_program"].values()) == plan.num_steps + 1
+    assert receipt["cache_engaged"] is True
+    assert receipt["steps_reading_cache"] == 5
+    assert receipt["full_compute"] is False
+    assert receipt["guidance"] == {"scale": 1.5, "planned": 1.5, "as_planned": True}
+    assert receipt["plan_digest"] == plan.digest
+    assert receipt["teacher"] == plan.model.teacher
+    assert receipt["weights_sha256"] == sha256_of(artefact / "weights.data")
+    assert (receipt["seed"], receipt["first_index"], receipt["labels"], receipt["images"]) == (7, 2, LABELS, 3)
+    assert (receipt["provider"], receipt["precision"]) == ("cpu", "fp32")
+    assert set(receipt["nodes_per_provider"]) == set(receipt["steps_per_program"])
+    for counts in receipt["nodes_per_provider"].values():
+        assert set(counts) == {"CPUExecutionProvider"}
+        assert counts["CPUExecutionProvider"] > 5
+    assert receipt["cache_bytes"] == 3 * cache_bytes_per_image(plan)
+    # 3 full steps of 4 x 16; twice 1 block of attention and 3 tokens; twice 2 x 5 tokens and a block
+    assert receipt["blocks_x_tokens_computed"] == 3 * 64 + 2 * (16 + 3) + 2 * (10 + 16)
+    assert receipt["blocks_x_tokens_share"] == pytest.approx(receipt["blocks_x_tokens_computed"] / (8 * 64))
+    assert set(receipt["ms_per_program"]) == set(receipt["steps_per_program"])
+    assert 0 < sum(receipt["ms_per_program"].values()) < receipt["ms"]
+
+
+def test_receipt_of_full_compute(sampler):
+    result = sampler.sample(LABELS, seed=7, full=True)
+    receipt = result.receipt
+    assert receipt["steps_per_program"] == {"condition": 1, "step_full": 8}
+    assert receipt["blocks_x_tokens_share"] == 1.0
+    assert receipt["cache_engaged"] is False
+    assert receipt["full_compute"] is True
+    assert receipt["cache_bytes"] == 0
+    assert not close(result.latents, sampler.sample(LABELS, seed=7).latents)
+
+
+def test_receipt_shows_other_guidance(sampler):
+    planned, other, none = (sampler.sample(LABELS, seed=7, guidance=g) for g in (1.5, 3.0, 1.0))
+    assert other.receipt["guidance"] == {"scale": 3.0, "planned": 1.5, "as_planned": False}
+    assert none.receipt["guidance"]["as_planned"] is False
+    assert not close(other.latents, planned.latents)
+    assert np.array_equal(planned.latents, sampler.sample(LABELS, seed=7).latents)
+
+
+def test_receipt_without_guidance(unguided):
+    receipt = CachedSampler(unguided).sample([1, 2]).receipt
+    assert receipt["steps_per_program"] == {"condition": 1, "step_00": 1, "step_01": 2}
+    assert receipt["cache_bytes"] == 2 * 16 * 32 * 4
+    assert receipt["blocks_x_tokens_share"] == pytest.approx(1 / 3)
+
+
+# Running
+
+
+def test_modulations_in_chunks(artefact, sampler):
+    """4 labels (the null one included) x 26 rows x 32: room for three steps at a time, then for less than one."""
+    chunked, expected = CachedSampler(artefact), sampler.sample(LABELS, seed=7).latents
+    for values, conditions in ((3 * 4 * 26 * 32, 3), (1, 8)):
+        chunked.manifest["condition_values"] = values
+        result = chunked.sample(LABELS, seed=7)
+        assert result.receipt["steps_per_program"]["condition"] == conditions
+        assert close(result.latents, expected)
+
+
+def test_progress(sampler):
+    seen: list[tuple[int, int]] = []
+    sampler.sample([0], on_step=lambda done, total: seen.append((done, total)))
+    assert seen == [(i, 8) for i in range(1, 9)]
+
+
+def test_a_request_that_fails_leaves_nothing_behind(sampler):
+    expected = sampler.sample(LABELS, seed=7).latents
+
+    def fail(done: int, _: int) -> None:
+        if done == 5:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        sampler.sample([4, 4, 4], seed=9, on_step=fail)
+    assert np.array_equal(sampler.sample(LABELS, seed=7).latents, expected)
+
+
+def test_requests_may_be_interleaved(sampler):
+    """A second request that runs within the first shares no buffer with it."""
+    expected, inner = sampler.sample(LABELS, seed=7).latents, []
+
+    def another(done: int, _: int) -> None:
+        if done == 4:
+            inner.append(sampler.sample([4, 4, 4], seed=9).latents)
+
+    assert np.array_equal(sampler.sample(LABELS, seed=7, on_step=another).latents, expected)
+    assert np.array_equal(inner[0], sampler.sample([4, 4, 4], seed=9).latents)
+
+
+def test_released_sessions_load_again(artefact):
+    sampler = CachedSampler(artefact, preload=False, threads=1)
+    first = sampler.sample([2]).latents
+    sampler.release()
+    assert np.array_equal(sampler.sample([2]).latents, first)
+
+
+def test_results_are_not_overwritten(sampler):
+    first = sampler.sample([1], seed=1).latents
+    copy = first.copy()
+    sampler.sample([1], seed=2)
+    assert np.array_equal(first, copy)
+
+
+def test_nan_names_step_and_program(copied):
+    """NaN weights under a manifest that vouches for them."""
+    manifest = json.loads((copied / "manifest.json").read_text())
+    _, _, offset, nbytes = manifest["weights"]["final_layer.linear.bias"]
+    content = bytearray((copied / "weights.data").read_bytes())
+    content[offset : offset + nbytes] = np.full(nbytes // 4, np.nan, np.float32).tobytes()
+    (copied / "weights.data").write_bytes(content)
+    manifest["files"]["weights.data"]["sha256"] = sha256_of(copied / "weights.data")
+    rewrite_manifest(copied, files=manifest["files"])
+    with pytest.raises(TokenCacheError, match="NaN or infinite at step 0 in program step_00"):
+        CachedSampler(copied).sample([0])
+
+
+def test_overflow_names_step_and_program(sampler):
+    with pytest.raises(TokenCacheError, match=r"NaN or infinite at step \d in program step_\d\d: lower the guidance"):
+        sampler.sample([0], guidance=1e38)
+
+
+# Providers
+
+
+def test_cuda_is_never_replaced_by_the_cpu(artefact):
+    """On a machine without a GPU, asking for one is an error."""
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(RuntimeUnavailableError, match=r"cuda|CUDA"):
+        CachedSampler(artefact, provider="cuda")
+
+
+def test_cuda_that_onnxruntime_lacks(artefact, monkeypatch):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(RuntimeUnavailableError, match="install onnxruntime-gpu"):
+        CachedSampler(artefact, provider="cuda")
+
+
+def test_unknown_provider(artefact):
+    with pytest.raises(RuntimeUnavailableError, match="unknown provider 'tpu': choose one of cpu, cuda"):
+        CachedSampler(artefact, provider="tpu")
+
+
+def test_runtime_needs_numpy_and_onnxruntime_alone(artefact, sampler):
+    blocked = ("torch", "lightning", "onnx", "safetensors", "datasets", "sklearn", "PIL")
+    script = (
+        f"import sys; sys.modules |= dict.fromkeys({blocked})\n"
+        "from export.runtime import CachedSampler\n"
+        "result = CachedSampler(sys.argv[1]).sample([0, 3, 1], seed=7)\n"
+        "sys.stdout.buffer.write(result.latents.tobytes())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, artefact], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    latents = np.frombuffer(done.stdout, np.float32).reshape(3, 4, 8, 8)
+    assert close(latents, sampler.sample(LABELS, seed=7).latents)
