@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +40,19 @@ def save_grid(rows: dict[str, np.ndarray], path: Path) -> None:
         draw.text((PAD, r * (height + PAD) + height // 2 - 6), name, fill="black")
         for c, image in enumerate(images):
             canvas.paste(image, (LABEL_WIDTH + c * (width + PAD), r * (height + PAD)))
-    temporary = path.with_name(path.name + ".tmp")
-    canvas.save(temporary, format="PNG")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when all went well, and vanishes if not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _enlarge(pixels: np.ndarray) -> Image.Image:

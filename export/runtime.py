@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime as ort
 
 from export.manifest import ArtefactError, read_manifest
-from tc_lightning.errors import TokenCacheError
+from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.noise import initial_noise
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -132,12 +132,12 @@ class CachedSampler:
         if len(labels) == 0:
             raise TokenCacheError("no labels were given: name one class for each image.")
         for label in labels:
-            if int(label) != label or not 0 <= label < classes:
-                raise TokenCacheError(f"label {label} is out of range: this artefact has classes 0 to {classes - 1}.")
-        if not 0 <= seed < 2**63:
-            raise TokenCacheError(f"seed {seed} is out of range: choose 0 to 2**63 - 1.")
-        if not 0 <= first_index < 2**63:
-            raise TokenCacheError(f"first_index {first_index} is out of range: choose 0 to 2**63 - 1.")
+            if not _is_int(label) or not 0 <= label < classes:
+                raise TokenCacheError(f"label {label!r} is not a class: this artefact has classes 0 to {classes - 1}.")
+        if not _is_int(seed) or not 0 <= seed < 2**63:
+            raise TokenCacheError(f"seed {seed!r} is out of range: choose an integer, 0 to 2**63 - 1.")
+        if not _is_int(first_index) or not 0 <= first_index < 2**63 - len(labels):
+            raise TokenCacheError(f"first_index {first_index!r} is out of range: choose an integer, 0 to 2**63 - 1 less the images.")
         scale = float(plan["scale"] if guidance is None else guidance)
         if not np.isfinite(scale):
             raise TokenCacheError(f"guidance {scale} is not a number that can be used.")
@@ -291,16 +291,22 @@ def _share_threads(options: ort.SessionOptions, threads: int | None) -> None:
 
     With a pool each, the threads of the program that ran last spin on the cores that the next one needs: on two cores the first
     full step after a cheap one took twice its time.
+
+    Raises:
+        RuntimeUnavailableError: if `threads` is not a number of threads, or not that of the pool, which cannot be changed any more.
     """
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise RuntimeUnavailableError(f"threads is {threads!r}: give 1 or more, or None to let ONNX Runtime choose.")
     if not _pool_size:
         with contextlib.suppress(Exception):  # someone else has made the pool already: then it is used as it is
             ort.set_global_thread_pool_sizes(threads or 0, 1)
         _pool_size.append(threads)
-    if threads in (None, _pool_size[0]):
-        options.use_per_session_threads = False
-    else:
-        options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if threads not in (None, _pool_size[0]):
+        raise RuntimeUnavailableError(
+            f"threads={threads} was asked for, but this process already has a pool of {_pool_size[0] or 'all'} threads, which all "
+            "samplers share: give the number to the first sampler of the process."
+        )
+    options.use_per_session_threads = False
 
 
 def _require_cuda() -> None:
@@ -321,12 +327,10 @@ def _open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort
     except Exception as error:
         if provider == "cuda":
             raise RuntimeUnavailableError(
-                f"{path.name} cannot run on CUDA: {_first_line(error)} Check that a GPU is visible (nvidia-smi) and that its driver, "
+                f"{path.name} cannot run on CUDA: {first_line(error)} Check that a GPU is visible (nvidia-smi) and that its driver, "
                 "CUDA and cuDNN match this onnxruntime-gpu. Or ask for provider cpu."
             ) from error
-        raise ArtefactError(
-            f"{path} cannot be loaded: {_first_line(error)} Export it again with `python export/to_onnx.py`."
-        ) from error
+        raise ArtefactError(f"{path} cannot be loaded: {first_line(error)} Export it again with `python export/to_onnx.py`.") from error
     if name not in session.get_providers():
         raise RuntimeUnavailableError(f"{path.name} was to run on {name}, but ONNX Runtime gave {session.get_providers()}.")
     return session
@@ -339,5 +343,5 @@ def _nodes_per_provider(session: ort.InferenceSession) -> dict[str, int]:
     return dict(counts)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _is_int(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from export.command import run
 from export.fidelity import psnr
-from export.grid import difference_pixels, save_grid, to_pixels
+from export.grid import difference_pixels, replacing, save_grid, to_pixels
 from export.runtime import CachedSampler, Result
 from tc_lightning.errors import TokenCacheError
 
@@ -23,11 +23,7 @@ GAIN = 10.0  # of the difference row
 def main() -> None:
     """Command line."""
     args = _arguments()
-    for path in (args.out, args.receipt):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise TokenCacheError(f"cannot write {path}: the folder {path.resolve().parent} does not exist.")
-        if path is not None and path.is_dir():
-            raise TokenCacheError(f"cannot write {path}: it is a folder. Name a file in it.")
+    _check_outputs(args)
     sampler = CachedSampler(args.artefact, provider=args.provider)
     cached = _sample(sampler, args, full=False)
     rows = {"cached": to_pixels(cached.latents)}
@@ -39,8 +35,23 @@ def main() -> None:
         print(f"PSNR {receipt['compare']['psnr_db']:.1f} dB, cached against full compute (python export/verify.py measures the speed)")
     save_grid(rows, args.out)
     if args.receipt is not None:
-        args.receipt.write_text(json.dumps(receipt, indent=1) + "\n")
+        with replacing(args.receipt) as temporary:
+            temporary.write_text(json.dumps(receipt, indent=1) + "\n")
     print(f"wrote {args.out}" + (f" and {args.receipt}" if args.receipt else ""))
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuse before sampling what could not be written after it."""
+    paths = [path.resolve() for path in (args.out, args.receipt) if path is not None]
+    for path in paths:
+        if not path.parent.is_dir():
+            raise TokenCacheError(f"cannot write {path}: the folder {path.parent} does not exist.")
+        if path.is_dir():
+            raise TokenCacheError(f"cannot write {path}: it is a folder. Name a file in it.")
+        if path.parent == args.artefact.resolve():
+            raise TokenCacheError(f"cannot write {path}: nothing may be added to an artefact. Name a file outside it.")
+    if len(set(paths)) < len(paths):
+        raise TokenCacheError(f"--out and --receipt are both {paths[0]}: name two files.")
 
 
 def _sample(sampler: CachedSampler, args: argparse.Namespace, full: bool) -> Result:

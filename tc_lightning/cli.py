@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -68,6 +69,8 @@ def main(args: list[str] | None = None) -> None:
             raise
         print(f"error: {told}", file=sys.stderr)
         raise SystemExit(2) from error
+    if torch.distributed.is_initialized():  # gloo's threads, left to the end of the process, can abort it
+        torch.distributed.destroy_process_group()
 
 
 def _user_error(error: BaseException | None) -> str | None:

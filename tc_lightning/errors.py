@@ -19,3 +19,8 @@ class TrajectoryError(TokenCacheError):
 
 class RunError(TokenCacheError):
     """A run folder is missing, incomplete, or does not belong to the current configuration."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough to quote in a paragraph."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -87,6 +87,8 @@ def read_run(folder: Path) -> Run:
         if teacher["dit"] is not None:
             teacher["dit"] = DiTConfig(**teacher["dit"])
         spec = TeacherSpec(**teacher)
+        if not isinstance(spec.weights, str | Path) or Path(raw["name"]).name != raw["name"]:
+            raise ValueError("teacher.weights must be a path, and name a plain name")
         return Run(folder, raw["name"], spec, raw["teacher_digest"], folder / raw["plan"], folder / raw["scores"])
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error!r}): run `lightning fit` again.") from error

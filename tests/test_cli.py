@@ -62,7 +62,7 @@ def test_overlays_apply(workplace: Path) -> None:
     arguments = distil("digits.yaml", "--trainer.devices", "1")
     overlays = [part for name in ("ddp.yaml", "bf16.yaml") for part in ("-c", str(CONFIGS / name))]
     main([*arguments[:5], *overlays, *arguments[5:]])
-    torch.distributed.destroy_process_group()  # Lightning leaves it to the end of the process
+    assert not torch.distributed.is_initialized()  # left to the end of the process, gloo's threads can abort it
     written = (find_run(Path("runs")) / "config.yaml").read_text()
     assert "strategy: ddp" in written
     assert "precision: bf16-mixed" in written

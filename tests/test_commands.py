@@ -133,10 +133,13 @@ def test_nothing_to_export(tmp_path):
 
 def test_damaged_run(tmp_path):
     run = make_run(tmp_path)
+    shutil.copy(run / "run.json", tmp_path / "intact.json")
     (run / "plan.json").write_text("{")
     is_one_paragraph(call(tmp_path, "to_onnx.py"), "plan.json", "Make it again")
     (run / "run.json").write_text('{"format_version": 1}')
     is_one_paragraph(call(tmp_path, "to_onnx.py"), "run.json is damaged")
+    (run / "run.json").write_text((tmp_path / "intact.json").read_text().replace('"tiny"', '"../tiny"'))
+    is_one_paragraph(call(tmp_path, "to_onnx.py"), "name a plain name")
 
 
 def test_another_teacher(tmp_path):
@@ -164,7 +167,7 @@ def test_sample_with_bad_arguments(workplace, tmp_path, deployed):
     is_one_paragraph(sample("artefacts/gone", "--labels", 0), "artefacts/gone does not exist", "export/to_onnx.py")
     done = sample("artefacts/tiny", "--labels", 0, 5)
     assert done.returncode == 2
-    assert "error: label 5 is out of range: this artefact has classes 0 to 4." in done.stderr
+    assert "error: label 5 is not a class: this artefact has classes 0 to 4." in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "grid.png").exists()
 
@@ -178,6 +181,11 @@ def test_sample_to_places_that_cannot_be_written(workplace, tmp_path):
         "cannot write",
     )
     assert list(tmp_path.iterdir()) == []
+    for out in (("--out", "artefacts/tiny/grid.png"), ("--receipt", "artefacts/tiny/manifest.json")):
+        is_one_paragraph(call(workplace, "sample.py", "artefacts/tiny", "--labels", 0, *out, deployed=True), "outside it")
+    same = ("--out", tmp_path / "a", "--receipt", tmp_path / "a")
+    is_one_paragraph(call(workplace, "sample.py", "artefacts/tiny", "--labels", 0, *same, deployed=True), "name two files")
+    assert not (workplace / "artefacts" / "tiny" / "grid.png").exists()
 
 
 def test_damaged_artefact(workplace, tmp_path):

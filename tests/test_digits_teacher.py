@@ -18,7 +18,7 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.plan import Guidance
 from tc_lightning.sampling import full_plan, model_signature, noise_for, sample
 
-SAMPLES = int(os.environ.get("TC_TEACHER_SAMPLES", "100"))
+SAMPLES = int(os.environ.get("TC_TEACHER_SAMPLES", "200"))
 PATH = "data/digits_dit.safetensors"
 
 

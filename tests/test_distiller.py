@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from data.trajectory_module import TrajectoryDataModule
 from tc_lightning.cache import Step, TorchOps, run_blocks
 from tc_lightning.dataflow import Entry
-from tc_lightning.errors import RunError, TeacherError
+from tc_lightning.errors import PlanError, RunError, TeacherError
 from tc_lightning.models.checkpoints import TeacherSpec, save_teacher
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan import CachePlan, compute, partial, skip
@@ -28,6 +28,7 @@ from tc_lightning.runs import read_run
 from tc_lightning.sampling import full_plan, token_set
 from tc_lightning.scores import Scores, sampler_digest
 from tc_lightning.superposition import enter, guided_eps, mixed_eps, record_caches, reused_eps
+from tc_lightning.training.checkpointing import AtomicCheckpointIO
 from tc_lightning.training.distiller import TokenCacheDistiller
 from tc_lightning.training.planning import trajectory_sensitivity
 
@@ -166,7 +167,8 @@ def test_fit_learns_holds_the_budget_and_writes_everything(teacher: TeacherSpec,
     assert (run.plan, run.scores) == (folder / "plan.json", folder / "scores.safetensors")
     lines = (folder / "candidates.csv").read_text().splitlines()
     assert lines[0] == "plan,mse"
-    assert float(lines[1].split(",")[1]) < 1e-9 < float(lines[2].split(",")[1])
+    full, every_other = (float(line.split(",")[1]) for line in lines[1:3])
+    assert full < 1e-8 * every_other  # the plan that computes everything differs by rounding alone
     assert {p.name for p in (folder / "figures").iterdir()} == {"importance.png", "sensitivity.png"}
 
 
@@ -220,6 +222,7 @@ def test_resume_of_a_finished_run_makes_the_plan_again(teacher: TeacherSpec, tmp
 def test_resume_with_another_teacher_or_sampler_is_refused(teacher: TeacherSpec, tmp_path: Path) -> None:
     module, checkpoint = make_distiller(teacher), {}
     module.on_save_checkpoint(checkpoint)
+    checkpoint["state_dict"] = module.state_dict()
     other = make_distiller(make_teacher(tmp_path, seed=1))
     with pytest.raises(TeacherError) as error:
         other.on_load_checkpoint(checkpoint)
@@ -227,6 +230,8 @@ def test_resume_with_another_teacher_or_sampler_is_refused(teacher: TeacherSpec,
     assert other.teacher_digest in str(error.value)
     with pytest.raises(RunError, match="sampler"):
         make_distiller(teacher, num_steps=7).on_load_checkpoint(checkpoint)
+    with pytest.raises(RunError, match="another size"):
+        make_distiller(teacher, predictor_hidden_size=32).on_load_checkpoint(checkpoint)
     module.on_load_checkpoint(checkpoint)
 
 
@@ -311,6 +316,7 @@ if __name__ == "__main__":
     module, _ = fit(TeacherSpec({weights!r}), Path({folder!r}), 4, trainer=dict(devices=2, strategy="ddp"))
     if module.global_rank == 0:
         torch.save(module.state_dict(), Path({folder!r}) / "state.pt")
+    torch.distributed.destroy_process_group()
 """
 
 
@@ -327,3 +333,40 @@ def test_two_processes_equal_one(teacher: TeacherSpec, tmp_path: Path) -> None:
     one, two = (Scores.load(path / "run" / "scores.safetensors") for path in (tmp_path / "one", folder))
     assert torch.allclose(torch.tensor(one.importance_TLN), torch.tensor(two.importance_TLN), atol=1e-4)
     assert torch.allclose(torch.tensor(one.sensitivity_TL2), torch.tensor(two.sensitivity_TL2), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"guidance_channels": 0}, "guidance_channels is 0; the teacher has 1: choose 1 to 1"),
+        ({"guidance_channels": 2}, "guidance_channels is 2"),
+        ({"lr": 0.0}, "lr is 0"),
+        ({"num_steps": 1}, "num_steps is 1"),
+        ({"target_share": 1.0}, "target_share is 1"),
+    ],
+)
+def test_settings_out_of_range(teacher: TeacherSpec, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(RunError, match=message):
+        make_distiller(teacher, **wrong)
+
+
+def test_a_target_out_of_reach_is_refused_before_training(teacher: TeacherSpec, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="not reachable with 6 steps"):
+        fit(teacher, tmp_path, 2, policy=TPRRPolicy(target_speedup=30.0))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"state_dict": {}}, path)
+    before = path.read_bytes()
+
+    def full_disk(*_: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr("torch.save", full_disk)
+    with pytest.raises(RunError, match=r"cannot write the checkpoint .*last\.ckpt .*make room"):
+        io.save_checkpoint({"state_dict": {}}, path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -279,13 +281,19 @@ def test_interrupted_exchange_leaves_the_old_artefact(tmp_path, monkeypatch, tea
 
 
 def test_what_a_killed_export_left_is_cleared(tmp_path, teacher):
-    stale = tmp_path / ".artefact.abc123.partial"
+    """Of a process that is gone; the folders of one that runs, and of exports to other places, stay."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    stale = tmp_path / f".artefact.{gone.pid}-abc123.partial"
     stale.mkdir()
+    running = tmp_path / f".artefact.{os.getppid()}-abc123.partial"
+    running.mkdir()
     (stale / "weights.data").write_bytes(b"x")
-    other = tmp_path / ".another.abc123.partial"
+    other = tmp_path / f".another.{gone.pid}-abc123.partial"
     other.mkdir()
     export(teacher, make_plan(teacher, (FULL,)), tmp_path / "artefact")
     assert not stale.exists()
+    assert running.exists()
     assert other.exists()
 
 
@@ -360,8 +368,8 @@ def test_parity_of_nan_is_refused():
     assert relative_l2(np.array([np.nan]), np.array([1.0])) == float("inf")
     for value in (float("nan"), float("inf"), 2e-4):
         with pytest.raises(ParityError):
-            require_parity([Check("step_00", "x_next", value)], "fp32")
-    require_parity([Check("step_00", "x_next", 9e-5)], "fp32")
+            require_parity([Check("step_00", "x_next", value)], "fp32", "try again")
+    require_parity([Check("step_00", "x_next", 9e-5)], "fp32", "try again")
 
 
 def test_plan_of_another_model_is_refused(tmp_path, teacher, plan):

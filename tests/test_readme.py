@@ -46,6 +46,11 @@ def test_every_path_exists() -> None:
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("path", ["README.md", "export/BENCHMARKS.md", "data/digits_dit.md"])
+def test_nothing_is_left_to_be_filled_in(path: str) -> None:
+    assert not re.search(r"@[A-Z]+@|TODO|TBD", (ROOT / path).read_text())
+
+
 def test_every_config_is_mentioned() -> None:
     assert [path.name for path in (ROOT / "lightning_configs").iterdir() if path.name not in README + "digits_teacher.yaml"] == []
 

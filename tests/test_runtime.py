@@ -13,7 +13,7 @@ import pytest
 from conftest import FULL, make_plan, make_teacher
 
 from export.compiler import export_artefact
-from export.manifest import ArtefactError, read_manifest, sha256_of
+from export.manifest import ArtefactError, _self_digest, read_manifest, sha256_of
 from export.runtime import CachedSampler, RuntimeUnavailableError
 from tc_lightning.costs import cache_bytes_per_image
 from tc_lightning.errors import TokenCacheError
@@ -88,7 +88,7 @@ def test_no_manifest(copied, tmp_path):
         ("", "is not valid JSON"),
         ("[]", "is not of format version 1"),
         ('{"format_version": 2}', "is not of format version 1"),
-        ('{"format_version": 1}', "lacks files, plan_digest, teacher"),
+        ('{"format_version": 1}', "was edited or damaged"),
     ],
 )
 def test_damaged_manifest(copied, text, message):
@@ -115,8 +115,17 @@ def test_a_file_that_is_not_listed_is_not_trusted(copied, name):
 
 
 def rewrite_manifest(folder: Path, **changes: Any) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+    """With a digest of its own that fits, as a careless tool would."""
+    manifest = read_manifest(folder, check_files=False) | changes
+    manifest["sha256"] = _self_digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_edited_manifest_is_refused(copied):
+    text = (copied / "manifest.json").read_text()
+    (copied / "manifest.json").write_text(text.replace('"steps": 8', '"steps": 7'))
+    with pytest.raises(ArtefactError, match="was edited or damaged"):
+        CachedSampler(copied)
 
 
 # Requests
@@ -125,9 +134,13 @@ def rewrite_manifest(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"labels": [0, 5]}, "label 5 is out of range: this artefact has classes 0 to 4"),
-        ({"labels": [-1]}, "label -1 is out of range"),
-        ({"labels": [1.5]}, "label 1.5 is out of range"),
+        ({"labels": [0, 5]}, "label 5 is not a class: this artefact has classes 0 to 4"),
+        ({"labels": [-1]}, "label -1 is not a class"),
+        ({"labels": [1.5]}, "label 1.5 is not a class"),
+        ({"labels": ["3"]}, "label '3' is not a class"),
+        ({"labels": [True]}, "label True is not a class"),
+        ({"labels": [0], "seed": 1.5}, "seed 1.5 is out of range"),
+        ({"labels": [0, 1], "first_index": 2**63 - 2}, "first_index .* is out of range"),
         ({"labels": []}, "no labels were given"),
         ({"labels": [0], "guidance": float("nan")}, "guidance nan"),
         ({"labels": [0], "guidance": float("inf")}, "guidance inf"),
@@ -181,8 +194,8 @@ def test_receipt(sampler, plan, artefact):
     receipt = sampler.sample(LABELS, seed=7, first_index=2).receipt
     json.dumps(receipt)
     schedule = [b["program"] for b in sampler.manifest["schedule"]]
-    assert receipt["steps_per_program"] == {name: schedule.count(name) for name in set(schedule)} | {"condition": 1}
-    assert sum(receipt["steps_per_program"].values()) == plan.num_steps + 1
+    assert receipt["steps_per_program"] == {name: schedule.count(name) for name in set(schedule)}
+    assert sum(receipt["steps_per_program"].values()) == plan.num_steps
     assert receipt["cache_engaged"] is True
     assert receipt["steps_reading_cache"] == 5
     assert receipt["full_compute"] is False
@@ -192,7 +205,7 @@ def test_receipt(sampler, plan, artefact):
     assert receipt["weights_sha256"] == sha256_of(artefact / "weights.data")
     assert (receipt["seed"], receipt["first_index"], receipt["labels"], receipt["images"]) == (7, 2, LABELS, 3)
     assert (receipt["provider"], receipt["precision"]) == ("cpu", "fp32")
-    assert set(receipt["nodes_per_provider"]) == set(receipt["steps_per_program"])
+    assert set(receipt["nodes_per_provider"]) == {"condition", *schedule}
     for counts in receipt["nodes_per_provider"].values():
         assert set(counts) == {"CPUExecutionProvider"}
         assert counts["CPUExecutionProvider"] > 5
@@ -200,14 +213,14 @@ def test_receipt(sampler, plan, artefact):
     # 3 full steps of 4 x 16; twice 1 block of attention and 3 tokens; twice 2 x 5 tokens and a block
     assert receipt["blocks_x_tokens_computed"] == 3 * 64 + 2 * (16 + 3) + 2 * (10 + 16)
     assert receipt["blocks_x_tokens_share"] == pytest.approx(receipt["blocks_x_tokens_computed"] / (8 * 64))
-    assert set(receipt["ms_per_program"]) == set(receipt["steps_per_program"])
+    assert set(receipt["ms_per_program"]) == {"condition", *schedule}
     assert 0 < sum(receipt["ms_per_program"].values()) < receipt["ms"]
 
 
 def test_receipt_of_full_compute(sampler):
     result = sampler.sample(LABELS, seed=7, full=True)
     receipt = result.receipt
-    assert receipt["steps_per_program"] == {"condition": 1, "step_full": 8}
+    assert receipt["steps_per_program"] == {"step_full": 8}
     assert receipt["blocks_x_tokens_share"] == 1.0
     assert receipt["cache_engaged"] is False
     assert receipt["full_compute"] is True
@@ -225,7 +238,7 @@ def test_receipt_shows_other_guidance(sampler):
 
 def test_receipt_without_guidance(unguided):
     receipt = CachedSampler(unguided).sample([1, 2]).receipt
-    assert receipt["steps_per_program"] == {"condition": 1, "step_00": 1, "step_01": 2}
+    assert receipt["steps_per_program"] == {"step_00": 1, "step_01": 2}
     assert receipt["cache_bytes"] == 2 * 16 * 32 * 4
     assert receipt["blocks_x_tokens_share"] == pytest.approx(1 / 3)
 
@@ -236,11 +249,9 @@ def test_receipt_without_guidance(unguided):
 def test_modulations_in_chunks(artefact, sampler):
     """4 labels (the null one included) x 26 rows x 32: room for three steps at a time, then for less than one."""
     chunked, expected = CachedSampler(artefact), sampler.sample(LABELS, seed=7).latents
-    for values, conditions in ((3 * 4 * 26 * 32, 3), (1, 8)):
+    for values in (3 * 4 * 26 * 32, 1):
         chunked.manifest["condition_values"] = values
-        result = chunked.sample(LABELS, seed=7)
-        assert result.receipt["steps_per_program"]["condition"] == conditions
-        assert close(result.latents, expected)
+        assert close(chunked.sample(LABELS, seed=7).latents, expected)
 
 
 def test_progress(sampler):
@@ -274,10 +285,29 @@ def test_requests_may_be_interleaved(sampler):
 
 
 def test_released_sessions_load_again(artefact):
-    sampler = CachedSampler(artefact, preload=False, threads=1)
+    sampler = CachedSampler(artefact, preload=False)
     first = sampler.sample([2]).latents
     sampler.release()
     assert np.array_equal(sampler.sample([2]).latents, first)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.0, True])
+def test_threads_that_make_no_sense(artefact, threads):
+    with pytest.raises(RuntimeUnavailableError, match="give 1 or more"):
+        CachedSampler(artefact, threads=threads)
+
+
+def test_threads_cannot_be_changed(artefact):
+    """All samplers of a process share one pool; the first one sized it."""
+    script = (
+        "import sys; from export.runtime import CachedSampler\n"
+        "CachedSampler(sys.argv[1], threads=1).sample([0])\n"
+        "CachedSampler(sys.argv[1], threads=1).sample([0])\n"
+        "CachedSampler(sys.argv[1]).sample([0])\n"
+        "CachedSampler(sys.argv[1], threads=2)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, artefact], capture_output=True, text=True, check=False)
+    assert "threads=2 was asked for, but this process already has a pool of 1 threads" in done.stderr
 
 
 def test_results_are_not_overwritten(sampler):

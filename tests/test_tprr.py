@@ -192,6 +192,19 @@ def test_impossible_targets(context: PlanningContext):
         policy(1.0)
     with pytest.raises(PlanError, match=r"not reachable with 10 steps, max_interval 3 .* up to 2\.\d\d"):
         policy(50.0, max_interval=3).plan(context)
+    with pytest.raises(PlanError, match=r"not reachable with 10 steps, max_interval 3 .* up to 2\.\d\d"):
+        policy(50.0, max_interval=3).check(SIGNATURE, SAMPLER)  # before any training
+
+
+@pytest.mark.parametrize("kind", ["skip", "edges", "branch", "partial"])
+def test_check_refuses_no_target_that_planning_can_reach(context: PlanningContext, kind: str):
+    for target in (1.3, 1.6, 2.0, 2.4, 2.8):
+        one = policy(target, kinds=(kind,), max_interval=3)
+        try:
+            one.plan(context)
+        except PlanError:
+            continue
+        one.check(SIGNATURE, SAMPLER)
 
 
 @pytest.mark.parametrize("wrong", [{"orders": (3,)}, {"orders": ()}, {"screen_images": 0}, {"kinds": ("jump",)}, {"max_interval": 1}])

@@ -270,7 +270,9 @@ def test_the_set_does_not_depend_on_the_batch_size(recorded: Path, tmp_path: Pat
     assert data.heldout().latents.shape == (10, 2, 8, 8)
     assert torch.equal(data.heldout().labels, labels_for(0, range(30, 40), 5))
     assert torch.equal(data.train_endpoints().noise[0], torch.from_numpy(initial_noise(0, [0], (2, 8, 8))[0]))
-    assert next(iter(data.val_dataloader()))["index"].tolist() == [30] * 3 + [31] * 3 + [32] * 2
+    held_out = torch.cat([batch["index"] for batch in data.val_dataloader()])
+    assert set(held_out.tolist()) == set(range(30, 40))
+    assert len(set(next(iter(data.val_dataloader()))["index"].tolist())) > 3  # shuffled: a few batches are of many samples
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
@@ -333,6 +335,7 @@ def _train(folder: Path) -> None:
         os.fsync = _full
     with pytest.raises(TrajectoryError, match="No space left" if rank == 1 else "another process"):
         data.setup("fit")
+    torch.distributed.destroy_process_group()  # Lightning leaves gloo's threads to the end of the process, which they can abort
 
 
 def _full(fd: int) -> None:

@@ -43,6 +43,13 @@ class PlanChoice:
 class Policy(ABC):
     """A caching method: anything that turns a `PlanningContext` into a plan."""
 
+    def check(self, signature: ModelSignature, sampler: SamplerTable) -> None:  # noqa: B027 (a hook that may be left empty)
+        """Say before training what could only fail after it.
+
+        Raises:
+            PlanError: if no scores would let the policy satisfy what was asked for.
+        """
+
     @abstractmethod
     def plan(self, context: PlanningContext) -> PlanChoice:
         """Choose a plan.

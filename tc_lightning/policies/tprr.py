@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from tc_lightning.costs import macs_speedup
@@ -22,6 +23,7 @@ from tc_lightning.evaluation import psnr_db
 from tc_lightning.plan import MAX_ORDER, CachePlan, Guidance, ModelSignature, Segment, compute
 from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
 from tc_lightning.policies.pruned_steps import KINDS, PrunedStep
+from tc_lightning.scores import Scores, sampler_digest
 
 BUDGET_SLACK = 0.12  # a candidate that leaves more than this share of the affordable MACs unused is not tried
 
@@ -149,6 +151,20 @@ class TPRRPolicy(Policy):
         self.screen_images, self.max_candidates, self.finalists = screen_images, max_candidates, finalists
         self.max_interval, self.warmups, self.progress = max_interval, tuple(warmups), progress
         self.pruned = _pruned_steps(kinds, orders, block_shares, token_shares)
+
+    def check(self, signature: ModelSignature, sampler: SamplerTable) -> None:
+        """Whether the target can be reached. All that scores change of a P-step's cost is which branch it reuses: try both.
+
+        Raises:
+            PlanError: if it cannot, with the largest target that can.
+        """
+        T, L, N = len(sampler), signature.depth, signature.tokens
+        either = np.zeros((2, T, L, 2))
+        either[0, 1:, :, 0] = either[1, 1:, :, 1] = 1.0
+        blanks = [Scores(np.ones((T, L, N)), each, signature.teacher, sampler_digest(sampler)) for each in either]
+        costs = {p: min(p.cost(signature, blank) for blank in blanks) for p in self.pruned}
+        if not any(next(self._rounds(T, self.target_speedup, cost), None) for cost in costs.values()):
+            raise PlanError(self._unreachable(costs, T))
 
     def plan(self, context: PlanningContext) -> PlanChoice:
         """Choose a plan; the table lists the finalists first, then the others, each by error.

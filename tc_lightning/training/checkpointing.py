@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -9,25 +10,32 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from tc_lightning.errors import RunError
+from tc_lightning.errors import RunError, first_line
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes to a temporary file in the same folder, syncs it to disk, and renames it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """See `lightning.fabric.plugins.CheckpointIO`."""
+        """See `lightning.fabric.plugins.CheckpointIO`.
+
+        Raises:
+            RunError: if it cannot be written, for want of space or of rights; an older file of that name stays.
+        """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.tmp")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            raise RunError(f"cannot write the checkpoint {target} ({first_line(error)}): make room, then resume.") from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """See `lightning.fabric.plugins.CheckpointIO`; nothing in the file is executed.
@@ -38,8 +46,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RunError(f"cannot load the checkpoint {path} ({reason}): name another one, or take `--ckpt_path last`.") from error
+            raise RunError(
+                f"cannot load the checkpoint {path} ({first_line(error)}): name another one, or take `--ckpt_path last`."
+            ) from error
 
 
 def newest_valid_checkpoint(root: Path) -> Path | None:
@@ -52,5 +61,5 @@ def _loads(path: Path) -> bool:
     try:
         return "state_dict" in torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        print(f"passing over the damaged checkpoint {path}: {(str(error).splitlines() or ['unreadable'])[0]}")
+        print(f"passing over the damaged checkpoint {path}: {first_line(error)}")
         return False

@@ -97,6 +97,8 @@ class TokenCacheDistiller(LightningModule):
             raise RunError(f"target_share is {target_share:g}; it must lie between 0 and 1.")
         if min(sensitivity_samples, sensitivity_probes) < 1:
             raise RunError("sensitivity_samples and sensitivity_probes must be at least 1.")
+        if not (lr > 0.0 and math.isfinite(lr)):
+            raise RunError(f"lr is {lr:g}; it must be above 0.")
         self.teacher: DiT
         object.__setattr__(self, "teacher", load_teacher(teacher))  # past nn.Module: not a submodule
         c = self.teacher.config
@@ -104,6 +106,7 @@ class TokenCacheDistiller(LightningModule):
         self.signature = model_signature(self.teacher, self.teacher_digest)
         self.sampler = make_sampler(sampler, num_steps, spacing)
         self.guidance = Guidance(guidance_scale, c.in_channels if guidance_channels is None else guidance_channels)
+        _check_guidance(self.guidance, c.in_channels)
         self.policy = policy or TPRRPolicy()
         self.lr, self.target_share = lr, target_share
         self.budget_rate, self.budget_penalty = budget_rate, budget_penalty
@@ -156,7 +159,9 @@ class TokenCacheDistiller(LightningModule):
 
         Raises:
             RunError: if the data cannot tell what planning will need at the end.
+            PlanError: if the policy could not reach its target, whatever the scores.
         """
+        self.policy.check(self.signature, self.sampler)
         missing = [n for n in ("heldout", "train_endpoints") if not hasattr(self.trainer.datamodule, n)]  # type: ignore[attr-defined]
         if missing and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise RunError(
@@ -238,3 +243,16 @@ class TokenCacheDistiller(LightningModule):
         size = len(error_B)
         self.log(f"{stage}/distil_mse", error_B.mean(), prog_bar=True, sync_dist=True, batch_size=size)
         self.log(f"{stage}/reuse_mse", self._reuse_error(batch, caches).mean(), sync_dist=True, batch_size=size)
+
+
+def _check_guidance(guidance: Guidance, in_channels: int) -> None:
+    """Refuse what no plan could hold, before hours of training.
+
+    Raises:
+        RunError: naming the setting.
+    """
+    if not math.isfinite(guidance.scale):
+        raise RunError(f"guidance_scale is {guidance.scale}; it must be a finite number (1 switches guidance off).")
+    least = 1 if guidance.doubles_batch else 0
+    if not least <= guidance.channels <= in_channels:
+        raise RunError(f"guidance_channels is {guidance.channels}; the teacher has {in_channels}: choose {least} to {in_channels}.")
