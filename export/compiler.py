@@ -6,19 +6,18 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnxruntime
 import torch
-from torch import Tensor
 
 from export.emit import Emitter
 from export.fidelity import Fidelity, measure
 from export.manifest import NAME, ArtefactError, read_manifest, write_manifest
-from export.onnx_dit import weight_layout
+from export.onnx_dit import with_thirds
 from export.parity import Check, prove, require_parity, trajectory_error
 from export.programs import LoweredPlan, Program, computed_tokens, lower
 from export.runtime import CachedSampler
@@ -82,7 +81,7 @@ def export_artefact(
 def _compile(model: DiT, plan: CachePlan, folder: Path, precision: str, provider: str, images: int, report: Report) -> dict[str, Any]:
     lowered = lower(plan)
     report(f"writing {WEIGHTS} and {len(lowered.programs) + 1} graphs in {precision}")
-    index = write_weights(_tensors(model), folder / WEIGHTS, precision)
+    index = with_thirds(write_weights(model.state_dict().items(), folder / WEIGHTS, precision))
     graphs = _write_graphs(model, plan, lowered, folder, precision, index)
     plan.save(folder / "plan.json")
     manifest = _describe(model, plan, lowered, index, precision, graphs)
@@ -97,11 +96,6 @@ def _compile(model: DiT, plan: CachePlan, folder: Path, precision: str, provider
     manifest |= _measured(checks, fidelity, images, provider)
     write_manifest(folder, manifest)
     return manifest
-
-
-def _tensors(model: DiT) -> Iterator[tuple[str, Tensor]]:
-    yield from weight_layout(model)
-    yield "unit_scale", torch.ones(model.config.hidden_size)  # the affine scale of norms that have none
 
 
 def _write_graphs(
@@ -138,7 +132,7 @@ def _describe(
         "precision": precision,
         "programs": {p.name: _interface(p, graphs[p.name], plan) for p in lowered.programs},
         "schedule": [dataclasses.asdict(b) for b in lowered.bindings],
-        "entries": {e.name: {"shape": entry_shape(plan.model, e), "slots": n} for e, n in sorted(lowered.slots.items())},
+        "entries": {e.name: {"shape": entry_shape(plan.model), "slots": n} for e, n in sorted(lowered.slots.items())},
         "condition_values": CONDITION_VALUES,
         "weights": {name: list(entry) for name, entry in index.items()},
         "macs_speedup": macs_speedup(plan),

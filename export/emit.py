@@ -3,7 +3,11 @@
 Inputs and outputs of the graphs (M rows of the doubled batch, U distinct labels, S steps of a chunk, R = 6 L + 2):
 
     condition   steps [S], labels [U]                                    -> mods [S, U, R, D]
-    step_*      x [B, C, H, W], (m_prev), step, first_step, mods, rows [M], (guidance), ENTRY.j ...  -> x_next, (m), ENTRY.new ...
+    step_*      x [B, C, H, W], (m_prev), step, first_step, mods, rows [M], (guidance), (numbers [M]), ENTRY.j ...
+                                                                         -> x_next, (m), ENTRY.new ...
+
+`rows` are the label rows of `mods`; `numbers` count the rows of the batch (0, 1, 2, ...), for programs that scatter. An entry that
+is read and written in one program is updated in place: bind both to one buffer.
 """
 
 from __future__ import annotations
@@ -15,13 +19,13 @@ import onnx
 
 from export.onnx_dit import OnnxDiT
 from export.programs import Program, merge
-from export.symbolic import External, Graph, OnnxOps, Sym, TokenIndex
-from tc_lightning.cache import Step, TokenSet, forecast, run_blocks
+from export.symbolic import External, Graph, OnnxOps, Sym
+from tc_lightning.cache import Step, forecast, run_blocks
 from tc_lightning.costs import entry_shape
 from tc_lightning.dataflow import Entry, StepFlow, trace
 from tc_lightning.diffusion.update import Coefficients, advance, guide
 from tc_lightning.models.dit import DiTConfig
-from tc_lightning.plan import CachePlan, Segment
+from tc_lightning.plan import CachePlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Emitter:
 
         model = OnnxDiT(g, self.config, self.dtype)
         block_mods, final = model.unpack(mods, [b for s in program.segments if s.mode != "skip" for b in s.blocks])
-        todo = Step(program.segments, self._tokens(g, ops, step, program), self._cached(g, step, program), program.writes)
+        todo = Step(program.segments, self._kept(g, ops, step, program), self._cached(g, step, program), program.writes)
         z = model.embed(ops.concat([x, x], 0) if guidance.doubles_batch else x)
         z, writes = run_blocks(todo, z, model.blocks, block_mods, ops)
         eps = ops.channels(model.readout(z, final), 0, signature.in_channels)
@@ -75,7 +79,7 @@ class Emitter:
         if m_prev is not None:
             g.output("m", m, latent)
         for entry in program.writes:
-            g.output(f"{entry.name}.new", writes[entry], ["rows", *entry_shape(signature, entry)])
+            g.output(f"{entry.name}.new", writes[entry], ["rows", *entry_shape(signature)])
         return g.model()
 
     @property
@@ -93,36 +97,37 @@ class Emitter:
         """Declare the cache inputs and forecast every entry that is read."""
         flows, cached = trace(self.plan), {}
         for entry, count in program.reads:
-            shape: list[int | str] = ["rows", *entry_shape(self.plan.model, entry)]
+            shape: list[int | str] = ["rows", *entry_shape(self.plan.model)]
             values = [g.input(f"{entry.name}.{j}", self.dtype, shape) for j in range(count)]
             weights_TO = forecast_table(flows, program.steps, entry, count)
             columns = [self._lookup(g, step, column, self.dtype) for column in weights_TO.T] if count > 1 else []
             cached[entry] = forecast(values, columns)
         return cached
 
-    def _tokens(self, g: Graph, ops: OnnxOps, step: Sym, program: Program) -> tuple[TokenSet | None, ...]:
-        """Index tables of every partial segment, looked up by step."""
-        sets: list[TokenSet | None] = []
+    def _kept(self, g: Graph, ops: OnnxOps, step: Sym, program: Program) -> tuple[Sym | None, ...]:
+        """Kept tokens [K] of every partial segment, looked up by step, and registered with their places in [M, N, D]."""
+        if not any(s.mode == "partial" for s in program.segments):
+            return (None,) * len(program.segments)
+        row_pair = g.constant(np.array([1, 0]), "int64")
+        row_M12 = g.reshape(g.input("numbers", "int64", ["rows"]), -1, 1, 1) * row_pair
+        token = g.constant(1, "int64")
+        kept: list[Sym | None] = []
         for j, segment in enumerate(program.segments):
-            if segment.mode != "partial":
-                sets.append(None)
-                continue
-            tables = token_tables([merge(self.plan.steps[i])[j] for i in program.steps], self.plan.model.tokens)
-            kept, pruned, restore = (self._rows(g, step, table, program.steps) for table in tables)
-            assert kept is not None
-            index = ops.register(TokenIndex(kept, pruned, restore))
-            sets.append(TokenSet(index.kept, index.pruned))
-        return tuple(sets)
+            if segment.mode == "partial":
+                token_K2 = self._token_pairs(g, step, program.steps, [merge(self.plan.steps[i])[j].tokens for i in program.steps])
+                kept.append(ops.register(g.op("Gather", token_K2, token, axis=1), row_M12 + token_K2))
+            else:
+                kept.append(None)
+        return tuple(kept)
 
-    def _rows(self, g: Graph, step: Sym, table_SK: np.ndarray, steps: tuple[int, ...]) -> Sym | None:
-        """Row of a token table for this step; a constant if all steps share it, None if it is empty."""
-        if table_SK.shape[1] == 0:
-            return None
-        if (table_SK == table_SK[0]).all():
-            return g.constant(table_SK[0], "int64")
-        full_TK = np.zeros((self.plan.num_steps, table_SK.shape[1]), dtype=np.int64)
-        full_TK[list(steps)] = table_SK
-        return g.op("Gather", g.constant(full_TK, "int64"), step, axis=0)
+    def _token_pairs(self, g: Graph, step: Sym, steps: tuple[int, ...], tokens_SK: list[tuple[int, ...]]) -> Sym:
+        """Pairs (0, token) of this step's tokens, [K, 2]; a constant if all steps share them."""
+        pairs_SK2 = np.stack([np.zeros_like(tokens_SK), tokens_SK], axis=-1)
+        if (pairs_SK2 == pairs_SK2[0]).all():
+            return g.constant(pairs_SK2[0], "int64")
+        full_TK2 = np.zeros((self.plan.num_steps, *pairs_SK2.shape[1:]), dtype=np.int64)
+        full_TK2[list(steps)] = pairs_SK2
+        return g.op("Gather", g.constant(full_TK2, "int64"), step, axis=0)
 
     def _coefficients(self, g: Graph, step: Sym) -> Coefficients:
         rows = self.plan.sampler.steps
@@ -144,12 +149,3 @@ def forecast_table(flows: list[StepFlow], steps: tuple[int, ...], entry: Entry, 
         weights = next(read.weights for read in flows[i].reads if read.entry == entry)
         table_TO[i, : len(weights)] = weights
     return table_TO
-
-
-def token_tables(segments: list[Segment], num_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Kept [S, K], pruned [S, P], and the permutation [S, N] that restores the order of [pruned, kept]; empty when all are kept."""
-    kept_SK = np.array([s.tokens for s in segments], dtype=np.int64)
-    everything = np.arange(num_tokens)
-    pruned_SP = np.stack([np.setdiff1d(everything, row) for row in kept_SK])
-    restore_SN = np.argsort(np.concatenate([pruned_SP, kept_SK], axis=1), axis=1)
-    return kept_SK, pruned_SP, restore_SN if pruned_SP.shape[1] else restore_SN[:, :0]

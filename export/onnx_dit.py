@@ -1,46 +1,28 @@
 """A DiT that writes ONNX nodes: the methods of `tc_lightning.models.dit.DiT` and its blocks, on symbolic values.
 
-Weights are stored as the products want them ([in, out]; q, k and v apart), so that the graph holds no transpose and no split of
-a projection. Shape suffixes as in `tc_lightning.models.dit`; M rows of the (doubled) batch.
+Weights keep the layout of torch, [out, in]: the products take their transpose, which costs nothing, and is what lets all programs
+read one copy (`export.runtime`). Shape suffixes as in `tc_lightning.models.dit`; M rows of the (doubled) batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import numpy as np
-import torch
-from torch import Tensor
 
-from export.symbolic import Graph, Sym
-from tc_lightning.models.dit import NORM_EPS, DiT, DiTConfig, FinalModulation, KeyValue, Modulation
+from export.symbolic import CONTRIB, External, Graph, Sym
+from tc_lightning.models.dit import NORM_EPS, DiTConfig, FinalModulation, KeyValue, Modulation
 
 MODULATIONS = 6  # adaLN terms of a block
 
 
-def weight_layout(model: DiT) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the model under its name in the artefact, in the layout of the graphs (views, no copies)."""
-    for name, tensor in model.state_dict().items():
-        if ".attn.qkv." in name:
-            stem, kind = name.split("qkv.")
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                yield f"{stem}{letter}.{kind}", part.t() if kind == "weight" else part
-        elif name.endswith(".weight") and tensor.ndim == 2 and "embedding_table" not in name:
-            yield name, tensor.t()
-        else:
-            yield name, tensor
-
-
-def from_layout(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Inverse of `weight_layout`: the state dict of the model, fp32."""
-    parts: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        linear = name.endswith(".weight") and tensor.ndim == 2 and "embedding_table" not in name
-        parts[name] = (tensor.t() if linear else tensor).float()
-    for name in [n for n in parts if ".attn.q." in n]:
-        stem, kind = name.split(".q.")
-        parts[f"{stem}.qkv.{kind}"] = torch.cat([parts.pop(f"{stem}.{letter}.{kind}") for letter in "qkv"])
-    return parts
+def with_thirds(index: dict[str, External]) -> dict[str, External]:
+    """The index of a weights file, with q, k and v of every attention layer as views of their common tensor."""
+    views = {}
+    for name, whole in index.items():
+        stem, found, kind = name.partition(".attn.qkv.")
+        for j, letter in enumerate("qkv" if found else ""):
+            third, shape = whole.nbytes // 3, (whole.shape[0] // 3, *whole.shape[1:])
+            views[f"{stem}.attn.{letter}.{kind}"] = External(whole.dtype, shape, whole.offset + j * third, third)
+    return index | views
 
 
 class OnnxBlock:
@@ -52,28 +34,26 @@ class OnnxBlock:
     def qkv(self, z_MnD: Sym, mod: Modulation) -> tuple[Sym, Sym, Sym]:
         """Queries, keys and values, each [M, n, D]: the Attention node splits the heads."""
         with self._graph.scope(self._stem):
-            h = modulated_norm(self._graph, z_MnD, mod.shift_attn, mod.scale_attn)
+            h = modulated_norm(self._graph, z_MnD, mod.shift_attn, mod.scale_attn, self._config.hidden_size)
             q, k, v = (linear(self._graph, h, f"{self._stem}.attn.{letter}") for letter in "qkv")
         return q, k, v
 
-    def attention(self, q: Sym, k: Sym, v: Sym, past: KeyValue | None = None) -> tuple[Sym, KeyValue]:
-        """Attention over past and present keys; their order does not matter, so nothing is scattered into place."""
+    def attention(self, q_MnD: Sym, k_MND: Sym, v_MND: Sym) -> Sym:
+        """Attend from the tokens of q to those of k and v, before the gate."""
         heads = self._config.num_heads
-        cached = (None, past.k, past.v) if past is not None else ()
         with self._graph.scope(self._stem):
-            a, k_all, v_all = self._graph.multi(
-                "Attention", 3, q, k, v, *cached, q_num_heads=heads, kv_num_heads=heads, softmax_precision=1
-            )
-            return linear(self._graph, a, f"{self._stem}.attn.proj"), KeyValue(k_all, v_all)
+            a = self._graph.op("Attention", q_MnD, k_MND, v_MND, q_num_heads=heads, kv_num_heads=heads, softmax_precision=1)
+            return linear(self._graph, a, f"{self._stem}.attn.proj")
 
     def attn_branch(self, z_MND: Sym, mod: Modulation) -> tuple[Sym, KeyValue]:
-        """Self-attention over all tokens, before the gate."""
-        return self.attention(*self.qkv(z_MND, mod))
+        """Self-attention over all tokens, before the gate, and its keys and values."""
+        q, k, v = self.qkv(z_MND, mod)
+        return self.attention(q, k, v), KeyValue(k, v)
 
     def mlp_branch(self, z_MnD: Sym, mod: Modulation) -> Sym:
         """MLP of the given tokens, before the gate."""
         with self._graph.scope(self._stem):
-            h = modulated_norm(self._graph, z_MnD, mod.shift_mlp, mod.scale_mlp, self._config.mlp_norm_eps)
+            h = modulated_norm(self._graph, z_MnD, mod.shift_mlp, mod.scale_mlp, self._config.hidden_size, self._config.mlp_norm_eps)
             h = self._graph.op("Gelu", linear(self._graph, h, f"{self._stem}.mlp.fc1"), approximate="tanh")
             return linear(self._graph, h, f"{self._stem}.mlp.fc2")
 
@@ -99,7 +79,7 @@ class OnnxDiT:
         g, P, C = self._graph, self._config.patch_size, self._config.out_channels
         grid = self._config.input_size // P
         with g.scope("final_layer"):
-            h = linear(g, modulated_norm(g, z_MND, mod.shift, mod.scale), "final_layer.linear").cast("fp32")
+            h = linear(g, modulated_norm(g, z_MND, mod.shift, mod.scale, self._config.hidden_size), "final_layer.linear").cast("fp32")
             patches = g.op("Transpose", g.reshape(h, 0, grid, grid, P, P, C), perm=[0, 5, 1, 3, 2, 4])
             return g.reshape(patches, 0, C, grid * P, grid * P)
 
@@ -126,14 +106,22 @@ class OnnxDiT:
         axes = g.constant(np.array([1]), "int64")
         c_SUD = silu(g, g.op("Unsqueeze", t_SD, axes) + y_UD)
         layers = [(f"blocks.{b}", MODULATIONS) for b in range(c.depth)] + [("final_layer", 2)]
-        parts = [g.reshape(linear(g, c_SUD, f"{stem}.adaLN_modulation.1"), 0, 0, rows, D) for stem, rows in layers]
-        is_scale = np.array([0.0, 1, 0, 0, 1, 0] * c.depth + [0, 1])[:, None]
-        return g.op("Concat", *parts, axis=2) + g.constant(is_scale, self._dtype)
+        parts = []
+        for stem, rows in layers:
+            ones = g.constant(np.repeat([0.0, 1, 0, 0, 1, 0] if rows == MODULATIONS else [0.0, 1], D), self._dtype)
+            bias = g.weight(f"{stem}.adaLN_modulation.1.bias") + ones
+            parts.append(g.reshape(product(g, c_SUD, f"{stem}.adaLN_modulation.1") + bias, 0, 0, rows, D))
+        return g.op("Concat", *parts, axis=2)
 
 
 def linear(g: Graph, x: Sym, stem: str) -> Sym:
-    """x W + b, with W stored [in, out]."""
-    return g.op("MatMul", x, g.weight(f"{stem}.weight")) + g.weight(f"{stem}.bias")
+    """x W^T + b, with W stored [out, in]."""
+    return product(g, x, stem) + g.weight(f"{stem}.bias")
+
+
+def product(g: Graph, x: Sym, stem: str) -> Sym:
+    """x W^T. A Transpose node would be folded into a transposed copy of W by each session."""
+    return g.op("FusedMatMul", x, g.weight(f"{stem}.weight"), transB=1, domain=CONTRIB)
 
 
 def silu(g: Graph, x: Sym) -> Sym:
@@ -141,7 +129,10 @@ def silu(g: Graph, x: Sym) -> Sym:
     return x * g.op("Sigmoid", x)
 
 
-def modulated_norm(g: Graph, x_MnD: Sym, shift_M1D: Sym, scale_M1D: Sym, epsilon: float = NORM_EPS) -> Sym:
-    """Layer norm (statistics in fp32) and adaLN."""
-    ones = g.weight("unit_scale")
+def modulated_norm(g: Graph, x_MnD: Sym, shift_M1D: Sym, scale_M1D: Sym, width: int, epsilon: float = NORM_EPS) -> Sym:
+    """Layer norm (statistics in fp32), then adaLN.
+
+    The node could take scale and shift of each row itself, but on the CPU that path of it takes longer than two more nodes.
+    """
+    ones = g.constant(np.ones(width), x_MnD.dtype)
     return g.op("LayerNormalization", x_MnD, ones, axis=-1, epsilon=epsilon, stash_type=1) * scale_M1D + shift_M1D

@@ -109,7 +109,7 @@ def _check_program(
     mods = _modulations(sampler, state.step, y.numpy())
     feed = {"x": state.x.numpy(), "step": np.int64(state.step), "first_step": np.int64(state.step), "rows": np.arange(len(y))}
     feed |= {"m_prev": np.zeros_like(feed["x"]) if state.m_prev is None else state.m_prev.numpy()}
-    feed |= {"guidance": np.float32(plan.guidance.scale)}
+    feed |= {"guidance": np.float32(plan.guidance.scale), "numbers": np.arange(len(y))}
     values: dict[str, Any] = {name: _place(value, sampler.provider) for name, value in feed.items()} | {"mods": mods}
     for name, tensor in _cache_inputs(plan, program, state):
         values[name] = _cast(tensor, precision, sampler.provider)

@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper
 
 OPSET = 23  # Attention as one node; TopK has no CUDA kernel from opset 24 on
+CONTRIB = "com.microsoft"  # operators of ONNX Runtime's own
 IR_VERSION = 11
 DTYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "int64": TensorProto.INT64}
 
@@ -57,6 +58,7 @@ class Graph:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._scope: list[str] = []
+        self._renamed: dict[str, str] = {}
         self._counter = 0
 
     def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> Sym:
@@ -65,8 +67,11 @@ class Graph:
         return Sym(self, name, dtype)
 
     def output(self, name: str, value: Sym, shape: Sequence[int | str]) -> None:
-        """Declare a graph output."""
-        self._nodes.append(helper.make_node("Identity", [value.name], [name], name=f"output_{name}"))
+        """Declare a graph output. The value itself takes the name: a node that renames it would copy it if others use it too."""
+        if value.name in self._renamed or any(value.name == given.name for given in self._inputs):
+            self._nodes.append(helper.make_node("Identity", [value.name], [name], name=f"output_{name}"))
+        else:
+            self._renamed[value.name] = name
         self._outputs.append(helper.make_tensor_value_info(name, DTYPES[value.dtype], list(shape)))
 
     def constant(self, value: np.ndarray | float | int, dtype: str) -> Sym:
@@ -90,17 +95,19 @@ class Graph:
             self._initialisers[name] = tensor
         return Sym(self, name, entry.dtype)
 
-    def op(self, op_type: str, *inputs: Sym | None, dtype: str | None = None, **attributes: Any) -> Sym:
+    def op(self, op_type: str, *inputs: Sym | None, dtype: str | None = None, domain: str = "", **attributes: Any) -> Sym:
         """Append a node with one output; `dtype` is that of the first input unless given."""
-        return self.multi(op_type, 1, *inputs, dtype=dtype, **attributes)[0]
+        return self.multi(op_type, 1, *inputs, dtype=dtype, domain=domain, **attributes)[0]
 
-    def multi(self, op_type: str, outputs: int, *inputs: Sym | None, dtype: str | None = None, **attributes: Any) -> list[Sym]:
+    def multi(
+        self, op_type: str, outputs: int, *inputs: Sym | None, dtype: str | None = None, domain: str = "", **attributes: Any
+    ) -> list[Sym]:
         """Append a node with several outputs; None stands for an absent input."""
         self._counter += 1
         stem = "/".join([*self._scope, f"{op_type}_{self._counter}"])
         names = [stem if outputs == 1 else f"{stem}.{j}" for j in range(outputs)]
         given = ["" if value is None else value.name for value in inputs]
-        self._nodes.append(helper.make_node(op_type, given, names, name=stem, **attributes))
+        self._nodes.append(helper.make_node(op_type, given, names, name=stem, domain=domain, **attributes))
         kind = dtype or next(value.dtype for value in inputs if value is not None)
         return [Sym(self, name, kind) for name in names]
 
@@ -119,8 +126,11 @@ class Graph:
 
     def model(self) -> onnx.ModelProto:
         """The finished model."""
+        for node in self._nodes:
+            node.input[:] = [self._renamed.get(name, name) for name in node.input]
+            node.output[:] = [self._renamed.get(name, name) for name in node.output]
         graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, initializer=list(self._initialisers.values()))
-        opsets = [helper.make_opsetid("", OPSET)]
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="tc_lightning")
 
 
@@ -135,37 +145,25 @@ class _Scope:
         self._stack.pop()
 
 
-class TokenIndex(NamedTuple):
-    """Recomputed tokens, the others, and the permutation that puts [others, recomputed] back in order."""
-
-    kept: Sym
-    pruned: Sym | None
-    restore: Sym | None
-
-
 class OnnxOps:
-    """`tc_lightning.cache.Ops` on symbolic values; token indices are `TokenIndex` where `put` needs them."""
+    """`tc_lightning.cache.Ops` on symbolic values."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
-        self._index: dict[str, TokenIndex] = {}
+        self._places: dict[str, Sym] = {}
 
-    def register(self, index: TokenIndex) -> TokenIndex:
-        """Remember the index tables of a token set for `put`."""
-        self._index[index.kept.name] = index
-        return index
+    def register(self, kept_K: Sym, places_MK2: Sym) -> Sym:
+        """Remember, for `put`, where the tokens `kept_K` are in a tensor [M, N, D]: pairs of row and token."""
+        self._places[kept_K.name] = places_MK2
+        return kept_K
 
     def take(self, x: Sym, index_K: Sym, axis: int) -> Sym:
         """See `Ops`."""
         return self._graph.op("Gather", x, index_K, axis=axis)
 
     def put(self, x_BND: Sym, index_K: Sym, rows_BKD: Sym) -> Sym:
-        """See `Ops`. As a permutation: a scatter of rows would need the batch size at run time, on the host."""
-        index = self._index[index_K.name]
-        assert index.pruned is not None
-        assert index.restore is not None
-        rows = self.concat([self.take(x_BND, index.pruned, 1), rows_BKD], 1)
-        return self.take(rows, index.restore, 1)
+        """See `Ops`. ONNX Runtime scatters in place where it may, and where input and output are bound to one buffer."""
+        return self._graph.op("ScatterND", x_BND, self._places[index_K.name], rows_BKD)
 
     def concat(self, parts: Sequence[Sym], axis: int) -> Sym:
         """See `Ops`."""

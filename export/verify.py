@@ -25,7 +25,6 @@ from tqdm import tqdm
 from export.command import positive, run
 from export.fidelity import measure, psnr
 from export.manifest import ArtefactError
-from export.onnx_dit import from_layout
 from export.parity import prove, require_parity, trajectory_error
 from export.programs import lower
 from export.runtime import CachedSampler
@@ -102,10 +101,11 @@ def verify(path: Path, provider: str, images: int, batch: int, seed: int | None,
 def rebuild_teacher(sampler: CachedSampler) -> DiT:
     """The teacher in torch, from the artefact's weights."""
     manifest = sampler.manifest
-    index = {name: External(*entry) for name, entry in manifest["weights"].items() if name != "unit_scale"}
     with torch.device("meta"):
         model = DiT(DiTConfig(**manifest["dit_config"]))
-    model.load_state_dict(from_layout(read_weights(sampler.path / "weights.data", index)), assign=True)
+    index = {name: External(*manifest["weights"][name]) for name in model.state_dict()}
+    tensors = read_weights(sampler.path / "weights.data", index)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors}, assign=True)
     return model.eval().requires_grad_(False)
 
 

@@ -4,7 +4,7 @@ The one definition of compute, recompute-some-tokens, reuse and skip. The refere
 (`TorchOps`), the exporter with symbolic values that write ONNX nodes, and training calls their soft form, `mixed_block`, which
 equals the hard form wherever its weights are 0 or 1.
 
-Shape suffixes: B batch (both halves of guidance), N tokens, K kept tokens, P = N - K pruned tokens, D width, M heads, E head dimension.
+Shape suffixes: B batch (both halves of guidance), N tokens, K kept tokens, D width.
 """
 
 from __future__ import annotations
@@ -67,18 +67,11 @@ class TorchOps:
         return x_BCHW[:, start:stop]
 
 
-class TokenSet(NamedTuple):
-    """Indices of the recomputed tokens [K] and of the others [P]; `pruned` is None when every token is kept."""
-
-    kept: Array
-    pruned: Array | None
-
-
 class Step(NamedTuple):
-    """What one step does: its segments, the token set of each partial one, the values it reads, the entries it must return."""
+    """What one step does: its segments, the kept tokens [K] of each partial one, the values it reads, the entries it must return."""
 
     segments: tuple[Segment, ...]
-    tokens: tuple[TokenSet | None, ...]
+    kept: tuple[Array | None, ...]
     cached: Cache
     wanted: Collection[Entry]
 
@@ -97,7 +90,7 @@ def run_blocks(step: Step, z_BND: Array, blocks: Sequence[Any], mods: Sequence[A
     """Run all blocks as the step says.
 
     Args:
-        step: segments, token sets, cached values and the entries to return.
+        step: segments, kept tokens, cached values and the entries to return.
         z_BND: tokens.
         blocks: the blocks of a `DiT`, or objects with their methods.
         mods: adaLN terms of each block.
@@ -110,12 +103,11 @@ def run_blocks(step: Step, z_BND: Array, blocks: Sequence[Any], mods: Sequence[A
     spans = [entry for entry in step.wanted if entry.kind == "span"]
     edges = {entry.start for entry in spans} | {entry.stop for entry in spans}
     z_at: dict[int, Array] = {0: z_BND}
-    for segment, tokens in zip(step.segments, step.tokens, strict=True):
+    for segment, kept in zip(step.segments, step.kept, strict=True):
         if segment.mode == "skip":
             z_BND = z_BND + step.cached[Entry("span", segment.start, segment.stop)]
         elif segment.mode == "partial":
-            assert tokens is not None
-            z_BND = _run_partial(segment, tokens, z_BND, blocks, mods, step.cached, ops)
+            z_BND = _run_partial(segment, kept, z_BND, blocks, mods, step.cached, writes, ops)
         else:
             for b in segment.blocks:
                 z_BND = _run_block(segment, b, z_BND, blocks[b], mods[b], step.cached, step.wanted, writes)
@@ -158,32 +150,39 @@ def _run_block(
 
 
 def _run_partial(
-    segment: Segment, tokens: TokenSet, z_BND: Array, blocks: Sequence[Any], mods: Sequence[Any], cached: Cache, ops: Ops
+    segment: Segment,
+    kept_K: Array,
+    z_BND: Array,
+    blocks: Sequence[Any],
+    mods: Sequence[Any],
+    cached: Cache,
+    writes: dict[Entry, Array],
+    ops: Ops,
 ) -> Array:
     """Recompute the kept tokens through the segment: one gather on entry, one scatter on exit, however deep it is.
 
-    Nothing inside the segment looks at the pruned tokens but through their cached keys and values, so their path through it is
-    a single tensor, the segment's summed residual.
+    Nothing inside the segment looks at the other tokens but through their cached keys and values, so their path through it is a
+    single tensor, the segment's summed residual. The kept tokens' keys and values take their places in the cache: attention then
+    reads one tensor, and later steps find the latest known key and value of every token.
     """
-    z_BKD = ops.take(z_BND, tokens.kept, 1)
+    span = cached.get(Entry("span", segment.start, segment.stop))  # absent when every token is kept
+    z_BKD = ops.take(z_BND, kept_K, 1)
     for b in segment.blocks:
         if "attn" in segment.branches:
-            past = None
-            if tokens.pruned is not None:
-                k, v = cached[Entry("k", b, b + 1)], cached[Entry("v", b, b + 1)]
-                past = KeyValue(ops.take(k, tokens.pruned, 2), ops.take(v, tokens.pruned, 2))
-            a_BKD, _ = blocks[b].attention(*blocks[b].qkv(z_BKD, mods[b]), past)
+            q, k, v = blocks[b].qkv(z_BKD, mods[b])
+            if span is not None:
+                k, v = (ops.put(cached[Entry(kind, b, b + 1)], kept_K, new) for kind, new in (("k", k), ("v", v)))
+                writes |= {Entry("k", b, b + 1): k, Entry("v", b, b + 1): v}
+            a_BKD = blocks[b].attention(q, k, v)
         else:
-            a_BKD = ops.take(cached[Entry("attn", b, b + 1)], tokens.kept, 1)
+            a_BKD = ops.take(cached[Entry("attn", b, b + 1)], kept_K, 1)
         z_BKD = z_BKD + mods[b].gate_attn * a_BKD
         z_BKD = z_BKD + mods[b].gate_mlp * blocks[b].mlp_branch(z_BKD, mods[b])
-    if tokens.pruned is None:
-        return z_BKD
-    return ops.put(z_BND + cached[Entry("span", segment.start, segment.stop)], tokens.kept, z_BKD)
+    return z_BKD if span is None else ops.put(z_BND + span, kept_K, z_BKD)
 
 
 class BlockCache(NamedTuple):
-    """What the soft form takes from the neighbouring step: residual update [B, N, D], keys and values [B, M, N, E]."""
+    """What the soft form takes from the neighbouring step: residual update, keys and values, each [B, N, D]."""
 
     residual: Tensor
     kv: KeyValue
@@ -203,10 +202,9 @@ def mixed_block(block: DiTBlock, z_BND: Tensor, mod: Modulation, w_BN: Tensor, c
     Keys and values are mixed with the same weights, so that with w in {0, 1} this is exactly the partial step of a one-block
     segment: kept tokens attend to all tokens, those of weight 0 through their cached keys and values.
     """
-    w_BN1, w_B1N1 = w_BN[:, :, None], w_BN[:, None, :, None]
+    w_BN1 = w_BN[:, :, None]
     q, k, v = block.qkv(z_BND, mod)
-    k, v = k * w_B1N1 + cached.kv.k * (1 - w_B1N1), v * w_B1N1 + cached.kv.v * (1 - w_B1N1)
-    a_BND, _ = block.attention(q, k, v)
-    h_BND = z_BND + mod.gate_attn * a_BND
+    k, v = k * w_BN1 + cached.kv.k * (1 - w_BN1), v * w_BN1 + cached.kv.v * (1 - w_BN1)
+    h_BND = z_BND + mod.gate_attn * block.attention(q, k, v)
     f_BND = h_BND + mod.gate_mlp * block.mlp_branch(h_BND, mod) - z_BND
     return z_BND + w_BN1 * f_BND + (1 - w_BN1) * cached.residual

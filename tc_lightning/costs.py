@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from tc_lightning.dataflow import Entry, assign_slots, trace
+from tc_lightning.dataflow import assign_slots, trace
 from tc_lightning.plan import CachePlan, ModelSignature, Segment
 
 TIME_FEATURES = 256  # width of the sinusoidal timestep features
@@ -58,15 +58,12 @@ def macs_speedup(plan: CachePlan) -> float:
     return plan.num_steps * full_step_macs(plan.model) / plan_macs(plan)
 
 
-def entry_shape(model: ModelSignature, entry: Entry) -> tuple[int, ...]:
-    """Shape of a cache entry for one sample."""
-    if entry.kind in ("k", "v"):
-        return (model.heads, model.tokens, model.width // model.heads)
+def entry_shape(model: ModelSignature) -> tuple[int, int]:
+    """Shape of a cache entry of any kind for one sample: [N, D]."""
     return (model.tokens, model.width)
 
 
 def cache_bytes_per_image(plan: CachePlan, bytes_per_value: int = 4) -> int:
     """Bytes of cache for one image; guidance holds two samples an image."""
     _, depth = assign_slots(trace(plan))
-    values = sum(slots * math.prod(entry_shape(plan.model, entry)) for entry, slots in depth.items())
-    return values * bytes_per_value * (2 if plan.guidance.doubles_batch else 1)
+    return sum(depth.values()) * math.prod(entry_shape(plan.model)) * bytes_per_value * (2 if plan.guidance.doubles_batch else 1)

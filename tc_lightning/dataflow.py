@@ -1,8 +1,9 @@
 """What a plan reads from and writes to the cache, step by step: plain data, no torch.
 
 An *entry* is one cached quantity. It is written at every step that computes it for all tokens; a read takes its last `order + 1`
-writes, weighted by constants. From this follow which writes are live, how many copies of an entry must be kept, and where each is
-kept (a *slot*): the reference sampler and the compiler both go by it.
+writes, weighted by constants. Keys and values are also *updated*: a partial step reads them, puts those of its tokens in place,
+and what it leaves is a write like any other. From this follow which writes are live, how many copies of an entry must be kept, and
+where each is kept (a *slot*): the reference sampler and the compiler both go by it.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from tc_lightning.plan import CachePlan, Segment
 class Entry(NamedTuple):
     """A cached quantity of blocks [start, stop).
 
-    Kinds: `span`, the summed residual [B, N, D]; `attn` and `mlp`, a branch of one block before its gate [B, N, D]; `k` and `v`, keys
-    and values of one block [B, M, N, E].
+    Kinds: `span`, the summed residual; `attn` and `mlp`, a branch of one block before its gate; `k` and `v`, keys and values of one
+    block, heads side by side. Each is [B, N, D].
     """
 
     kind: str
@@ -44,10 +45,14 @@ class Read:
 
 @dataclasses.dataclass(frozen=True)
 class StepFlow:
-    """Reads of one step, and the writes of it that a later step reads."""
+    """Reads of one step, and its writes: those that a later step reads, and all updates, which happen in place."""
 
     reads: tuple[Read, ...]
     writes: tuple[Entry, ...]
+
+    def updates(self, entry: Entry) -> bool:
+        """Whether the step reads the entry and leaves it changed."""
+        return entry in self.writes and any(read.entry == entry for read in self.reads)
 
 
 def lagrange_weights(sources: Sequence[int], at: int) -> tuple[float, ...]:
@@ -90,8 +95,13 @@ def is_written(entry: Entry, segments: Iterable[Segment]) -> bool:
     return covering[0].mode == "compute" or (covering[0].mode == "reuse" and branch not in covering[0].branches)
 
 
+def is_updated(entry: Entry, segments: Iterable[Segment], num_tokens: int) -> bool:
+    """Whether a step with these segments puts the keys or values of some tokens in place."""
+    return entry.kind in ("k", "v") and any(s.mode == "partial" and entry in entries_read(s, num_tokens) for s in segments)
+
+
 def trace(plan: CachePlan) -> list[StepFlow]:
-    """Reads and live writes of every step.
+    """Reads and writes of every step.
 
     Raises:
         PlanError: if a step reads what no step before it computed.
@@ -104,8 +114,10 @@ def trace(plan: CachePlan) -> list[StepFlow]:
     for i, segments in enumerate(plan.steps):
         reads.append(tuple(_resolve(entry, order, written[entry], i) for entry, order in sorted(wanted[i].items())))
         live |= {(read.entry, source) for read in reads[-1] for source in read.sources}
+        updated = {entry for entry in wanted[i] if is_updated(entry, segments, plan.model.tokens)}
+        live |= {(entry, i) for entry in updated}
         for entry in universe:
-            if is_written(entry, segments):
+            if entry in updated or is_written(entry, segments):
                 written[entry].append(i)
     return [StepFlow(r, tuple(sorted(e for e in universe if (e, i) in live))) for i, r in enumerate(reads)]
 
@@ -122,7 +134,7 @@ def _resolve(entry: Entry, order: int, written: list[int], step: int) -> Read:
 
 
 def assign_slots(flows: Sequence[StepFlow]) -> tuple[dict[tuple[Entry, int], int], dict[Entry, int]]:
-    """Place every live write in a slot of its entry, reusing slots whose value is not read any more.
+    """Place every write in a slot of its entry, reusing slots whose value is not read any more; an update stays where it was.
 
     Returns:
         The slot of (entry, step of the write), and the number of slots of each entry.
@@ -133,8 +145,12 @@ def assign_slots(flows: Sequence[StepFlow]) -> tuple[dict[tuple[Entry, int], int
     slots: dict[tuple[Entry, int], int] = {}
     depth: dict[Entry, int] = {}
     for i, flow in enumerate(flows):
+        sources = {read.entry: read.sources[0] for read in flow.reads}
         for entry in flow.writes:
-            busy = {slot for (e, step), slot in slots.items() if e == entry and last_read[e, step] >= i}
+            if entry in sources:
+                slots[entry, i] = slots[entry, sources[entry]]
+                continue
+            busy = {slot for (e, step), slot in slots.items() if e == entry and last_read.get((e, step), -1) >= i}
             slots[entry, i] = next(s for s in range(len(busy) + 1) if s not in busy)
             depth[entry] = max(depth.get(entry, 0), slots[entry, i] + 1)
     return slots, depth

@@ -6,11 +6,12 @@
         {"blocks": [20, 27], "mode": "partial", "keep": 4, "tokens": [3, 17, 18, 40], "order": 1},
         {"blocks": [27, 28], "mode": "reuse",   "branches": ["attn"], "order": 1}]}
 
-compute: everything. partial: the listed tokens are recomputed and attend to all tokens, whose keys and values come from the
-cache; for the others the segment's summed residual comes from the cache. With branches ["mlp"] only the MLP is recomputed, and
-attention comes from the cache. reuse: the named branches come from the cache before their gate, the current gate is applied;
-other branches are computed. skip: the segment's summed residual comes from the cache as one tensor. order: 0 repeats the cached
-value, 1 and 2 extrapolate it from the last 2 and 3 times that it was computed (keys and values are always repeated).
+compute: everything. partial: the listed tokens are recomputed and attend to all tokens; the keys and values of the others come
+from the cache, and those of the listed ones take their places in it; for the others the segment's summed residual comes from the
+cache. With branches ["mlp"] only the MLP is recomputed, and attention comes from the cache. reuse: the named branches come from
+the cache before their gate, the current gate is applied; other branches are computed. skip: the segment's summed residual comes
+from the cache as one tensor. order: 0 repeats the cached value, 1 and 2 extrapolate it from the last 2 and 3 times that it was
+computed (keys and values are always repeated).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tc_lightning.cache import Step, TokenSet, TorchOps, forecast, run_blocks
+from tc_lightning.cache import Step, TorchOps, forecast, run_blocks
 from tc_lightning.dataflow import Entry, StepFlow, trace
 from tc_lightning.diffusion.table import SamplerStep, SamplerTable
 from tc_lightning.diffusion.update import Coefficients, advance, guide
@@ -142,10 +142,10 @@ def _predict(
 ) -> tuple[Tensor, dict[Entry, Tensor]]:
     """Guided eps of one step, and what it writes."""
     cached = {r.entry: forecast([store[r.entry, s] for s in r.sources], r.weights) for r in flow.reads}
-    tokens = tuple(token_set(s, plan.model.tokens, x_BCHW.device) for s in segments)
+    kept = tuple(kept_tokens(s, x_BCHW.device) for s in segments)
     mods, final = model.modulations(model.condition(torch.full((len(y),), row.t, device=x_BCHW.device), y))
     x = torch.cat([x_BCHW, x_BCHW]) if plan.guidance.doubles_batch else x_BCHW
-    z, writes = run_blocks(Step(segments, tokens, cached, flow.writes), model.embed(x), list(model.blocks), mods, OPS)
+    z, writes = run_blocks(Step(segments, kept, cached, flow.writes), model.embed(x), list(model.blocks), mods, OPS)
     C = plan.model.in_channels
     eps = OPS.channels(model.readout(z, final), 0, C)
     if plan.guidance.doubles_batch:
@@ -153,13 +153,9 @@ def _predict(
     return eps, writes
 
 
-def token_set(segment: Segment, num_tokens: int, device: torch.device | str = "cpu") -> TokenSet | None:
-    """Index tensors of a partial segment; None for other modes."""
-    if segment.mode != "partial":
-        return None
-    others = sorted(set(range(num_tokens)) - set(segment.tokens))
-    kept = torch.tensor(segment.tokens, device=device)
-    return TokenSet(kept, torch.tensor(others, device=device) if others else None)
+def kept_tokens(segment: Segment, device: torch.device | str = "cpu") -> Tensor | None:
+    """Index tensor [K] of a partial segment; None for other modes."""
+    return torch.tensor(segment.tokens, device=device) if segment.mode == "partial" else None
 
 
 def _coefficients(row: SamplerStep) -> Coefficients:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from tc_lightning.dataflow import Entry
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT, KeyValue, Modulation
 from tc_lightning.plan import CachePlan, Guidance, compute, partial, reuse, skip
-from tc_lightning.sampling import full_plan, model_signature, noise_for, sample, sample_steps, token_set
+from tc_lightning.sampling import full_plan, kept_tokens, model_signature, noise_for, sample, sample_steps
 
 OPS = TorchOps()
 LABELS = torch.tensor([0, 3])
@@ -181,8 +182,8 @@ def slow_partial(model: DiT, z: Tensor, mods, kept: tuple[int, ...], cached: Cac
             for n in kept:
                 attended = []
                 for m in range(M):
-                    keys = [heads[j][1][m] if j in heads else cached[Entry("k", b, b + 1)][s, m, j] for j in range(N)]
-                    values = [heads[j][2][m] if j in heads else cached[Entry("v", b, b + 1)][s, m, j] for j in range(N)]
+                    keys = [heads[j][1][m] if j in heads else cached[Entry("k", b, b + 1)][s, j].reshape(M, E)[m] for j in range(N)]
+                    values = [heads[j][2][m] if j in heads else cached[Entry("v", b, b + 1)][s, j].reshape(M, E)[m] for j in range(N)]
                     scores = torch.stack([heads[n][0][m] @ key / math.sqrt(E) for key in keys]).softmax(0)
                     attended.append(sum(w * v for w, v in zip(scores, values, strict=True)))
                 a = block.attn.proj.weight @ torch.cat(attended) + block.attn.proj.bias
@@ -209,7 +210,7 @@ def test_partial_equals_the_slow_definition(start, stop):
     kept, cached = (0, 2, 7, 8, 15), cache_of_another_time(model, start, stop)
     z, mods, _ = tokens_of(model, t=500.0)
     segment = partial(start, stop, kept)
-    step = Step((segment,), (token_set(segment, 16),), cached, ())
+    step = Step((segment,), (kept_tokens(segment),), cached, ())
     out, _ = run_blocks(step, z, list(model.blocks), mods, OPS)
     torch.testing.assert_close(out, slow_partial(model, z, mods, kept, cached, start, stop), rtol=1e-4, atol=1e-4)
 
@@ -221,11 +222,39 @@ def test_partial_equals_the_slow_definition(start, stop):
     k = Entry("k", stop - 1, stop)  # a change in the cached key of any pruned token reaches the kept ones
     for n in (1, 14):
         moved = dict(cached) | {k: cached[k].clone()}
-        moved[k][:, :, n] += 5.0
+        moved[k][:, n] += 5.0
         assert (run_blocks(step._replace(cached=moved), z, list(model.blocks), mods, OPS)[0] - out)[:, kept].abs().max() > 1e-4
     moved[k] = cached[k].clone()  # of a kept token it does not
-    moved[k][:, :, 7] += 5.0
+    moved[k][:, 7] += 5.0
     assert torch.equal(run_blocks(step._replace(cached=moved), z, list(model.blocks), mods, OPS)[0], out)
+
+
+@torch.no_grad()
+def test_partial_leaves_the_latest_key_and_value_of_every_token(teacher):
+    """Those of its own tokens, in their places; and the next partial step reads what this one left."""
+    kept, b, blocks = [1, 4, 9], 2, list(teacher.blocks)
+    cached = cache_of_another_time(teacher, b, b + 1)
+    z, mods, _ = tokens_of(teacher, t=500.0)
+    segment = partial(b, b + 1, tuple(kept))
+    _, writes = run_blocks(Step((segment,), (kept_tokens(segment),), cached, ()), z, blocks, mods, OPS)
+    _, k, v = blocks[b].qkv(z[:, kept], mods[b])
+    assert set(writes) == {Entry("k", b, b + 1), Entry("v", b, b + 1)}
+    others = [n for n in range(16) if n not in kept]
+    for entry, new in zip(sorted(writes), (k, v), strict=True):
+        assert torch.equal(writes[entry][:, kept], new)
+        assert torch.equal(writes[entry][:, others], cached[entry][:, others])
+
+    plan = make_plan(teacher, (FULL, (partial(0, 4, (1, 4)),), (partial(0, 4, (2, 4)),), FULL, (partial(0, 4, (3,)),)), Guidance())
+    states = list(sample_steps(teacher, plan, noise_for(0, range(2), teacher), LABELS))
+    for entry in (Entry("k", 3, 4), Entry("v", 0, 1)):
+        left = [state.writes[entry] for state in states]
+        same = [[bool((a[:, n] == b[:, n]).all()) for n in range(5)] for a, b in itertools.pairwise(left)]
+        assert same == [
+            [True, False, True, True, False],
+            [True, True, False, True, False],
+            [False] * 5,
+            [True, True, True, False, True],
+        ]
 
 
 @torch.no_grad()
@@ -239,7 +268,7 @@ def test_partial_of_the_mlp_alone(teacher):
         part = part + mods[b].gate_mlp * teacher.blocks[b].mlp_branch(part, mods[b])
     expected[:, kept] = part
     segment = partial(2, 4, tuple(kept), 0, ("mlp",))
-    out, _ = run_blocks(Step((segment,), (token_set(segment, 16),), cached, ()), z, list(teacher.blocks), mods, OPS)
+    out, _ = run_blocks(Step((segment,), (kept_tokens(segment),), cached, ()), z, list(teacher.blocks), mods, OPS)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -259,7 +288,7 @@ def test_soft_form_at_zero_and_one_is_the_partial_step(teacher, kept):
     soft = mixed_block(teacher.blocks[b], z, mods[b], w, soft_cache)
     if kept:
         segment = partial(b, b + 1, kept)
-        hard, _ = run_blocks(Step((segment,), (token_set(segment, 16),), cached, ()), z, list(teacher.blocks), mods, OPS)
+        hard, _ = run_blocks(Step((segment,), (kept_tokens(segment),), cached, ()), z, list(teacher.blocks), mods, OPS)
     else:
         hard = z + soft_cache.residual
     torch.testing.assert_close(soft, hard, rtol=1e-5, atol=1e-5)
@@ -409,8 +438,6 @@ def test_nan_weights_are_named_by_step(plan):
         sample(model, plan, noise_for(0, range(2), model), LABELS)
 
 
-def test_token_sets():
-    kept, pruned = token_set(partial(0, 1, (3, 1)), 5)
-    assert (kept.tolist(), pruned.tolist()) == ([1, 3], [0, 2, 4])
-    assert token_set(partial(0, 1, tuple(range(5))), 5).pruned is None
-    assert token_set(skip(0, 1), 5) is None
+def test_kept_tokens():
+    assert kept_tokens(partial(0, 1, (3, 1))).tolist() == [1, 3]
+    assert kept_tokens(skip(0, 1)) is None

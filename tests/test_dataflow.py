@@ -91,7 +91,22 @@ def test_entries_that_each_mode_reads(segment, entries):
     assert {read.entry.name: len(read.sources) for read in flows[2].reads} == entries
     assert {entry.name for entry in flows[1].writes} == set(entries)
     assert {entry.name for entry in flows[0].writes} == {name for name, count in entries.items() if count == 2}
-    assert flows[2].writes == ()
+    assert {entry.name for entry in flows[2].writes} == {name for name in entries if name[0] in "kv"}  # updated, read or not
+
+
+def test_updates_stay_in_their_slot_and_are_what_is_read_next():
+    """Full, two partial steps, full, one partial step: one slot each for keys and values, and each read finds the step before."""
+    p = (partial(0, 4, (1, 2)),)
+    flows = trace(make_plan(SIGNATURE, (FULL, p, p, FULL, p)))
+    key = Entry("k", 2, 3)
+    assert [next(r.sources for r in flows[i].reads if r.entry == key) for i in (1, 2, 4)] == [(0,), (1,), (3,)]
+    assert [flow.updates(key) for flow in flows] == [False, True, True, False, True]
+    slots, depth = assign_slots(flows)
+    assert {slots[key, i] for i in range(5)} == {0}
+    assert depth[key] == 1
+    assert depth[SPAN] == 1
+    every = (partial(0, 4, tuple(range(16))),)  # neither reads nor updates
+    assert [flow.writes for flow in trace(make_plan(SIGNATURE, (FULL, every)))] == [(), ()]
 
 
 def test_nothing_is_written_that_nobody_reads():
@@ -153,12 +168,14 @@ def test_live_values_never_share_a_slot(seed):
     flows = trace(make_plan(SIGNATURE, random_steps(seed, num_steps=12)))
     slots, depth = assign_slots(flows)
     last_read = {(r.entry, s): i for i, flow in enumerate(flows) for r in flow.reads for s in r.sources}
-    assert set(slots) == set(last_read)
+    assert set(slots) == {(entry, i) for i, flow in enumerate(flows) for entry in flow.writes}
+    assert set(last_read) <= set(slots)
     for (entry, step), slot in slots.items():
         assert slot < depth[entry]
         for (other, later), taken in slots.items():
             if other == entry and later > step and taken == slot:
-                assert last_read[entry, step] < later
+                updated_in_place = flows[later].updates(entry)
+                assert last_read.get((entry, step), -1) < later + updated_in_place
 
 
 # Costs
@@ -219,8 +236,7 @@ def test_cache_bytes_of_a_partial_step():
     """A span, and keys and values of two blocks, each N x D."""
     plan = make_plan(SIGNATURE, (FULL, (partial(0, 2, (1,)), compute(2, 4))), Guidance())
     assert cache_bytes_per_image(plan) == 5 * 16 * 32 * 4
-    assert entry_shape(SIGNATURE, Entry("k", 0, 1)) == (2, 16, 16)
-    assert entry_shape(SIGNATURE, SPAN) == (16, 32)
+    assert entry_shape(SIGNATURE) == (16, 32)
 
 
 def test_names():

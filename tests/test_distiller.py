@@ -25,7 +25,7 @@ from tc_lightning.plan import CachePlan, compute, partial, skip
 from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
 from tc_lightning.policies.tprr import TPRRPolicy
 from tc_lightning.runs import read_run
-from tc_lightning.sampling import full_plan, token_set
+from tc_lightning.sampling import full_plan, kept_tokens
 from tc_lightning.scores import Scores, sampler_digest
 from tc_lightning.superposition import enter, guided_eps, mixed_eps, record_caches, reused_eps
 from tc_lightning.training.checkpointing import AtomicCheckpointIO
@@ -128,7 +128,7 @@ def test_soft_form_with_weights_0_and_1_is_the_partial_step(teacher: TeacherSpec
     z, mods, _ = enter(model, guidance, x_prev, t_prev, y)
     _, cached = run_blocks(Step((compute(0, 3),), (None,), {}, entries), z, blocks, mods, ops)
     z, mods, final = enter(model, guidance, x, t, y)
-    z, _ = run_blocks(Step(segments, tuple(token_set(s, 16) for s in segments), cached, []), z, blocks, mods, ops)
+    z, _ = run_blocks(Step(segments, tuple(kept_tokens(s) for s in segments), cached, []), z, blocks, mods, ops)
     assert torch.allclose(soft, guided_eps(model, guidance, z, final), atol=2e-5)
 
 

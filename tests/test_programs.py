@@ -8,8 +8,8 @@ from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps
 
 from export.programs import FULL as STEP_FULL
 from export.programs import computed_tokens, explain, lower, merge
-from tc_lightning.dataflow import Entry, is_written, trace
-from tc_lightning.plan import Guidance, compute, partial, reuse, skip
+from tc_lightning.dataflow import Entry, is_updated, is_written, trace
+from tc_lightning.plan import Guidance, Segment, compute, partial, reuse, skip
 
 SPAN = Entry("span", 0, 4)
 SKIP = (skip(0, 4, 1),)
@@ -67,6 +67,10 @@ def test_missing_past_values_are_padded():
     assert [lowered.bindings[i].reads["span_0_4"] for i in (1, 3, 5)] == [[0, 0, 0], [1, 0, 0], [2, 1, 0]]
 
 
+def writes_or_updates(entry: Entry, segments: tuple[Segment, ...]) -> bool:
+    return is_written(entry, segments) or is_updated(entry, segments, SIGNATURE.tokens)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_schedule_delivers_the_values_that_the_plan_defines(seed):
     """Run the schedule on buffers of plain labels: every read must find what the definition of a cache says it finds."""
@@ -81,12 +85,14 @@ def test_schedule_delivers_the_values_that_the_plan_defines(seed):
         assert set(bound.reads) == {e.name for e, _ in program.reads}
         assert set(bound.writes) == {e.name for e in program.writes}
         for entry, count in program.reads:
-            written = [j for j in reversed(range(i)) if is_written(entry, plan.steps[j])][:count]
+            written = [j for j in reversed(range(i)) if writes_or_updates(entry, plan.steps[j])][:count]
             expected = written + written[-1:] * (count - len(written))
             found = [buffers[entry.name][slot] for slot in bound.reads[entry.name]]
             assert found == [(entry.name, j) for j in expected]
             assert next(r.sources for r in flows[i].reads if r.entry == entry) == tuple(written)
-        assert not set(bound.reads) & set(bound.writes)  # what is read is not computed: no buffer is read and written at once
+        for name in set(bound.reads) & set(bound.writes):  # an update, in place
+            assert name[0] in "kv"
+            assert bound.reads[name] == [bound.writes[name]]
         for name, slot in bound.writes.items():
             buffers[name][slot] = (name, i)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -176,6 +177,27 @@ def test_an_image_does_not_depend_on_its_batch(sampler):
     assert close(others[1], together[1])
     assert not close(others[0], together[0])
     assert not close(sampler.sample([0], seed=7, first_index=1).latents[0], together[0])
+
+
+def test_large_requests_are_split(artefact, sampler):
+    labels = [0, 3, 1, 4, 2]
+    seen: list[tuple[int, int]] = []
+    split = CachedSampler(artefact, max_batch=2).sample(labels, seed=7, on_step=lambda done, total: seen.append((done, total)))
+    whole = sampler.sample(labels, seed=7)
+    assert all(close(a, b) for a, b in zip(split.latents, whole.latents, strict=True))
+    assert seen == [(i, 24) for i in range(1, 25)]
+    assert split.receipt["parts"] == 3
+    assert split.receipt["labels"] == labels
+    assert {n: 3 * count for n, count in whole.receipt["steps_per_program"].items()} == split.receipt["steps_per_program"]
+    assert split.receipt["blocks_x_tokens_share"] == whole.receipt["blocks_x_tokens_share"]
+    assert split.receipt["cache_bytes"] == 2 / 5 * whole.receipt["cache_bytes"]
+    for wrong in (0, 1.5):
+        with pytest.raises(TokenCacheError, match="max_batch"):
+            CachedSampler(artefact, max_batch=wrong)
+
+
+def test_packed_weights_give_the_same(artefact, sampler):
+    assert close(CachedSampler(artefact, prepack=True).sample(LABELS, seed=7).latents, sampler.sample(LABELS, seed=7).latents)
 
 
 def test_images(sampler, unguided):
@@ -350,6 +372,14 @@ def test_cuda_is_never_replaced_by_the_cpu(artefact):
 def test_cuda_that_onnxruntime_lacks(artefact, monkeypatch):
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(RuntimeUnavailableError, match="install onnxruntime-gpu"):
+        CachedSampler(artefact, provider="cuda")
+
+
+def test_two_onnxruntimes_are_named(artefact, monkeypatch):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    found = [SimpleNamespace(name="onnxruntime"), SimpleNamespace(name="onnxruntime-gpu")]
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: found)
+    with pytest.raises(RuntimeUnavailableError, match=r"both installed.*pip uninstall"):
         CachedSampler(artefact, provider="cuda")
 
 

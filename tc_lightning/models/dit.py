@@ -117,7 +117,7 @@ class FinalModulation(NamedTuple, Generic[A]):
 
 
 class KeyValue(NamedTuple, Generic[A]):
-    """Keys and values of attention, each [B, M, n, E]."""
+    """Keys and values of attention, each [B, n, D]: the heads lie side by side, as the projections give them."""
 
     k: A
     v: A
@@ -214,21 +214,19 @@ class DiTBlock(nn.Module):
         return Modulation(shift_a, 1 + scale_a, gate_a, shift_m, 1 + scale_m, gate_m)
 
     def qkv(self, z_BnD: Tensor, mod: Modulation) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of the given tokens, each [B, M, n, E]."""
-        h = modulate(self.norm1(z_BnD), mod.shift_attn, mod.scale_attn)
-        B, n, D = h.shape
-        q, k, v = self.attn.qkv(h).reshape(B, n, 3, self.attn.num_heads, D // self.attn.num_heads).permute(2, 0, 3, 1, 4)
+        """Queries, keys and values of the given tokens, each [B, n, D]."""
+        q, k, v = self.attn.qkv(modulate(self.norm1(z_BnD), mod.shift_attn, mod.scale_attn)).chunk(3, dim=-1)
         return q, k, v
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
-        """Attend from the tokens of `q` to `past` and those of `k`; return ([B, n, D] before the gate, all keys and values)."""
-        present = KeyValue(k, v) if past is None else KeyValue(torch.cat([past.k, k], 2), torch.cat([past.v, v], 2))
-        a_BMnE = F.scaled_dot_product_attention(q, present.k, present.v)
-        return self.attn.proj(a_BMnE.transpose(1, 2).flatten(2)), present
+    def attention(self, q_BnD: Tensor, k_BND: Tensor, v_BND: Tensor) -> Tensor:
+        """Attend from the tokens of q to those of k and v; [B, n, D] before the gate."""
+        q, k, v = (x.unflatten(2, (self.attn.num_heads, -1)).transpose(1, 2) for x in (q_BnD, k_BND, v_BND))
+        return self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def attn_branch(self, z_BND: Tensor, mod: Modulation) -> tuple[Tensor, KeyValue]:
         """Self-attention over all tokens, before the gate, and its keys and values."""
-        return self.attention(*self.qkv(z_BND, mod))
+        q, k, v = self.qkv(z_BND, mod)
+        return self.attention(q, k, v), KeyValue(k, v)
 
     def mlp_branch(self, z_BnD: Tensor, mod: Modulation) -> Tensor:
         """MLP of the given tokens, before the gate."""
