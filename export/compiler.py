@@ -81,10 +81,7 @@ def export_artefact(
 def _compile(model: DiT, plan: CachePlan, folder: Path, precision: str, provider: str, images: int, report: Report) -> dict[str, Any]:
     lowered = lower(plan)
     report(f"writing {WEIGHTS} and {len(lowered.programs) + 1} graphs in {precision}")
-    index = with_thirds(write_weights(model.state_dict().items(), folder / WEIGHTS, precision))
-    graphs = _write_graphs(model, plan, lowered, folder, precision, index)
-    plan.save(folder / "plan.json")
-    manifest = _describe(model, plan, lowered, index, precision, graphs)
+    manifest = write_unproved(model, plan, lowered, folder, precision)
     sampler = CachedSampler(folder, provider, preload=False, manifest=manifest)
     sampler.session("condition")  # says at once if the provider cannot be used
     report(f"proving parity with torch on {images} images ({provider})")
@@ -96,6 +93,14 @@ def _compile(model: DiT, plan: CachePlan, folder: Path, precision: str, provider
     manifest |= _measured(checks, fidelity, images, provider)
     write_manifest(folder, manifest)
     return manifest
+
+
+def write_unproved(model: DiT, plan: CachePlan, lowered: LoweredPlan, folder: Path, precision: str) -> dict[str, Any]:
+    """Write everything but the proof, and return what the manifest will say so far; nobody but the exporter should run this."""
+    index = with_thirds(write_weights(model.state_dict().items(), folder / WEIGHTS, precision))
+    graphs = _write_graphs(model, plan, lowered, folder, precision, index)
+    plan.save(folder / "plan.json")
+    return _describe(model, plan, lowered, index, precision, graphs)
 
 
 def _write_graphs(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from tc_lightning.costs import step_macs
 from tc_lightning.dataflow import Entry, StepFlow, assign_slots, trace
 from tc_lightning.plan import CachePlan, Segment
 
@@ -75,22 +74,6 @@ def lower(plan: CachePlan) -> LoweredPlan:
     return LoweredPlan(tuple(programs), bindings, depth)
 
 
-def explain(plan: CachePlan, lowered: LoweredPlan) -> str:
-    """A listing of the programs that a person can read."""
-    lines = [f"{plan.summary}: {plan.num_steps} steps, {len(lowered.programs)} programs"]
-    for program in lowered.programs:
-        segments = ", ".join(_describe(s) for s in program.segments)
-        macs = step_macs(plan.model, program.segments) / 1e6
-        lines.append(f"  {program.name}: {len(program.steps)} steps, {macs:.1f} MMACs a sample: {segments}")
-        if program.reads:
-            lines.append("    reads " + ", ".join(f"{e.name} x{n}" for e, n in program.reads))
-        if program.writes:
-            lines.append("    writes " + ", ".join(e.name for e in program.writes))
-    short = {p.name: ("F" if p.name == FULL else str(j)) for j, p in enumerate(lowered.programs)}
-    lines.append("  steps, noisiest first: " + " ".join(short[b.program] for b in lowered.bindings) + "  (F = step_full)")
-    return "\n".join(lines)
-
-
 def computed_tokens(segment: Segment, num_tokens: int) -> int:
     """Blocks x tokens in which a segment computes a branch at least."""
     if segment.mode == "compute" or (segment.mode == "reuse" and len(segment.branches) < 2):
@@ -126,8 +109,3 @@ def _bind(program: Program, flow: StepFlow, step: int, slot_of: dict[tuple[Entry
         slots = [slot_of[read.entry, source] for source in read.sources]
         reads[read.entry.name] = slots + slots[-1:] * (count - len(slots))  # absent past values carry weight 0
     return Binding(program.name, reads, {entry.name: slot_of[entry, step] for entry in flow.writes})
-
-
-def _describe(s: Segment) -> str:
-    what = {"partial": f"partial {len(s.tokens)} tokens", "reuse": f"reuse {'+'.join(s.branches)}"}.get(s.mode, s.mode)
-    return f"[{s.start},{s.stop}) {what}" + (f" order {s.order}" if s.mode != "compute" else "")

@@ -32,6 +32,7 @@ NUMPY_TYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 CONDITION, WEIGHTS = "condition", "weights.data"
 _pool_size: list[int | None] = []  # threads of the process-wide pool, once it exists
+_arena: list[bool] = []  # whether the process-wide arena exists
 FULL = "step_full"
 
 
@@ -65,6 +66,7 @@ class CachedSampler:
             percent faster, and each program then holds a copy of its own; without, all programs read one mapped file.
         max_batch: images computed at a time; larger requests are split. It bounds the memory of a request.
         preload: load the programs of the plan now, rather than at their first use. Full compute, the baseline, waits for its own.
+        profile: write ONNX Runtime's own profiles to files that begin so; `end_profiling` names them.
         manifest: for the exporter alone, which runs an artefact to prove it before its manifest is written.
 
     Raises:
@@ -80,6 +82,7 @@ class CachedSampler:
         max_batch: int = 32,
         preload: bool = True,
         prepack: bool = False,
+        profile: Path | None = None,
         manifest: dict[str, Any] | None = None,
     ) -> None:
         if provider not in PROVIDERS:
@@ -91,6 +94,8 @@ class CachedSampler:
         self._options = _session_options(provider, threads, prepack)
         self._weights = _share_weights(self._options, self.path / WEIGHTS, self.manifest, provider)
         self._sessions: dict[str, ort.InferenceSession] = {}
+        if profile is not None:
+            self._options.enable_profiling, self._options.profile_file_prefix = True, str(profile)
         if preload:
             for name in sorted({CONDITION, *(bound["program"] for bound in self.manifest["schedule"])}):
                 self.session(name)
@@ -100,6 +105,10 @@ class CachedSampler:
         if name not in self._sessions:
             self._sessions[name] = _open_session(self.path / f"{name}.onnx", self.provider, self._options)
         return self._sessions[name]
+
+    def end_profiling(self) -> dict[str, str]:
+        """The profile of each program that was loaded; see `profile`."""
+        return {name: session.end_profiling() for name, session in self._sessions.items()}
 
     def release(self) -> None:
         """Drop all sessions and their memory; they load again when needed."""
@@ -228,7 +237,7 @@ class _Request:
             self._condition(step)
         program = manifest["programs"][bound["program"]]
         binding = self._bind(bound, program, step)
-        self._run(bound["program"], binding)
+        self._run(bound["program"], binding, last=step == manifest["steps"] - 1)
         self._x, self._x_next, self._m, self._m_prev = self._x_next, self._x, self._m_prev, self._m
         self.tally.cached_steps += bool(bound["reads"])
         self.tally.computed += program["blocks_x_tokens"]
@@ -272,9 +281,13 @@ class _Request:
         binding.bind_ortvalue_output("mods", self._mods)
         self._run(CONDITION, binding)
 
-    def _run(self, name: str, binding: Any) -> None:
+    def _run(self, name: str, binding: Any, last: bool = False) -> None:
+        options = None
+        if last and self.owner.provider == "cpu":  # an idle sampler holds its weights and little else
+            options = ort.RunOptions()
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         started = time.perf_counter()
-        self.owner.session(name).run_with_iobinding(binding)
+        self.owner.session(name).run_with_iobinding(binding, options)
         binding.synchronize_outputs()
         self.tally.seconds[name] += time.perf_counter() - started
         self.tally.ran[name] += 1
@@ -308,6 +321,8 @@ def _session_options(provider: str, threads: int | None, prepack: bool) -> ort.S
         options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     _share_threads(options, threads)
+    if provider == "cpu":
+        _share_arena(options)
     if provider == "cuda":
         _require_cuda()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -355,6 +370,16 @@ def _share_threads(options: ort.SessionOptions, threads: int | None) -> None:
             "samplers share: give the number to the first sampler of the process."
         )
     options.use_per_session_threads = False
+
+
+def _share_arena(options: ort.SessionOptions) -> None:
+    """Let all sessions of the process take their scratch memory from one arena: only one of them runs at a time."""
+    if not _arena:
+        info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+        with contextlib.suppress(Exception):  # someone else has registered one already: then that one is shared
+            ort.create_and_register_allocator(info, ort.OrtArenaCfg(0, -1, -1, -1))
+        _arena.append(True)
+    options.add_session_config_entry("session.use_env_allocators", "1")
 
 
 def _require_cuda() -> None:

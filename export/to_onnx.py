@@ -2,7 +2,7 @@
 
     python export/to_onnx.py                                     the newest run under runs/, to artefacts/NAME
     python export/to_onnx.py --run runs/digits/version_3 --precision fp16
-    python export/to_onnx.py --explain                           print the programs of the plan and write nothing
+    python export/to_onnx.py --explain --figure plan.png         print the programs of the plan, draw them, and export nothing
 
 Exit status: 0 proved and written; 2 an error in what was given; 3 the artefact disagrees with torch, and nothing was written.
 """
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from export.command import positive, run
 from export.compiler import export_artefact
-from export.programs import explain, lower
+from export.explain import explain, plan_figure
+from export.programs import lower
 from tc_lightning.costs import cache_bytes_per_image, full_step_macs, macs_speedup
 from tc_lightning.models.checkpoints import load_teacher
 from tc_lightning.plan import CachePlan
@@ -30,7 +31,10 @@ def main() -> None:
     plan = CachePlan.load(args.plan or run_info.plan)
     print(f"run {run_info.folder}, teacher {run_info.teacher.weights}")
     if args.explain:
-        print(explain(plan, lower(plan)))
+        print(explain(plan, lower(plan), 4 if args.precision == "fp32" else 2))
+        if args.figure is not None:
+            plan_figure(plan, lower(plan), args.figure)
+            print(f"wrote {args.figure}")
         return
     model = load_teacher(run_info.teacher)
     out = args.out or Path("artefacts") / (run_info.name + ("" if args.precision == "fp32" else f"-{args.precision}"))
@@ -54,6 +58,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="provider that the proof runs on")
     parser.add_argument("--images", type=positive, help="images in the proof (default: 4, or 1 for a large model)")
     parser.add_argument("--explain", action="store_true", help="print the plan's programs and exit")
+    parser.add_argument("--figure", type=Path, help="with --explain: draw the plan and its programs to this PNG file")
     return parser.parse_args()
 
 

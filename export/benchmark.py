@@ -1,0 +1,286 @@
+"""What plans save on the clock, measured on this machine in one run.
+
+    python export/benchmark.py                                        DiT-S/2 with random weights, 256 tokens, batch 2
+    python export/benchmark.py --presets DiT-S/2 DiT-B/2 --json benchmark.json
+    python export/benchmark.py --presets DiT-XL/2 --input-size 64 --batch 1 8 --provider cuda --precision fp16
+    python export/benchmark.py --run runs/digits/version_0            your teacher and your plan
+
+All rows make the same images from the same noise: PyTorch as it is and through torch.compile, ONNX Runtime with full compute, ONNX
+Runtime with each plan. Requests run in turns, several times, and the median counts. Efficiency is the speed-up on the clock over that
+in MACs, both against ONNX Runtime with full compute: 1 means that every multiplication saved is time saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import torch
+
+from export.benchmark_plans import benchmark_plans
+from export.command import positive, run
+from export.compiler import write_unproved
+from export.manifest import write_manifest
+from export.parity import relative_l2
+from export.programs import lower
+from export.runtime import CachedSampler
+from export.timing import TORCH_TYPES, compiled, in_turns, operator_ms, product_tflops, torch_latents
+from tc_lightning.costs import cache_bytes_per_image, macs_speedup, plan_macs
+from tc_lightning.errors import TokenCacheError, first_line
+from tc_lightning.models.checkpoints import load_teacher
+from tc_lightning.models.dit import DiT, preset, randomise_
+from tc_lightning.plan import CachePlan
+from tc_lightning.runs import read_run
+from tc_lightning.sampling import full_plan, model_signature, noise_for
+
+EAGER, COMPILED, FULL = "PyTorch", "torch.compile", "ONNX Runtime, full"
+NO_DIGEST = "0" * 64  # random weights need no name
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table; None where a figure has no meaning, or was not measured. Memory is above that of an idle interpreter."""
+
+    name: str
+    ms_per_image: float
+    tflops: float
+    macs_speedup: float | None = None
+    wall_speedup: float | None = None
+    efficiency: float | None = None
+    cache_mb: float | None = None
+    loaded_mb: float | None = None
+    idle_mb: float | None = None
+    peak_mb: float | None = None
+    export_s: float | None = None
+    load_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A plan's artefact in a temporary folder, loaded, and the seconds that both took."""
+
+    plan: CachePlan
+    folder: Path
+    sampler: CachedSampler
+    export_s: float
+    load_s: float
+
+
+def main() -> None:
+    """Command line."""
+    args = _arguments()
+    reports = []
+    for name, model, plans in _subjects(args):
+        for precision in args.precision:
+            for batch in args.batch:
+                reports.append(benchmark(name, model, plans, batch, precision, args))
+                print(table(reports[-1]), flush=True)
+                if args.json is not None:
+                    args.json.write_text(json.dumps(reports, indent=1) + "\n")
+
+
+def benchmark(
+    name: str, model: DiT, plans: dict[str, CachePlan], batch: int, precision: str, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Measure one model at one batch size and precision; plain JSON values."""
+    with tempfile.TemporaryDirectory() as folder:
+        exported = {n: _export(model, plan, Path(folder) / str(j), precision, args) for j, (n, plan) in enumerate(plans.items())}
+        first = next(iter(exported.values()))
+        labels = [i % first.plan.model.num_classes for i in range(batch)]
+        requests: dict[str, Callable[[], object]] = {}
+        if not args.no_torch:
+            requests |= _torch_requests(model, first.plan, labels, precision, args.provider)
+        requests[FULL] = functools.partial(first.sampler.sample, labels, full=True)
+        requests |= {n: functools.partial(e.sampler.sample, labels) for n, e in exported.items()}
+        rel_l2 = _agreement(requests)
+        seconds = in_turns(requests, args.repeats)
+        memory = {n: _memory(e.folder, args.provider, batch) for n, e in exported.items()}
+        weights_mb = (first.folder / "weights.data").stat().st_size / 1e6
+        return {
+            "model": name,
+            "tokens": first.plan.model.tokens,
+            "batch": batch,
+            "provider": args.provider,
+            "device": _device(args.provider),
+            "precision": precision,
+            "steps": first.plan.num_steps,
+            "repeats": args.repeats,
+            "weights_mb": weights_mb,
+            "product_tflops": product_tflops(_torch_device(args.provider), TORCH_TYPES[precision]),
+            "rel_l2_to_torch": rel_l2,
+            "rows": [dataclasses.asdict(row) for row in _rows(exported, seconds, memory, batch)],
+            "operators_ms": _operators(exported, labels, args.provider) if args.operators else None,
+            "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
+        }
+
+
+def table(report: dict[str, Any]) -> str:
+    """A report as text."""
+    head = (
+        f"\n{report['model']}, {report['tokens']} tokens, batch {report['batch']}, {report['steps']} steps, {report['precision']}, "
+        f"{report['device']}; weights {report['weights_mb']:.0f} MB; a large product reaches {report['product_tflops']:.2f} TFLOP/s"
+    )
+    columns = {
+        "ms_per_image": ("ms/image", "{:.0f}"),
+        "tflops": ("TFLOP/s", "{:.2f}"),
+        "macs_speedup": ("MACs", "{:.2f}x"),
+        "wall_speedup": ("clock", "{:.2f}x"),
+        "efficiency": ("efficiency", "{:.3f}"),
+        "cache_mb": ("cache MB", "{:.1f}"),
+        "loaded_mb": ("loaded MB", "{:.0f}"),
+        "idle_mb": ("idle MB", "{:.0f}"),
+        "peak_mb": ("peak MB", "{:.0f}"),
+        "export_s": ("export s", "{:.1f}"),
+        "load_s": ("load s", "{:.1f}"),
+    }
+    lines = [["", *(title for title, _ in columns.values())]]
+    for row in report["rows"]:
+        cells = [layout.format(row[key]) if row[key] is not None else "" for key, (_, layout) in columns.items()]
+        lines.append([row["name"], *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [head, *("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)]
+    for name, programs in (report["operators_ms"] or {}).items():
+        text.append(f"{name}: where the time of one run of each program goes, ms")
+        for program, spent in programs.items():
+            most = ", ".join(f"{op} {ms:.2f}" for op, ms in list(spent.items())[:8])
+            text.append(f"  {program}: {most}")
+    return "\n".join(text)
+
+
+def _subjects(args: argparse.Namespace) -> Iterator[tuple[str, DiT, dict[str, CachePlan]]]:
+    """Name, model and plans of each thing to measure."""
+    if args.run is not None:
+        info = read_run(args.run)
+        plans = {"plan": CachePlan.load(info.plan)} | {path.stem: CachePlan.load(path) for path in args.plan}
+        model = load_teacher(info.teacher)
+        for plan in plans.values():
+            plan.require_model(model_signature(model, info.teacher_digest))
+        yield info.name, model, plans
+        return
+    for name in args.presets:
+        model = randomise_(DiT(preset(name, input_size=args.input_size)), seed=0, std=0.02).eval().requires_grad_(False)
+        yield name, model, benchmark_plans(model_signature(model, NO_DIGEST), args.steps, args.full_steps)
+
+
+def _export(model: DiT, plan: CachePlan, folder: Path, precision: str, args: argparse.Namespace) -> Exported:
+    """Write and load an artefact without the proof, which would take longer than the benchmark."""
+    folder.mkdir()
+    started = time.perf_counter()
+    write_manifest(folder, write_unproved(model, plan, lower(plan), folder, precision))
+    written = time.perf_counter()
+    sampler = CachedSampler(folder, args.provider, args.threads, max_batch=max(args.batch), prepack=args.prepack)
+    return Exported(plan, folder, sampler, written - started, time.perf_counter() - written)
+
+
+def _torch_requests(model: DiT, plan: CachePlan, labels: list[int], precision: str, provider: str) -> dict[str, Callable[[], object]]:
+    device, dtype = _torch_device(provider), TORCH_TYPES[precision]
+    model = model.to(device, dtype)
+    x, y = noise_for(0, range(len(labels)), model, device), torch.tensor(labels, device=device)
+    requests: dict[str, Callable[[], object]] = {EAGER: lambda: torch_latents(model.eps, plan, x, y, dtype)}
+    twice = 2 if plan.guidance.doubles_batch else 1
+    try:
+        function, seconds = compiled(model, x.to(dtype).repeat(twice, 1, 1, 1), y.repeat(twice))
+    except Exception as error:  # no compiler on this machine, or one that fails: the other rows are worth having
+        print(f"{COMPILED} is left out, it failed: {first_line(error)}", file=sys.stderr)
+    else:
+        print(f"{COMPILED} took {seconds:.0f} s to compile")
+        requests[COMPILED] = lambda: torch_latents(function, plan, x, y, dtype)
+    return requests
+
+
+def _agreement(requests: dict[str, Callable[[], Any]]) -> float | None:
+    """Relative L2 distance of the images of PyTorch and of ONNX Runtime with full compute; None without PyTorch.
+
+    Raises:
+        TokenCacheError: if they are not the same images: times of something else would mean nothing.
+    """
+    if EAGER not in requests:
+        return None
+    distance = relative_l2(requests[FULL]().latents, requests[EAGER]().float().numpy())
+    if not distance < 0.5:
+        raise TokenCacheError(f"PyTorch and ONNX Runtime make different images (relative L2 {distance:.2g}): try --precision fp32.")
+    return distance
+
+
+def _rows(exported: dict[str, Exported], seconds: dict[str, float], memory: dict[str, dict[str, float]], batch: int) -> Iterator[Row]:
+    any_plan = next(iter(exported.values())).plan
+    samples = batch * (2 if any_plan.guidance.doubles_batch else 1)
+    full_tflop = 2e-12 * samples * plan_macs(full_plan(any_plan.model, any_plan.sampler, any_plan.guidance))
+    for name in (EAGER, COMPILED, FULL):
+        if name in seconds:
+            wall = seconds[FULL] / seconds[name]
+            yield Row(name, 1e3 * seconds[name] / batch, full_tflop / seconds[name], 1.0, wall)
+    for name, e in exported.items():
+        wall, macs = seconds[FULL] / seconds[name], macs_speedup(e.plan)
+        per_value = 4 if e.sampler.manifest["precision"] == "fp32" else 2
+        yield Row(
+            name,
+            1e3 * seconds[name] / batch,
+            full_tflop / macs / seconds[name],
+            macs,
+            wall,
+            wall / macs,
+            cache_mb=batch * cache_bytes_per_image(e.plan, per_value) / 1e6,
+            export_s=e.export_s,
+            load_s=e.load_s,
+            **memory[name],
+        )
+
+
+def _memory(folder: Path, provider: str, batch: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "export.memory_probe", str(folder.resolve()), provider, str(batch)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise TokenCacheError(f"measuring memory failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return json.loads(done.stdout)
+
+
+def _operators(exported: dict[str, Exported], labels: list[int], provider: str) -> dict[str, dict[str, dict[str, float]]]:
+    found = {}
+    for name, e in exported.items():
+        sampler = CachedSampler(e.folder, provider, max_batch=len(labels), profile=e.folder.parent / "profile")
+        sampler.sample(labels)
+        found[name] = operator_ms(sampler)
+    return found
+
+
+def _torch_device(provider: str) -> str:
+    return "cuda" if provider == "cuda" else "cpu"
+
+
+def _device(provider: str) -> str:
+    return torch.cuda.get_device_name() if provider == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", default=["DiT-S/2"], help="models with random weights, DiT-{S,B,L,XL}/{2,4,8}")
+    parser.add_argument("--input-size", type=positive, default=32, help="side of the latents (32: 256 tokens at patch 2; 64: 1,024)")
+    parser.add_argument("--run", type=Path, help="measure this run's teacher and plan instead of presets")
+    parser.add_argument("--plan", type=Path, nargs="+", default=[], help="further plans for the run's teacher")
+    parser.add_argument("--steps", type=positive, default=50, help="sampling steps (presets)")
+    parser.add_argument("--full-steps", type=positive, default=18, help="how many of them compute everything (presets)")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[2], help="images at a time; guidance doubles them")
+    parser.add_argument("--precision", nargs="+", choices=("fp32", "fp16", "bf16"), default=["fp32"])
+    parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=positive, help="threads of ONNX Runtime on the CPU (default: its own choice)")
+    parser.add_argument("--repeats", type=positive, default=3, help="rounds that are timed; their median counts")
+    parser.add_argument("--prepack", action="store_true", help="see CachedSampler: faster by some percent, more memory")
+    parser.add_argument("--no-torch", action="store_true", help="leave out PyTorch and torch.compile")
+    parser.add_argument("--operators", action="store_true", help="profile each program and list where its time goes")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main)

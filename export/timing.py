@@ -1,0 +1,103 @@
+"""Timing of requests, side by side: the same images by PyTorch and by ONNX Runtime, in turns, in one process."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from export.runtime import CachedSampler
+from tc_lightning.cache import TorchOps
+from tc_lightning.diffusion.update import Coefficients, advance, guide
+from tc_lightning.models.dit import DiT
+from tc_lightning.plan import CachePlan
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def in_turns(requests: dict[str, Callable[[], object]], repeats: int, quiet: bool = False) -> dict[str, float]:
+    """Median seconds of each request over `repeats` rounds, after a round that warms all of them up.
+
+    A round runs every request once, so that whatever else the machine does slows all of them down alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in requests}
+    with tqdm(total=(repeats + 1) * len(requests), desc="timing", unit="request", disable=quiet) as bar:
+        for turn in range(repeats + 1):
+            for name, request in requests.items():
+                bar.set_postfix_str(name)
+                started = time.perf_counter()
+                request()
+                if turn:
+                    seconds[name].append(time.perf_counter() - started)
+                bar.update()
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@torch.inference_mode()
+def torch_latents(eps: Denoiser, plan: CachePlan, x_BCHW: Tensor, labels_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sample with full compute as one does in PyTorch: the network as a function, guidance and sampler around it, no cache.
+
+    Args:
+        eps: (latents, times, labels) -> eps, in `dtype`.
+        plan: gives sampler and guidance; its segments are ignored.
+        x_BCHW: initial noise, fp32, on the device.
+        labels_B: class of each image.
+        dtype: precision of the network; guidance and sampler are in fp32.
+    """
+    ops, doubled, channels = TorchOps(), plan.guidance.doubles_batch, plan.model.in_channels
+    y = torch.cat([labels_B, torch.full_like(labels_B, plan.model.num_classes)]) if doubled else labels_B
+    m_prev: Tensor | None = None
+    for row in plan.sampler.steps:
+        x = torch.cat([x_BCHW, x_BCHW]) if doubled else x_BCHW
+        e = eps(x.to(dtype), torch.full((len(y),), row.t, device=x.device), y).float()
+        if doubled:
+            e = guide(e, plan.guidance.scale, plan.guidance.channels, channels, ops)
+        x_BCHW, m_prev = advance(x_BCHW, e, m_prev, Coefficients(row.m_x, row.m_eps, row.next_x, row.next_m, row.next_m_prev or None))
+    return x_BCHW.cpu()
+
+
+def compiled(model: DiT, x: Tensor, labels: Tensor) -> tuple[Denoiser, float]:
+    """`torch.compile` of the network, and the seconds that compiling took.
+
+    Raises:
+        RuntimeError: if this machine cannot compile (no C++ compiler, for example).
+    """
+    function = torch.compile(model.eps)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        function(x, torch.zeros(len(x), device=x.device), labels)
+    return function, time.perf_counter() - started
+
+
+def product_tflops(device: str, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large matrix product here and now: what the arithmetic could reach."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+
+    def multiply() -> None:
+        (a @ b)[0, 0].item()  # waits for the device
+
+    return 2e-12 * size**3 / in_turns({"product": multiply}, repeats=5, quiet=True)["product"]
+
+
+def operator_ms(sampler: CachedSampler) -> dict[str, dict[str, float]]:
+    """Milliseconds of one run of each program, by operator, largest first, from a sampler that was loaded with `profile`."""
+    table = {}
+    for name, path in sampler.end_profiling().items():
+        events = json.loads(Path(path).read_text())
+        Path(path).unlink()
+        runs = sum(event["name"] == "model_run" for event in events)
+        spent: Counter[str] = Counter()
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                spent[event["args"]["op_name"]] += event["dur"]
+        table[name] = {op: us / 1e3 / max(runs, 1) for op, us in spent.most_common()}
+    return table

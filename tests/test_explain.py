@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps
+from PIL import Image
+
+from export.benchmark_plans import benchmark_plans
+from export.explain import explain, plan_figure, values_held
+from export.programs import lower
+from tc_lightning.costs import macs_speedup
+from tc_lightning.dataflow import assign_slots, trace
+from tc_lightning.errors import PlanError
+from tc_lightning.plan import Guidance, compute, partial, reuse, skip
+
+SKIP = (skip(0, 4, 1),)
+
+
+def test_listing():
+    plan = make_plan(SIGNATURE, (FULL, SKIP, (partial(0, 3, (1, 2)), reuse(3, 4, ("mlp",)))), Guidance())
+    lines = explain(plan, lower(plan)).splitlines()
+    assert lines[0].startswith(f"{plan.summary}: 3 steps, 4 programs, {macs_speedup(plan):.2f}x fewer MACs, cache 0.02 MB")
+    assert lines[1:4] == [
+        "  step_00: 1 steps, 0.9 MMACs a sample, 1.000 of a full step",
+        "    runs   [0,4) compute",
+        "    writes span [0,3), span [0,4), k 0-2, mlp 3, v 0-2",
+    ]
+    assert "    reads  span [0,4) x2" in lines
+    assert "    runs   [0,3) partial 2 tokens order 0, [3,4) reuse mlp order 0" in lines
+    assert lines[-3].endswith("(F = step_full): 0 1 2")
+    assert lines[-2].endswith("after it:                 9 8 0")
+    assert lines[-1] == "  at most 9 at a time, in 9 places of 2 kB a sample"
+
+
+def test_values_held_by_hand():
+    """Order 1: of the three full steps at 0, 1 and 3 the last two are held; after the last read nothing is."""
+    assert values_held(make_plan(SIGNATURE, (FULL, FULL, SKIP, FULL, SKIP, FULL))) == [1, 2, 1, 2, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_more_is_held_than_there_is_room_for(seed):
+    plan = make_plan(SIGNATURE, random_steps(seed, num_steps=12))
+    _, depth = assign_slots(trace(plan))
+    assert max(values_held(plan)) <= sum(depth.values())
+
+
+def test_picture(tmp_path: Path):
+    plan = make_plan(SIGNATURE, EVERY_MODE)
+    plan_figure(plan, lower(plan), tmp_path / "plan.png")
+    with Image.open(tmp_path / "plan.png") as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    for colour in ((0x1B, 0x49, 0x65), (0x5F, 0xA8, 0xD3), (0xF2, 0xB8, 0x80), (0xF4, 0xF1, 0xEA)):  # all four modes are there
+        assert (pixels == colour).all(1).sum() > 500
+
+
+def test_benchmark_plans():
+    """Equally many full steps, and the MACs that their names promise."""
+    plans = benchmark_plans(SIGNATURE, 50, 18)
+    assert [len(plan.full_steps) for plan in plans.values()] == [18, 18, 18]
+    skipping, third, quarter = plans.values()
+    assert skipping.steps[3] == (skip(0, 4, 2),)
+    assert sum(len(s.blocks) for s in third.steps[3] if s.mode == "compute") == 2
+    assert {len(s.tokens) for segments in quarter.steps for s in segments if s.mode == "partial"} == {4}
+    assert len({segments[0].tokens for segments in quarter.steps if segments[0].mode == "partial"}) > 10
+    assert macs_speedup(skipping) > macs_speedup(quarter) > macs_speedup(third) > 1.4
+    assert skipping.full_steps[-1] == 49
+    assert max(np.diff(skipping.full_steps)) <= 4
+    assert lower(skipping).slots == dict.fromkeys(lower(skipping).slots, 3)
+    for wrong in (4, 51):
+        with pytest.raises(PlanError, match="cannot be spread"):
+            benchmark_plans(SIGNATURE, 50, wrong)
+    assert compute(0, 4) in skipping.steps[0]
