@@ -104,7 +104,7 @@ def benchmark(
         requests |= {n: functools.partial(e.sampler.sample, labels) for n, e in exported.items()}
         rel_l2 = _agreement(requests)
         seconds = in_turns(requests, args.repeats)
-        memory = {n: _memory(e.folder, args.provider, batch) for n, e in exported.items()}
+        memory = {n: _memory(e.folder, args.provider, batch, args.memory) for n, e in exported.items()}
         weights_mb = (first.folder / "weights.data").stat().st_size / 1e6
         return {
             "model": name,
@@ -119,7 +119,7 @@ def benchmark(
             "product_tflops": product_tflops(_torch_device(args.provider), TORCH_TYPES[precision]),
             "rel_l2_to_torch": rel_l2,
             "rows": [dataclasses.asdict(row) for row in _rows(exported, seconds, memory, batch)],
-            "operators_ms": _operators(exported, labels, args.provider) if args.operators else None,
+            "operators_ms": _operators(exported, labels, args.provider, args.memory) if args.operators else None,
             "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
         }
 
@@ -178,7 +178,7 @@ def _export(model: DiT, plan: CachePlan, folder: Path, precision: str, args: arg
     started = time.perf_counter()
     write_manifest(folder, write_unproved(model, plan, lower(plan), folder, precision))
     written = time.perf_counter()
-    sampler = CachedSampler(folder, args.provider, args.threads, max_batch=max(args.batch), prepack=args.prepack)
+    sampler = CachedSampler(folder, args.provider, args.threads, max_batch=max(args.batch), memory=args.memory)
     return Exported(plan, folder, sampler, written - started, time.perf_counter() - written)
 
 
@@ -237,18 +237,18 @@ def _rows(exported: dict[str, Exported], seconds: dict[str, float], memory: dict
         )
 
 
-def _memory(folder: Path, provider: str, batch: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "export.memory_probe", str(folder.resolve()), provider, str(batch)]
+def _memory(folder: Path, provider: str, batch: int, room: float) -> dict[str, float]:
+    command = [sys.executable, "-m", "export.memory_probe", str(folder.resolve()), provider, str(batch), str(room)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise TokenCacheError(f"measuring memory failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return json.loads(done.stdout)
 
 
-def _operators(exported: dict[str, Exported], labels: list[int], provider: str) -> dict[str, dict[str, dict[str, float]]]:
+def _operators(exported: dict[str, Exported], labels: list[int], provider: str, room: float) -> dict[str, dict[str, dict[str, float]]]:
     found = {}
     for name, e in exported.items():
-        sampler = CachedSampler(e.folder, provider, max_batch=len(labels), profile=e.folder.parent / "profile")
+        sampler = CachedSampler(e.folder, provider, max_batch=len(labels), memory=room, profile=e.folder.parent / "profile")
         sampler.sample(labels)
         found[name] = operator_ms(sampler)
     return found
@@ -275,7 +275,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=positive, help="threads of ONNX Runtime on the CPU (default: its own choice)")
     parser.add_argument("--repeats", type=positive, default=3, help="rounds that are timed; their median counts")
-    parser.add_argument("--prepack", action="store_true", help="see CachedSampler: faster by some percent, more memory")
+    parser.add_argument("--memory", type=float, default=1.25, help="room for weights, as a multiple of their size: see CachedSampler")
     parser.add_argument("--no-torch", action="store_true", help="leave out PyTorch and torch.compile")
     parser.add_argument("--operators", action="store_true", help="profile each program and list where its time goes")
     parser.add_argument("--json", type=Path, help="file for the figures")

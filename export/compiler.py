@@ -136,6 +136,7 @@ def _describe(
         "steps": plan.num_steps,
         "precision": precision,
         "programs": {p.name: _interface(p, graphs[p.name], plan) for p in lowered.programs},
+        "condition": {"weights": _weights_of(graphs["condition"])},
         "schedule": [dataclasses.asdict(b) for b in lowered.bindings],
         "entries": {e.name: {"shape": entry_shape(plan.model), "slots": n} for e, n in sorted(lowered.slots.items())},
         "condition_values": CONDITION_VALUES,
@@ -151,7 +152,12 @@ def _interface(program: Program, graph: onnx.ModelProto, plan: CachePlan) -> dic
         "inputs": [value.name for value in graph.graph.input],
         "outputs": [value.name for value in graph.graph.output],
         "blocks_x_tokens": sum(computed_tokens(s, plan.model.tokens) for s in program.segments),
+        "weights": _weights_of(graph),
     }
+
+
+def _weights_of(graph: onnx.ModelProto) -> list[str]:
+    return sorted(tensor.name for tensor in graph.graph.initializer if tensor.external_data)
 
 
 def _measured(checks: list[Check], fidelity: Fidelity, images: int, provider: str) -> dict[str, Any]:

@@ -26,6 +26,8 @@ _KEYS = (
     "schedule",
     "programs",
     "entries",
+    "condition",
+    "weights",
     "precision",
 )
 

@@ -1,4 +1,6 @@
-"""Memory of a process that loads an artefact and runs a request: `python -m export.memory_probe ARTEFACT PROVIDER BATCH`, JSON out.
+"""Memory of a process that loads an artefact and runs a request, as JSON.
+
+    python -m export.memory_probe ARTEFACT PROVIDER BATCH MEMORY
 
 A process of its own, without torch, so that what it holds is what a serving process would.
 """
@@ -19,10 +21,10 @@ def memory_mb() -> dict[str, float]:
     return {name: int(fields[key].split()[0]) / 1e3 for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
 
 
-def probe(path: Path, provider: str, batch: int) -> dict[str, float]:
+def probe(path: Path, provider: str, batch: int, room: float) -> dict[str, float]:
     """Megabytes above those of the interpreter and its libraries: after loading, after a request when idle, and at the peak."""
     before = memory_mb()["now"]
-    sampler = CachedSampler(path, provider)
+    sampler = CachedSampler(path, provider, memory=room)
     loaded = memory_mb()["now"] - before
     sampler.sample([0] * batch)
     after = memory_mb()
@@ -30,4 +32,4 @@ def probe(path: Path, provider: str, batch: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(probe(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))
+    print(json.dumps(probe(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))))

@@ -49,24 +49,29 @@ class LoweredPlan:
     slots: dict[Entry, int]
 
 
-FULL = "step_full"  # full compute that keeps no cache: the baseline, and steps that nobody reads from
+FULL = "step_full"  # full compute that keeps no cache: the baseline, and all of a plan that caches nothing
 
 
 def lower(plan: CachePlan) -> LoweredPlan:
-    """Group the steps of a plan into programs; the program `step_full` always exists."""
+    """Group the steps of a plan into programs; the program `step_full` always exists.
+
+    Steps that compute the same share a program even if less is read of what some of them write: a second program would need its
+    weights in memory once more, and writing into a slot costs next to nothing.
+    """
     flows = trace(plan)
     slot_of, depth = assign_slots(flows)
     groups: dict[tuple[object, ...], list[int]] = {}
-    for i, (segments, flow) in enumerate(zip(plan.steps, flows, strict=True)):
-        groups.setdefault((_shapes(merge(segments)), flow.writes), []).append(i)
+    for i, segments in enumerate(plan.steps):
+        groups.setdefault(_shapes(merge(segments)), []).append(i)
     full_steps: tuple[int, ...] = ()
     programs: list[Program] = []
     for steps in groups.values():
         segments, flow = merge(plan.steps[steps[0]]), flows[steps[0]]
-        if not flow.writes and all(s.mode == "compute" for s in segments):
+        writes = tuple(sorted({entry for i in steps for entry in flows[i].writes}))
+        if not writes and all(s.mode == "compute" for s in segments):
             full_steps = tuple(steps)
             continue
-        programs.append(Program(f"step_{len(programs):02d}", segments, _read_counts(segments, flow), flow.writes, tuple(steps)))
+        programs.append(Program(f"step_{len(programs):02d}", segments, _read_counts(segments, flow), writes, tuple(steps)))
     everything = (Segment(0, plan.model.depth, "compute"),)
     programs.append(Program(FULL, everything, (), (), full_steps))
     by_step = {i: program for program in programs for i in program.steps}
@@ -108,4 +113,5 @@ def _bind(program: Program, flow: StepFlow, step: int, slot_of: dict[tuple[Entry
     for read, (_, count) in zip(flow.reads, program.reads, strict=True):
         slots = [slot_of[read.entry, source] for source in read.sources]
         reads[read.entry.name] = slots + slots[-1:] * (count - len(slots))  # absent past values carry weight 0
-    return Binding(program.name, reads, {entry.name: slot_of[entry, step] for entry in flow.writes})
+    # What nobody will read goes into slot 0: it is free, since whoever reads an older value later reads this one too.
+    return Binding(program.name, reads, {entry.name: slot_of.get((entry, step), 0) for entry in program.writes})

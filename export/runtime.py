@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import mmap
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -62,8 +63,8 @@ class CachedSampler:
         path: artefact folder.
         provider: `cpu` or `cuda`; there is no fallback from one to the other.
         threads: threads on the CPU, in one pool that all samplers of the process share; None lets ONNX Runtime choose.
-        prepack: let every program keep its weights in the layout that its matrix products like best. On the CPU that is some
-            percent faster, and each program then holds a copy of its own; without, all programs read one mapped file.
+        memory: room for weights on the CPU, as a multiple of their size. A program is some percent faster with a repacked copy of
+            its own; without one it reads the mapped file that all share. As many programs get one as there is room for.
         max_batch: images computed at a time; larger requests are split. It bounds the memory of a request.
         preload: load the programs of the plan now, rather than at their first use. Full compute, the baseline, waits for its own.
         profile: write ONNX Runtime's own profiles to files that begin so; `end_profiling` names them.
@@ -81,7 +82,7 @@ class CachedSampler:
         threads: int | None = None,
         max_batch: int = 32,
         preload: bool = True,
-        prepack: bool = False,
+        memory: float = 1.25,
         profile: Path | None = None,
         manifest: dict[str, Any] | None = None,
     ) -> None:
@@ -91,11 +92,13 @@ class CachedSampler:
             raise TokenCacheError(f"max_batch is {max_batch!r}: give 1 or more.")
         self.path, self.provider, self.max_batch = Path(path), provider, max_batch
         self.manifest = manifest or read_manifest(self.path)
-        self._options = _session_options(provider, threads, prepack)
-        self._weights = _share_weights(self._options, self.path / WEIGHTS, self.manifest, provider)
+        if not memory >= 1.0:
+            raise TokenCacheError(f"memory is {memory!r}: the weights themselves need 1; give 1 or more.")
+        _prepare(provider, threads)
+        self._weights = SharedWeights(self.path / WEIGHTS, self.manifest, provider)
+        self._packed = packed_programs(self.manifest, memory) if provider == "cpu" else set()
+        self._profile = profile
         self._sessions: dict[str, ort.InferenceSession] = {}
-        if profile is not None:
-            self._options.enable_profiling, self._options.profile_file_prefix = True, str(profile)
         if preload:
             for name in sorted({CONDITION, *(bound["program"] for bound in self.manifest["schedule"])}):
                 self.session(name)
@@ -103,7 +106,10 @@ class CachedSampler:
     def session(self, name: str) -> ort.InferenceSession:
         """The session of `condition` or of a step program, loaded on first use."""
         if name not in self._sessions:
-            self._sessions[name] = _open_session(self.path / f"{name}.onnx", self.provider, self._options)
+            options = _session_options(self.provider, name in self._packed, self._profile)
+            self._weights.give(options)
+            self._sessions[name] = _open_session(self.path / f"{name}.onnx", self.provider, options)
+            self._weights.forget()
         return self._sessions[name]
 
     def end_profiling(self) -> dict[str, str]:
@@ -314,42 +320,87 @@ class _Request:
         return ort.OrtValue.ortvalue_from_numpy(np.asarray(array), self.owner.provider, 0)
 
 
-def _session_options(provider: str, threads: int | None, prepack: bool) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if not prepack:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    _share_threads(options, threads)
-    if provider == "cpu":
-        _share_arena(options)
+def _prepare(provider: str, threads: int | None) -> None:
+    """What has to be so before the first session of a process."""
+    _share_threads(threads)
     if provider == "cuda":
         _require_cuda()
+    else:
+        _share_arena()
+
+
+def _session_options(provider: str, packed: bool, profile: Path | None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.use_per_session_threads = False
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if not packed:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if provider == "cuda":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    else:
+        options.add_session_config_entry("session.use_env_allocators", "1")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     return options
 
 
-def _share_weights(options: ort.SessionOptions, path: Path, manifest: dict[str, Any], provider: str) -> list[Any]:
-    """Give all sessions the same initialisers; what is returned must live as long as they do.
+def packed_programs(manifest: dict[str, Any], memory: float) -> set[str]:
+    """The programs that get a repacked copy of their weights, within `memory` times the weights' size.
 
-    On the CPU these are views of the mapped weights file: pages that no program reads never take memory. On CUDA they are one copy
-    on the device; bfloat16, which Python cannot place there, is left for each session to load from the file.
+    What is in memory: the copies, and of the mapped file what the other programs of the plan and the conditioning read. Programs
+    that save the most come first: those that run most often over most weights. `step_full` runs for comparison only, and always gets
+    its copy, so that the comparison is with the best that full compute can do.
     """
-    if provider == "cuda" and manifest["precision"] == "bf16":
-        return []
-    mapped, shared = np.memmap(path, np.uint8, "r"), []
-    for name, (dtype, shape, offset, nbytes) in manifest["weights"].items():
-        array = mapped[offset : offset + nbytes].view(NUMPY_TYPES[dtype]).reshape(shape)
-        if dtype == "bf16":
-            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ELEMENT_TYPES[dtype])
-        else:
-            value = ort.OrtValue.ortvalue_from_numpy(array, provider, 0)
-        options.add_initializer(name, value)
-        shared.append((array, value))
-    return shared
+    size = {name: entry[3] for name, entry in manifest["weights"].items()}
+    room = memory * max(entry[2] + entry[3] for entry in manifest["weights"].values())
+    runs = Counter(bound["program"] for bound in manifest["schedule"])
+    reads = {name: manifest["programs"][name]["weights"] for name in runs}
+    cost = {name: sum(map(size.__getitem__, weights)) for name, weights in reads.items()}
+    packed: set[str] = set()
+    for name in sorted(runs, key=lambda name: (-runs[name] * cost[name], name)):
+        chosen = packed | {name}
+        mapped = {*manifest[CONDITION]["weights"], *(w for other in runs if other not in chosen for w in reads[other])}
+        if sum(cost[other] for other in chosen) + sum(map(size.__getitem__, mapped)) <= room:
+            packed = chosen
+    return packed | {FULL}
 
 
-def _share_threads(options: ort.SessionOptions, threads: int | None) -> None:
+class SharedWeights:
+    """The weights as initialisers that all sessions share.
+
+    On the CPU these are views of the mapped weights file: pages that no program reads take no memory. On CUDA they are one copy on
+    the device; bfloat16, which Python cannot place there, is left for each session to load from the file.
+
+    Args:
+        path: the weights file.
+        manifest: what is in it.
+        provider: where the sessions run.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], provider: str) -> None:
+        with path.open("rb") as file:
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._values: dict[str, Any] = {}
+        for name, (dtype, shape, offset, nbytes) in manifest["weights"].items():
+            count = nbytes // _BYTES[dtype]
+            array = np.frombuffer(self._mapped, NUMPY_TYPES[dtype], count, offset).reshape(shape)
+            if dtype != "bf16":
+                self._values[name] = ort.OrtValue.ortvalue_from_numpy(array, provider, 0)
+            elif provider == "cpu":
+                self._values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ELEMENT_TYPES[dtype])
+
+    def give(self, options: ort.SessionOptions) -> None:
+        """Let the session that is made with these options use them; this object must live as long as it."""
+        for name, value in self._values.items():
+            options.add_initializer(name, value)
+
+    def forget(self) -> None:
+        """Drop from memory the pages that were read only to be repacked; those that are needed come back from the file."""
+        self._mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _share_threads(threads: int | None) -> None:
     """Let all sessions of the process use one thread pool.
 
     With a pool each, the threads of the program that ran last spin on the cores that the next one needs: on two cores the first
@@ -369,17 +420,15 @@ def _share_threads(options: ort.SessionOptions, threads: int | None) -> None:
             f"threads={threads} was asked for, but this process already has a pool of {_pool_size[0] or 'all'} threads, which all "
             "samplers share: give the number to the first sampler of the process."
         )
-    options.use_per_session_threads = False
 
 
-def _share_arena(options: ort.SessionOptions) -> None:
+def _share_arena() -> None:
     """Let all sessions of the process take their scratch memory from one arena: only one of them runs at a time."""
     if not _arena:
         info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
         with contextlib.suppress(Exception):  # someone else has registered one already: then that one is shared
             ort.create_and_register_allocator(info, ort.OrtArenaCfg(0, -1, -1, -1))
         _arena.append(True)
-    options.add_session_config_entry("session.use_env_allocators", "1")
 
 
 def _require_cuda() -> None:

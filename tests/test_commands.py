@@ -74,7 +74,7 @@ def test_explain_writes_nothing(tmp_path):
     make_run(tmp_path)
     done = call(tmp_path, "to_onnx.py", "--explain")
     assert done.returncode == 0, done.stderr
-    assert "steps, noisiest first: 0 0 1 0 1" in done.stdout
+    assert "noisiest first (F = step_full): 0 0 1 0 1" in done.stdout
     assert not (tmp_path / "artefacts").exists()
 
 
