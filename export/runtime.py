@@ -32,7 +32,6 @@ ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16, "int64": 7}
 NUMPY_TYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 CONDITION, WEIGHTS = "condition", "weights.data"
-_pool_size: list[int | None] = []  # threads of the process-wide pool, once it exists
 _arena: list[bool] = []  # whether the process-wide arena exists
 FULL = "step_full"
 
@@ -62,7 +61,7 @@ class CachedSampler:
     Args:
         path: artefact folder.
         provider: `cpu` or `cuda`; there is no fallback from one to the other.
-        threads: threads on the CPU, in one pool that all samplers of the process share; None lets ONNX Runtime choose.
+        threads: threads on the CPU; None lets ONNX Runtime choose.
         memory: room for weights on the CPU, as a multiple of their size. A program is some percent faster with a repacked copy of
             its own; without one it reads the mapped file that all share. As many programs get one as there is room for.
         max_batch: images computed at a time; larger requests are split. It bounds the memory of a request.
@@ -97,7 +96,7 @@ class CachedSampler:
         _prepare(provider, threads)
         self._weights = SharedWeights(self.path / WEIGHTS, self.manifest, provider)
         self._packed = packed_programs(self.manifest, memory) if provider == "cpu" else set()
-        self._profile = profile
+        self._profile, self._threads = profile, threads
         self._sessions: dict[str, ort.InferenceSession] = {}
         if preload:
             for name in sorted({CONDITION, *(bound["program"] for bound in self.manifest["schedule"])}):
@@ -106,7 +105,7 @@ class CachedSampler:
     def session(self, name: str) -> ort.InferenceSession:
         """The session of `condition` or of a step program, loaded on first use."""
         if name not in self._sessions:
-            options = _session_options(self.provider, name in self._packed, self._profile)
+            options = _session_options(self.provider, self._threads, name in self._packed, self._profile)
             self._weights.give(options)
             self._sessions[name] = _open_session(self.path / f"{name}.onnx", self.provider, options)
             self._weights.forget()
@@ -321,18 +320,27 @@ class _Request:
 
 
 def _prepare(provider: str, threads: int | None) -> None:
-    """What has to be so before the first session of a process."""
-    _share_threads(threads)
+    """What has to be so before the first session of a process.
+
+    Raises:
+        RuntimeUnavailableError: if the provider cannot be used, or `threads` is not a number of threads.
+    """
+    if threads is not None and (not _is_int(threads) or threads < 1):
+        raise RuntimeUnavailableError(f"threads is {threads!r}: give 1 or more, or None to let ONNX Runtime choose.")
     if provider == "cuda":
         _require_cuda()
     else:
         _share_arena()
 
 
-def _session_options(provider: str, packed: bool, profile: Path | None) -> ort.SessionOptions:
+def _session_options(provider: str, threads: int | None, packed: bool, profile: Path | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.use_per_session_threads = False
+    options.intra_op_num_threads = threads or 0
+    # Every session has its threads. Those of the program that ran last must not spin on the cores that the next one needs: on two
+    # cores the first full step after a cheap one took twice its time. (One pool for the process would bar all other sessions
+    # in it that do not ask for that pool.)
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if not packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -398,28 +406,6 @@ class SharedWeights:
     def forget(self) -> None:
         """Drop from memory the pages that were read only to be repacked; those that are needed come back from the file."""
         self._mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def _share_threads(threads: int | None) -> None:
-    """Let all sessions of the process use one thread pool.
-
-    With a pool each, the threads of the program that ran last spin on the cores that the next one needs: on two cores the first
-    full step after a cheap one took twice its time.
-
-    Raises:
-        RuntimeUnavailableError: if `threads` is not a number of threads, or not that of the pool, which cannot be changed any more.
-    """
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise RuntimeUnavailableError(f"threads is {threads!r}: give 1 or more, or None to let ONNX Runtime choose.")
-    if not _pool_size:
-        with contextlib.suppress(Exception):  # someone else has made the pool already: then it is used as it is
-            ort.set_global_thread_pool_sizes(threads or 0, 1)
-        _pool_size.append(threads)
-    if threads not in (None, _pool_size[0]):
-        raise RuntimeUnavailableError(
-            f"threads={threads} was asked for, but this process already has a pool of {_pool_size[0] or 'all'} threads, which all "
-            "samplers share: give the number to the first sampler of the process."
-        )
 
 
 def _share_arena() -> None:

@@ -25,6 +25,8 @@ def main() -> None:
     args = _arguments()
     _check_outputs(args)
     sampler = CachedSampler(args.artefact, provider=args.provider)
+    cache = sampler.manifest["cache_bytes_per_image"]
+    print(f"{sampler.manifest['plan_summary']}, {sampler.manifest['precision']}: {cache / 1e6:.2f} MB of cache an image")
     cached = _sample(sampler, args, full=False)
     rows = {"cached": to_pixels(cached.latents)}
     receipt = cached.receipt

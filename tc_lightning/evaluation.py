@@ -54,10 +54,6 @@ class RolloutEvaluator:
         num_images = None if num_images is not None and num_images > len(self.x_T) else num_images
         return float(self.mse_per_image(plan, num_images).mean())
 
-    def psnr(self, plan: CachePlan, num_images: int | None = None) -> float:
-        """Mean PSNR in dB over the first images; errors of `mse_per_image`."""
-        return psnr_db(self.mse_per_image(plan, num_images).cpu())
-
     def mse_per_image(self, plan: CachePlan, num_images: int | None = None) -> Tensor:
         """Mean squared error of each of the first images, [B]; all infinite if the latents of any become NaN or infinite.
 

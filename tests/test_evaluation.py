@@ -53,7 +53,6 @@ def test_errors_are_those_of_the_first_images_whatever_the_batches(model: DiT, e
     assert expected_B.min() > 1e-8  # caching did something
     torch.testing.assert_close(evaluator.mse_per_image(plan), expected_B, rtol=1e-3, atol=1e-9)
     assert evaluator(plan, 2) == pytest.approx(expected_B[:2].mean().item(), rel=1e-3)
-    assert evaluator.psnr(plan) == pytest.approx(psnr_db(expected_B), abs=1e-2)
 
 
 def test_more_images_than_there_are_means_all(model: DiT, evaluator: RolloutEvaluator):

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EVERY_MODE, make_plan
+from test_commands import call, is_one_paragraph, make_run
+
+from export.runtime import CachedSampler
+from export.timing import in_turns, operator_ms, torch_latents
+from tc_lightning.plan import Guidance
+from tc_lightning.sampling import full_plan, noise_for, sample
+
+
+@pytest.mark.parametrize(("sampler", "guidance"), [("ddim", Guidance(1.5, 3)), ("dpmpp_2m", Guidance())])
+def test_the_torch_baseline_is_full_compute(teacher, sampler, guidance):
+    plan = make_plan(teacher, EVERY_MODE, guidance, sampler)
+    labels = torch.tensor([0, 3])
+    x = noise_for(0, range(2), teacher)
+    expected = sample(teacher, full_plan(plan.model, plan.sampler, guidance), x, labels)
+    assert torch.equal(torch_latents(teacher.eps, plan, x, labels, torch.float32), expected)
+
+
+def test_requests_run_in_turns_after_a_warm_up():
+    seen: list[str] = []
+    seconds = in_turns({"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}, repeats=2, quiet=True)
+    assert seen == ["a", "b"] * 3
+    assert set(seconds) == {"a", "b"}
+
+
+def test_time_by_operator(artefact, tmp_path):
+    sampler = CachedSampler(artefact, profile=tmp_path / "profile")
+    sampler.sample([0, 1])
+    table = operator_ms(sampler)
+    assert set(table) == {"condition", *(bound["program"] for bound in sampler.manifest["schedule"])}
+    for program, spent in table.items():
+        assert spent["FusedMatMul"] > 0, program
+        assert list(spent.values()) == sorted(spent.values(), reverse=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_on_a_run(tmp_path: Path):
+    make_run(tmp_path)
+    arguments = ("--run", "runs/tiny/version_0", "--batch", 1, 2, "--repeats", 1, "--no-torch", "--operators", "--json", "out.json")
+    done = call(tmp_path, "benchmark.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    reports = json.loads((tmp_path / "out.json").read_text())
+    assert [(r["model"], r["batch"], r["steps"]) for r in reports] == [("tiny", 1, 5), ("tiny", 2, 5)]
+    full, plan = reports[1]["rows"]
+    assert (full["name"], full["wall_speedup"], full["macs_speedup"]) == ("ONNX Runtime, full", 1.0, 1.0)
+    assert plan["wall_speedup"] == pytest.approx(full["ms_per_image"] / plan["ms_per_image"])
+    assert plan["efficiency"] == pytest.approx(plan["wall_speedup"] / plan["macs_speedup"])
+    assert 0 < plan["loaded_mb"] < plan["peak_mb"]
+    assert "FusedMatMul" in reports[0]["operators_ms"]["plan"]["step_00"]
+    assert "efficiency" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "runs", "teacher.safetensors"]
+
+
+def test_bad_arguments(tmp_path: Path):
+    is_one_paragraph(call(tmp_path, "benchmark.py", "--run", "gone"), "gone is not a finished run")
+    is_one_paragraph(call(tmp_path, "benchmark.py", "--presets", "DiT-Q/2"), "unknown preset 'DiT-Q/2'")
+    is_one_paragraph(call(tmp_path, "benchmark.py", "--presets", "DiT-S/8", "--full-steps", 99), "cannot be spread")
