@@ -13,6 +13,7 @@ in MACs, both against ONNX Runtime with full compute: 1 means that every multipl
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import functools
 import json
@@ -184,7 +185,7 @@ def _export(model: DiT, plan: CachePlan, folder: Path, precision: str, args: arg
 
 def _torch_requests(model: DiT, plan: CachePlan, labels: list[int], precision: str, provider: str) -> dict[str, Callable[[], object]]:
     device, dtype = _torch_device(provider), TORCH_TYPES[precision]
-    model = model.to(device, dtype)
+    model = copy.deepcopy(model).to(device, dtype)
     x, y = noise_for(0, range(len(labels)), model, device), torch.tensor(labels, device=device)
     requests: dict[str, Callable[[], object]] = {EAGER: lambda: torch_latents(model.eps, plan, x, y, dtype)}
     twice = 2 if plan.guidance.doubles_batch else 1

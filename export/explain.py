@@ -68,7 +68,7 @@ def plan_figure(plan: CachePlan, lowered: LoweredPlan, path: Path) -> None:
     )
     grid.set(ylabel="block", title=f"{plan.summary}: {macs_speedup(plan):.2f}x fewer MACs")
     order = [p.name for p in lowered.programs]
-    strip.imshow([[order.index(b.program) for b in lowered.bindings]], aspect="auto", cmap="tab10", vmin=0, vmax=9)
+    strip.imshow([[order.index(b.program) % 10 for b in lowered.bindings]], aspect="auto", cmap="tab10", vmin=0, vmax=9)
     for i, bound in enumerate(lowered.bindings):
         label = "F" if bound.program == FULL else str(order.index(bound.program))
         strip.text(i, 0, label, ha="center", va="center", fontsize=7, color="white")

@@ -24,7 +24,7 @@ def memory_mb() -> dict[str, float]:
 def probe(path: Path, provider: str, batch: int, room: float) -> dict[str, float]:
     """Megabytes above those of the interpreter and its libraries: after loading, after a request when idle, and at the peak."""
     before = memory_mb()["now"]
-    sampler = CachedSampler(path, provider, memory=room)
+    sampler = CachedSampler(path, provider, max_batch=batch, memory=room)
     loaded = memory_mb()["now"] - before
     sampler.sample([0] * batch)
     after = memory_mb()

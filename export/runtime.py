@@ -32,7 +32,7 @@ ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16, "int64": 7}
 NUMPY_TYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 CONDITION, WEIGHTS = "condition", "weights.data"
-_arena: list[bool] = []  # whether the process-wide arena exists
+_arena: list[bool] = []  # once a sampler was loaded: whether the process-wide arena is ours
 FULL = "step_full"
 
 
@@ -56,14 +56,15 @@ class Result:
 
 
 class CachedSampler:
-    """An artefact, loaded and ready. Requests share nothing but the weights.
+    """An artefact, loaded and ready. Requests share no data but the weights.
 
     Args:
         path: artefact folder.
         provider: `cpu` or `cuda`; there is no fallback from one to the other.
         threads: threads on the CPU; None lets ONNX Runtime choose.
         memory: room for weights on the CPU, as a multiple of their size. A program is some percent faster with a repacked copy of
-            its own; without one it reads the mapped file that all share. As many programs get one as there is room for.
+            its own; without one it reads the mapped file that all share. As many programs get one as there is room for, and
+            full compute (`full=True`) gets one besides when it is first used.
         max_batch: images computed at a time; larger requests are split. It bounds the memory of a request.
         preload: load the programs of the plan now, rather than at their first use. Full compute, the baseline, waits for its own.
         profile: write ONNX Runtime's own profiles to files that begin so; `end_profiling` names them.
@@ -103,9 +104,10 @@ class CachedSampler:
                 self.session(name)
 
     def session(self, name: str) -> ort.InferenceSession:
-        """The session of `condition` or of a step program, loaded on first use."""
+        """The session of `condition` or of a step program, loaded on first use; it lives as long as the sampler."""
         if name not in self._sessions:
-            options = _session_options(self.provider, self._threads, name in self._packed, self._profile)
+            profile = None if self._profile is None else f"{self._profile}-{name}"
+            options = _session_options(self.provider, self._threads, name in self._packed, profile)
             self._weights.give(options)
             self._sessions[name] = _open_session(self.path / f"{name}.onnx", self.provider, options)
             self._weights.forget()
@@ -233,6 +235,7 @@ class _Request:
         self._scale = self._place(np.float32(scale))
         self._slots = {} if full else self._allocate_cache(len(rows_M))
         self._mods, self._first, self._chunk = None, 0, range(0)
+        self._held: dict[str, Any] = {}
 
     def run_step(self, step: int) -> None:
         """Run one step program and exchange the buffers."""
@@ -265,6 +268,7 @@ class _Request:
         targets = {"x_next": self._x_next, "m": self._m}
         targets |= {f"{entry}.new": self._slots[entry][slot] for entry, slot in bound["writes"].items()}
         binding = self.owner.session(bound["program"]).io_binding()
+        self._held = values  # a binding need not keep alive what it is bound to
         for name in program["inputs"]:
             binding.bind_ortvalue_input(name, values[name])
         for name in program["outputs"]:
@@ -281,14 +285,15 @@ class _Request:
         self._mods = self._empty(manifest["precision"], (count, len(self._labels_U), rows, width))
         self.tally.modulation_bytes = max(self.tally.modulation_bytes, count * per_step * _BYTES[manifest["precision"]])
         binding = self.owner.session(CONDITION).io_binding()
-        binding.bind_ortvalue_input("steps", self._place(np.arange(step, step + count)))
-        binding.bind_ortvalue_input("labels", self._place(self._labels_U))
+        self._held = {"steps": self._place(np.arange(step, step + count)), "labels": self._place(self._labels_U)}
+        for name, value in self._held.items():
+            binding.bind_ortvalue_input(name, value)
         binding.bind_ortvalue_output("mods", self._mods)
         self._run(CONDITION, binding)
 
     def _run(self, name: str, binding: Any, last: bool = False) -> None:
         options = None
-        if last and self.owner.provider == "cpu":  # an idle sampler holds its weights and little else
+        if last and self.owner.provider == "cpu" and _arena[0]:  # an idle sampler holds its weights and little else
             options = ort.RunOptions()
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         started = time.perf_counter()
@@ -333,7 +338,7 @@ def _prepare(provider: str, threads: int | None) -> None:
         _share_arena()
 
 
-def _session_options(provider: str, threads: int | None, packed: bool, profile: Path | None) -> ort.SessionOptions:
+def _session_options(provider: str, threads: int | None, packed: bool, profile: str | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads or 0
@@ -349,7 +354,7 @@ def _session_options(provider: str, threads: int | None, packed: bool, profile: 
     else:
         options.add_session_config_entry("session.use_env_allocators", "1")
     if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        options.enable_profiling, options.profile_file_prefix = True, profile
     return options
 
 
@@ -371,7 +376,7 @@ def packed_programs(manifest: dict[str, Any], memory: float) -> set[str]:
         mapped = {*manifest[CONDITION]["weights"], *(w for other in runs if other not in chosen for w in reads[other])}
         if sum(cost[other] for other in chosen) + sum(map(size.__getitem__, mapped)) <= room:
             packed = chosen
-    return packed | {FULL}
+    return packed | ({FULL} - runs.keys())
 
 
 class SharedWeights:
@@ -390,7 +395,8 @@ class SharedWeights:
         with path.open("rb") as file:
             self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._values: dict[str, Any] = {}
-        for name, (dtype, shape, offset, nbytes) in manifest["weights"].items():
+        for name in {*manifest[CONDITION]["weights"], *(w for p in manifest["programs"].values() for w in p["weights"])}:
+            dtype, shape, offset, nbytes = manifest["weights"][name]
             count = nbytes // _BYTES[dtype]
             array = np.frombuffer(self._mapped, NUMPY_TYPES[dtype], count, offset).reshape(shape)
             if dtype != "bf16":
@@ -405,16 +411,19 @@ class SharedWeights:
 
     def forget(self) -> None:
         """Drop from memory the pages that were read only to be repacked; those that are needed come back from the file."""
-        self._mapped.madvise(mmap.MADV_DONTNEED)
+        with contextlib.suppress(OSError):  # a process may have locked all its memory
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _share_arena() -> None:
-    """Let all sessions of the process take their scratch memory from one arena: only one of them runs at a time."""
+    """Let all our sessions in the process take their scratch memory from one arena: the programs of a request run in turn."""
     if not _arena:
         info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-        with contextlib.suppress(Exception):  # someone else has registered one already: then that one is shared
+        try:
             ort.create_and_register_allocator(info, ort.OrtArenaCfg(0, -1, -1, -1))
-        _arena.append(True)
+            _arena.append(True)
+        except Exception:  # someone else has registered one already: then that one is shared, and is not ours to shrink
+            _arena.append(False)
 
 
 def _require_cuda() -> None:

@@ -70,7 +70,8 @@ def compiled(model: DiT, x: Tensor, labels: Tensor) -> tuple[Denoiser, float]:
     Raises:
         RuntimeError: if this machine cannot compile (no C++ compiler, for example).
     """
-    function = torch.compile(model.eps)
+    torch._dynamo.reset()  # what was compiled before, for other shapes, must not make this one dynamic
+    function = torch.compile(model.eps, dynamic=False)
     started = time.perf_counter()
     with torch.inference_mode():
         function(x, torch.zeros(len(x), device=x.device), labels)

@@ -147,7 +147,7 @@ def assign_slots(flows: Sequence[StepFlow]) -> tuple[dict[tuple[Entry, int], int
     for i, flow in enumerate(flows):
         sources = {read.entry: read.sources[0] for read in flow.reads}
         for entry in flow.writes:
-            if entry in sources:
+            if flow.updates(entry):
                 slots[entry, i] = slots[entry, sources[entry]]
                 continue
             busy = {slot for (e, step), slot in slots.items() if e == entry and last_read.get((e, step), -1) >= i}
