@@ -9,10 +9,7 @@ Shape suffixes: B images, C H W latent, M rows of the (doubled) batch, U distinc
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.metadata
-import mmap
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -22,22 +19,26 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from export.manifest import ArtefactError, read_manifest
-from tc_lightning.errors import TokenCacheError, first_line
+from export.manifest import read_manifest
+from export.sessions import (
+    BYTES,
+    CONDITION,
+    ELEMENT_TYPES,
+    FULL,
+    PROVIDERS,
+    WEIGHTS,
+    RuntimeUnavailableError,
+    SharedWeights,
+    arena_is_ours,
+    is_int,
+    nodes_per_provider,
+    open_session,
+    packed_programs,
+    prepare,
+    session_options,
+)
+from tc_lightning.errors import TokenCacheError
 from tc_lightning.noise import initial_noise
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# ONNX element types that buffers have; numpy has no bfloat16, so types go by number.
-ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16, "int64": 7}
-NUMPY_TYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
-_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-CONDITION, WEIGHTS = "condition", "weights.data"
-_arena: list[bool] = []  # once a sampler was loaded: whether the process-wide arena is ours
-FULL = "step_full"
-
-
-class RuntimeUnavailableError(TokenCacheError):
-    """The provider that was asked for cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +89,13 @@ class CachedSampler:
     ) -> None:
         if provider not in PROVIDERS:
             raise RuntimeUnavailableError(f"unknown provider {provider!r}: choose one of {', '.join(PROVIDERS)}.")
-        if not _is_int(max_batch) or max_batch < 1:
+        if not is_int(max_batch) or max_batch < 1:
             raise TokenCacheError(f"max_batch is {max_batch!r}: give 1 or more.")
         self.path, self.provider, self.max_batch = Path(path), provider, max_batch
         self.manifest = manifest or read_manifest(self.path)
         if not memory >= 1.0:
             raise TokenCacheError(f"memory is {memory!r}: the weights themselves need 1; give 1 or more.")
-        _prepare(provider, threads)
+        prepare(provider, threads)
         self._weights = SharedWeights(self.path / WEIGHTS, self.manifest, provider)
         self._packed = packed_programs(self.manifest, memory) if provider == "cpu" else set()
         self._profile, self._threads = profile, threads
@@ -107,9 +108,9 @@ class CachedSampler:
         """The session of `condition` or of a step program, loaded on first use; it lives as long as the sampler."""
         if name not in self._sessions:
             profile = None if self._profile is None else f"{self._profile}-{name}"
-            options = _session_options(self.provider, self._threads, name in self._packed, profile)
+            options = session_options(self.provider, self._threads, name in self._packed, profile)
             self._weights.give(options)
-            self._sessions[name] = _open_session(self.path / f"{name}.onnx", self.provider, options)
+            self._sessions[name] = open_session(self.path / f"{name}.onnx", self.provider, options)
             self._weights.forget()
         return self._sessions[name]
 
@@ -166,11 +167,11 @@ class CachedSampler:
         if len(labels) == 0:
             raise TokenCacheError("no labels were given: name one class for each image.")
         for label in labels:
-            if not _is_int(label) or not 0 <= label < classes:
+            if not is_int(label) or not 0 <= label < classes:
                 raise TokenCacheError(f"label {label!r} is not a class: this artefact has classes 0 to {classes - 1}.")
-        if not _is_int(seed) or not 0 <= seed < 2**63:
+        if not is_int(seed) or not 0 <= seed < 2**63:
             raise TokenCacheError(f"seed {seed!r} is out of range: choose an integer, 0 to 2**63 - 1.")
-        if not _is_int(first_index) or not 0 <= first_index < 2**63 - len(labels):
+        if not is_int(first_index) or not 0 <= first_index < 2**63 - len(labels):
             raise TokenCacheError(f"first_index {first_index!r} is out of range: choose an integer, 0 to 2**63 - 1 less the images.")
         scale = float(plan["scale"] if guidance is None else guidance)
         if not np.isfinite(scale):
@@ -194,7 +195,7 @@ class CachedSampler:
             **asked,
             "guidance": {"scale": scale, "planned": planned, "as_planned": scale == planned},
             "provider": self.provider,
-            "nodes_per_provider": {name: _nodes_per_provider(s) for name, s in self._sessions.items() if name in tally.ran},
+            "nodes_per_provider": {name: nodes_per_provider(s) for name, s in self._sessions.items() if name in tally.ran},
             "full_compute": full,
             "steps_per_program": {name: count for name, count in tally.ran.items() if name != CONDITION},
             "steps_reading_cache": tally.cached_steps,
@@ -283,7 +284,7 @@ class _Request:
         count = max(1, min(manifest["steps"] - step, manifest["condition_values"] // per_step))
         self._chunk, self._first = range(step, step + count), self._place(np.int64(step))
         self._mods = self._empty(manifest["precision"], (count, len(self._labels_U), rows, width))
-        self.tally.modulation_bytes = max(self.tally.modulation_bytes, count * per_step * _BYTES[manifest["precision"]])
+        self.tally.modulation_bytes = max(self.tally.modulation_bytes, count * per_step * BYTES[manifest["precision"]])
         binding = self.owner.session(CONDITION).io_binding()
         self._held = {"steps": self._place(np.arange(step, step + count)), "labels": self._place(self._labels_U)}
         for name, value in self._held.items():
@@ -293,7 +294,7 @@ class _Request:
 
     def _run(self, name: str, binding: Any, last: bool = False) -> None:
         options = None
-        if last and self.owner.provider == "cpu" and _arena[0]:  # an idle sampler holds its weights and little else
+        if last and self.owner.provider == "cpu" and arena_is_ours():  # an idle sampler holds its weights and little else
             options = ort.RunOptions()
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         started = time.perf_counter()
@@ -314,7 +315,7 @@ class _Request:
             shape = (rows, *entry["shape"])
             slots[name] = [self._empty(manifest["precision"], shape) for _ in range(entry["slots"])]
             values += entry["slots"] * int(np.prod(shape))
-        self.tally.cache_bytes = max(self.tally.cache_bytes, values * _BYTES[manifest["precision"]])
+        self.tally.cache_bytes = max(self.tally.cache_bytes, values * BYTES[manifest["precision"]])
         return slots
 
     def _empty(self, dtype: str, shape: tuple[int, ...]) -> Any:
@@ -322,155 +323,3 @@ class _Request:
 
     def _place(self, array: np.ndarray | np.generic) -> Any:
         return ort.OrtValue.ortvalue_from_numpy(np.asarray(array), self.owner.provider, 0)
-
-
-def _prepare(provider: str, threads: int | None) -> None:
-    """What has to be so before the first session of a process.
-
-    Raises:
-        RuntimeUnavailableError: if the provider cannot be used, or `threads` is not a number of threads.
-    """
-    if threads is not None and (not _is_int(threads) or threads < 1):
-        raise RuntimeUnavailableError(f"threads is {threads!r}: give 1 or more, or None to let ONNX Runtime choose.")
-    if provider == "cuda":
-        _require_cuda()
-    else:
-        _share_arena()
-
-
-def _session_options(provider: str, threads: int | None, packed: bool, profile: str | None) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads or 0
-    # Every session has its threads. Those of the program that ran last must not spin on the cores that the next one needs: on two
-    # cores the first full step after a cheap one took twice its time. (One pool for the process would bar all other sessions
-    # in it that do not ask for that pool.)
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if not packed:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    if provider == "cuda":
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    else:
-        options.add_session_config_entry("session.use_env_allocators", "1")
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, profile
-    return options
-
-
-def packed_programs(manifest: dict[str, Any], memory: float) -> set[str]:
-    """The programs that get a repacked copy of their weights, within `memory` times the weights' size.
-
-    What is in memory: the copies, and of the mapped file what the other programs of the plan and the conditioning read. Programs
-    that save the most come first: those that run most often over most weights. `step_full` runs for comparison only, and always gets
-    its copy, so that the comparison is with the best that full compute can do.
-    """
-    size = {name: entry[3] for name, entry in manifest["weights"].items()}
-    room = memory * max(entry[2] + entry[3] for entry in manifest["weights"].values())
-    runs = Counter(bound["program"] for bound in manifest["schedule"])
-    reads = {name: manifest["programs"][name]["weights"] for name in runs}
-    cost = {name: sum(map(size.__getitem__, weights)) for name, weights in reads.items()}
-    packed: set[str] = set()
-    for name in sorted(runs, key=lambda name: (-runs[name] * cost[name], name)):
-        chosen = packed | {name}
-        mapped = {*manifest[CONDITION]["weights"], *(w for other in runs if other not in chosen for w in reads[other])}
-        if sum(cost[other] for other in chosen) + sum(map(size.__getitem__, mapped)) <= room:
-            packed = chosen
-    return packed | ({FULL} - runs.keys())
-
-
-class SharedWeights:
-    """The weights as initialisers that all sessions share.
-
-    On the CPU these are views of the mapped weights file: pages that no program reads take no memory. On CUDA they are one copy on
-    the device; bfloat16, which Python cannot place there, is left for each session to load from the file.
-
-    Args:
-        path: the weights file.
-        manifest: what is in it.
-        provider: where the sessions run.
-    """
-
-    def __init__(self, path: Path, manifest: dict[str, Any], provider: str) -> None:
-        with path.open("rb") as file:
-            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._values: dict[str, Any] = {}
-        for name in {*manifest[CONDITION]["weights"], *(w for p in manifest["programs"].values() for w in p["weights"])}:
-            dtype, shape, offset, nbytes = manifest["weights"][name]
-            count = nbytes // _BYTES[dtype]
-            array = np.frombuffer(self._mapped, NUMPY_TYPES[dtype], count, offset).reshape(shape)
-            if dtype != "bf16":
-                self._values[name] = ort.OrtValue.ortvalue_from_numpy(array, provider, 0)
-            elif provider == "cpu":
-                self._values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ELEMENT_TYPES[dtype])
-
-    def give(self, options: ort.SessionOptions) -> None:
-        """Let the session that is made with these options use them; this object must live as long as it."""
-        for name, value in self._values.items():
-            options.add_initializer(name, value)
-
-    def forget(self) -> None:
-        """Drop from memory the pages that were read only to be repacked; those that are needed come back from the file."""
-        with contextlib.suppress(OSError):  # a process may have locked all its memory
-            self._mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def _share_arena() -> None:
-    """Let all our sessions in the process take their scratch memory from one arena: the programs of a request run in turn."""
-    if not _arena:
-        info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-        try:
-            ort.create_and_register_allocator(info, ort.OrtArenaCfg(0, -1, -1, -1))
-            _arena.append(True)
-        except Exception:  # someone else has registered one already: then that one is shared, and is not ours to shrink
-            _arena.append(False)
-
-
-def _require_cuda() -> None:
-    """Say what is missing, rather than run on the CPU as ONNX Runtime would."""
-    if PROVIDERS["cuda"] not in ort.get_available_providers():
-        raise RuntimeUnavailableError(
-            "provider cuda was asked for, but this onnxruntime has no CUDA provider: install onnxruntime-gpu, and uninstall "
-            "onnxruntime if both are installed (the CPU package hides the other). Or ask for provider cpu."
-        )
-    if {"onnxruntime", "onnxruntime-gpu"} <= {d.name for d in importlib.metadata.distributions()}:
-        raise RuntimeUnavailableError(
-            "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other's files: `pip uninstall onnxruntime "
-            "onnxruntime-gpu`, then install onnxruntime-gpu alone."
-        )
-    ort.preload_dlls()
-    try:
-        ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cuda", 0)
-    except Exception as error:
-        raise _cuda_error("the CUDA provider cannot be loaded", error) from error
-
-
-def _cuda_error(what: str, error: Exception) -> RuntimeUnavailableError:
-    return RuntimeUnavailableError(
-        f"{what}: {first_line(error)} Check that a GPU is visible (nvidia-smi) and that its driver, CUDA and cuDNN match this "
-        f"onnxruntime-gpu {ort.__version__} (the log above names a library that is missing). Or ask for provider cpu."
-    )
-
-
-def _open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.InferenceSession:
-    name = PROVIDERS[provider]
-    try:
-        session = ort.InferenceSession(str(path), options, providers=[name])
-    except Exception as error:
-        if provider == "cuda":
-            raise _cuda_error(f"{path.name} cannot run on CUDA", error) from error
-        raise ArtefactError(f"{path} cannot be loaded: {first_line(error)} Export it again with `python export/to_onnx.py`.") from error
-    if name not in session.get_providers():
-        raise RuntimeUnavailableError(f"{path.name} was to run on {name}, but ONNX Runtime gave {session.get_providers()}.")
-    return session
-
-
-def _nodes_per_provider(session: ort.InferenceSession) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for part in session.get_provider_graph_assignment_info():
-        counts[part.ep_name] += len(part.get_nodes())
-    return dict(counts)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)

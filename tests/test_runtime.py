@@ -16,7 +16,8 @@ from conftest import FULL, make_plan, make_teacher
 
 from export.compiler import export_artefact
 from export.manifest import ArtefactError, _self_digest, read_manifest, sha256_of
-from export.runtime import CachedSampler, RuntimeUnavailableError, packed_programs
+from export.runtime import CachedSampler
+from export.sessions import RuntimeUnavailableError, packed_programs
 from tc_lightning.costs import cache_bytes_per_image
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan import Guidance, skip

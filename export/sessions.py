@@ -1,0 +1,198 @@
+"""ONNX Runtime sessions as the runtime wants them: providers, threads, scratch memory, and one copy of the weights for all.
+
+Needs numpy and onnxruntime alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import mmap
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from export.manifest import ArtefactError
+from tc_lightning.errors import TokenCacheError, first_line
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# ONNX element types that buffers have; numpy has no bfloat16, so types go by number.
+ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16, "int64": 7}
+NUMPY_TYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+CONDITION, WEIGHTS = "condition", "weights.data"
+_arena: list[bool] = []  # once a sampler was loaded: whether the process-wide arena is ours
+FULL = "step_full"
+
+
+class RuntimeUnavailableError(TokenCacheError):
+    """The provider that was asked for cannot be used."""
+
+
+def prepare(provider: str, threads: int | None) -> None:
+    """What has to be so before the first session of a process.
+
+    Raises:
+        RuntimeUnavailableError: if the provider cannot be used, or `threads` is not a number of threads.
+    """
+    if threads is not None and (not is_int(threads) or threads < 1):
+        raise RuntimeUnavailableError(f"threads is {threads!r}: give 1 or more, or None to let ONNX Runtime choose.")
+    if provider == "cuda":
+        _require_cuda()
+    else:
+        _share_arena()
+
+
+def session_options(provider: str, threads: int | None, packed: bool, profile: str | None) -> ort.SessionOptions:
+    """Options of one session; `packed` lets it keep a repacked copy of its weights, `profile` begins the name of its profile."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads or 0
+    # Every session has its threads. Those of the program that ran last must not spin on the cores that the next one needs: on two
+    # cores the first full step after a cheap one took twice its time. (One pool for the process would bar all other sessions
+    # in it that do not ask for that pool.)
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if not packed:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if provider == "cuda":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    else:
+        options.add_session_config_entry("session.use_env_allocators", "1")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    return options
+
+
+def packed_programs(manifest: dict[str, Any], memory: float) -> set[str]:
+    """The programs that get a repacked copy of their weights, within `memory` times the weights' size.
+
+    What is in memory: the copies, and of the mapped file what the other programs of the plan and the conditioning read. Programs
+    that save the most come first: those that run most often over most weights. `step_full` runs for comparison only, and always gets
+    its copy, so that the comparison is with the best that full compute can do.
+    """
+    size = {name: entry[3] for name, entry in manifest["weights"].items()}
+    room = memory * max(entry[2] + entry[3] for entry in manifest["weights"].values())
+    runs = Counter(bound["program"] for bound in manifest["schedule"])
+    reads = {name: manifest["programs"][name]["weights"] for name in runs}
+    cost = {name: sum(map(size.__getitem__, weights)) for name, weights in reads.items()}
+    packed: set[str] = set()
+    for name in sorted(runs, key=lambda name: (-runs[name] * cost[name], name)):
+        chosen = packed | {name}
+        mapped = {*manifest[CONDITION]["weights"], *(w for other in runs if other not in chosen for w in reads[other])}
+        if sum(cost[other] for other in chosen) + sum(map(size.__getitem__, mapped)) <= room:
+            packed = chosen
+    return packed | ({FULL} - runs.keys())
+
+
+class SharedWeights:
+    """The weights as initialisers that all sessions share.
+
+    On the CPU these are views of the mapped weights file: pages that no program reads take no memory. On CUDA they are one copy on
+    the device; bfloat16, which Python cannot place there, is left for each session to load from the file.
+
+    Args:
+        path: the weights file.
+        manifest: what is in it.
+        provider: where the sessions run.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], provider: str) -> None:
+        with path.open("rb") as file:
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._values: dict[str, Any] = {}
+        for name in {*manifest[CONDITION]["weights"], *(w for p in manifest["programs"].values() for w in p["weights"])}:
+            dtype, shape, offset, nbytes = manifest["weights"][name]
+            count = nbytes // BYTES[dtype]
+            array = np.frombuffer(self._mapped, NUMPY_TYPES[dtype], count, offset).reshape(shape)
+            if dtype != "bf16":
+                self._values[name] = ort.OrtValue.ortvalue_from_numpy(array, provider, 0)
+            elif provider == "cpu":
+                self._values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ELEMENT_TYPES[dtype])
+
+    def give(self, options: ort.SessionOptions) -> None:
+        """Let the session that is made with these options use them; this object must live as long as it."""
+        for name, value in self._values.items():
+            options.add_initializer(name, value)
+
+    def forget(self) -> None:
+        """Drop from memory the pages that were read only to be repacked; those that are needed come back from the file."""
+        with contextlib.suppress(OSError):  # a process may have locked all its memory
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _share_arena() -> None:
+    """Let all our sessions in the process take their scratch memory from one arena: the programs of a request run in turn."""
+    if not _arena:
+        info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+        try:
+            ort.create_and_register_allocator(info, ort.OrtArenaCfg(0, -1, -1, -1))
+            _arena.append(True)
+        except Exception:  # someone else has registered one already: then that one is shared, and is not ours to shrink
+            _arena.append(False)
+
+
+def arena_is_ours() -> bool:
+    """Whether scratch memory comes from an arena that was made here, and may be shrunk."""
+    return _arena == [True]
+
+
+def _require_cuda() -> None:
+    """Say what is missing, rather than run on the CPU as ONNX Runtime would."""
+    if PROVIDERS["cuda"] not in ort.get_available_providers():
+        raise RuntimeUnavailableError(
+            "provider cuda was asked for, but this onnxruntime has no CUDA provider: install onnxruntime-gpu, and uninstall "
+            "onnxruntime if both are installed (the CPU package hides the other). Or ask for provider cpu."
+        )
+    if {"onnxruntime", "onnxruntime-gpu"} <= {d.name for d in importlib.metadata.distributions()}:
+        raise RuntimeUnavailableError(
+            "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other's files: `pip uninstall onnxruntime "
+            "onnxruntime-gpu`, then install onnxruntime-gpu alone."
+        )
+    ort.preload_dlls()
+    try:
+        ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cuda", 0)
+    except Exception as error:
+        raise _cuda_error("the CUDA provider cannot be loaded", error) from error
+
+
+def _cuda_error(what: str, error: Exception) -> RuntimeUnavailableError:
+    return RuntimeUnavailableError(
+        f"{what}: {first_line(error)} Check that a GPU is visible (nvidia-smi) and that its driver, CUDA and cuDNN match this "
+        f"onnxruntime-gpu {ort.__version__} (the log above names a library that is missing). Or ask for provider cpu."
+    )
+
+
+def open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.InferenceSession:
+    """Load a graph on a provider and on no other.
+
+    Raises:
+        RuntimeUnavailableError: if the provider cannot run it.
+        ArtefactError: if the graph cannot be loaded.
+    """
+    name = PROVIDERS[provider]
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[name])
+    except Exception as error:
+        if provider == "cuda":
+            raise _cuda_error(f"{path.name} cannot run on CUDA", error) from error
+        raise ArtefactError(f"{path} cannot be loaded: {first_line(error)} Export it again with `python export/to_onnx.py`.") from error
+    if name not in session.get_providers():
+        raise RuntimeUnavailableError(f"{path.name} was to run on {name}, but ONNX Runtime gave {session.get_providers()}.")
+    return session
+
+
+def nodes_per_provider(session: ort.InferenceSession) -> dict[str, int]:
+    """How many nodes of a session run on each provider."""
+    counts: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        counts[part.ep_name] += len(part.get_nodes())
+    return dict(counts)
+
+
+def is_int(value: object) -> bool:
+    """Whether a value is an integer of Python or numpy, and no bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
