@@ -9,16 +9,15 @@ Whole shards are recorded even when fewer samples are asked for, so a larger set
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from datasets import Array3D, Features, Value
 
+from tc_lightning import atomic
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import TrajectoryError
 from tc_lightning.plan import Guidance
@@ -146,21 +145,13 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     Raises:
         TrajectoryError: if the disk is full or the folder cannot be written; nothing is left under the final name then.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        atomic.write_atomically(path, content)
     except OSError as error:
         raise TrajectoryError(
             f"cannot write trajectories to {path.parent} ({error}): make room there or set `root` to another folder, and start "
             "again; what was recorded is kept."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _canonical(value: Any) -> bytes:

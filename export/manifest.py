@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from tc_lightning.atomic import write_atomically
 from tc_lightning.errors import TokenCacheError
 
 FORMAT_VERSION = 1
@@ -46,13 +46,8 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     """Hash every file of the folder and write the manifest, atomically."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != NAME)
     listing = {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in files}
-    temporary = folder / (NAME + ".tmp")
-    with temporary.open("w") as file:
-        complete = {"format_version": FORMAT_VERSION, **content, "files": listing}
-        json.dump({**complete, "sha256": _self_digest(complete)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / NAME)
+    complete = {"format_version": FORMAT_VERSION, **content, "files": listing}
+    write_atomically(folder / NAME, json.dumps({**complete, "sha256": _self_digest(complete)}, indent=1).encode())
 
 
 def _self_digest(content: dict[str, Any]) -> str:

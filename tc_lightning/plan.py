@@ -21,11 +21,11 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tc_lightning.atomic import write_atomically
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 
@@ -226,13 +226,7 @@ class CachePlan:
 
     def save(self, path: Path) -> None:
         """Write `plan.json` atomically: a reader sees the old file or the new one."""
-        temporary = path.with_name(path.name + ".tmp")
-        lines = json.dumps(self.to_json(), indent=1)
-        with temporary.open("w") as file:
-            file.write(lines + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_atomically(path, (json.dumps(self.to_json(), indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> CachePlan:

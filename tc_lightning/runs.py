@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from tc_lightning.atomic import write_atomically
 from tc_lightning.errors import RunError
 from tc_lightning.models.checkpoints import TeacherSpec
 from tc_lightning.models.dit import DiTConfig
@@ -47,12 +47,7 @@ def write_run(folder: Path, name: str, teacher: TeacherSpec, teacher_digest: str
         "plan": "plan.json",
         "scores": "scores.safetensors",
     }
-    temporary = folder / (NAME + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / NAME)
+    write_atomically(folder / NAME, json.dumps(content, indent=1).encode())
 
 
 def find_run(root: Path) -> Path:

@@ -9,11 +9,11 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
+from tc_lightning.atomic import write_atomically
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import RunError
 
@@ -66,15 +66,7 @@ class Scores:
         from safetensors.numpy import save
 
         content = save({name: getattr(self, name) for name in _ARRAYS}, {"teacher": self.teacher, "sampler": self.sampler})
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, content)
 
     @classmethod
     def load(cls, path: Path) -> Scores:
