@@ -3,7 +3,7 @@
 Inputs and outputs of the graphs (M rows of the doubled batch, U distinct labels, S steps of a chunk, R = 6 L + 2):
 
     condition   steps [S], labels [U]                                    -> mods [S, U, R, D]
-    step_*      x [B, C, H, W], (m_prev), step, first_step, mods, rows [M], (guidance), (numbers [M]), ENTRY.j ...
+    step_*      x [B, C, H, W], (m_prev), (m_prev2), step, first_step, mods, rows [M], (guidance), (numbers [M]), ENTRY.j ...
                                                                          -> x_next, (m), ENTRY.new ...
 
 `rows` are the label rows of `mods`; `numbers` count the rows of the batch (0, 1, 2, ...), for programs that scatter. An entry that
@@ -26,6 +26,8 @@ from tc_lightning.dataflow import Entry, StepFlow, trace
 from tc_lightning.diffusion.update import Coefficients, advance, guide
 from tc_lightning.models.dit import DiTConfig
 from tc_lightning.plan import CachePlan
+
+PAST = ("m_prev", "m_prev2")  # the solver's last outputs, latest first; the sampler weighs them with next_m_prev, next_m_prev2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Emitter:
         ops, signature, guidance = OnnxOps(g), self.plan.model, self.plan.guidance
         latent: list[int | str] = ["batch", signature.in_channels, signature.input_size, signature.input_size]
         x = g.input("x", "fp32", latent)
-        m_prev = g.input("m_prev", "fp32", latent) if self.plan.sampler.uses_previous else None
+        history = PAST[: self.plan.sampler.history]
+        past = [g.input(name, "fp32", latent) for name in history]
         step = g.input("step", "int64", [])
         mods = self._modulations(g, step)
         scale = g.input("guidance", "fp32", []) if guidance.doubles_batch else None
@@ -74,9 +77,9 @@ class Emitter:
         eps = ops.channels(model.readout(z, final), 0, signature.in_channels)
         if scale is not None:
             eps = guide(eps, scale, guidance.channels, signature.in_channels, ops)
-        x_next, m = advance(x, eps, m_prev, self._coefficients(g, step))
+        x_next, m = advance(x, eps, past, self._coefficients(g, step))
         g.output("x_next", x_next, latent)
-        if m_prev is not None:
+        if history:
             g.output("m", m, latent)
         for entry in program.writes:
             g.output(f"{entry.name}.new", writes[entry], ["rows", *entry_shape(signature)])
@@ -135,8 +138,8 @@ class Emitter:
         def column(name: str) -> Sym:
             return self._lookup(g, step, np.array([getattr(row, name) for row in rows]), "fp32")
 
-        previous = column("next_m_prev") if self.plan.sampler.uses_previous else None
-        return Coefficients(column("m_x"), column("m_eps"), column("next_x"), column("next_m"), previous)
+        past = tuple(column(f"next_{name}") for name in PAST[: self.plan.sampler.history])
+        return Coefficients(column("m_x"), column("m_eps"), column("next_x"), column("next_m"), past)
 
     def _lookup(self, g: Graph, step: Sym, column_T: np.ndarray, dtype: str) -> Sym:
         return g.op("Gather", g.constant(column_T, dtype), step, axis=0)

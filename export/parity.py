@@ -13,6 +13,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from export.emit import PAST
 from export.programs import FULL, LoweredPlan, Program
 from export.runtime import CachedSampler
 from tc_lightning.errors import TokenCacheError
@@ -108,7 +109,8 @@ def _check_program(
     precision = sampler.manifest["precision"]
     mods = _modulations(sampler, state.step, y.numpy())
     feed = {"x": state.x.numpy(), "step": np.int64(state.step), "first_step": np.int64(state.step), "rows": np.arange(len(y))}
-    feed |= {"m_prev": np.zeros_like(feed["x"]) if state.m_prev is None else state.m_prev.numpy()}
+    past = [m.numpy() for m in state.past]
+    feed |= dict(zip(PAST, past + [np.zeros_like(feed["x"])] * (len(PAST) - len(past)), strict=True))
     feed |= {"guidance": np.float32(plan.guidance.scale), "numbers": np.arange(len(y))}
     values: dict[str, Any] = {name: _place(value, sampler.provider) for name, value in feed.items()} | {"mods": mods}
     for name, tensor in _cache_inputs(plan, program, state):

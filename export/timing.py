@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from export.runtime import CachedSampler
 from tc_lightning.cache import TorchOps
-from tc_lightning.diffusion.update import Coefficients, advance, guide
+from tc_lightning.diffusion.update import advance, coefficients, guide
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
 
@@ -54,13 +54,14 @@ def torch_latents(eps: Denoiser, plan: CachePlan, x_BCHW: Tensor, labels_B: Tens
     """
     ops, doubled, channels = TorchOps(), plan.guidance.doubles_batch, plan.model.in_channels
     y = torch.cat([labels_B, torch.full_like(labels_B, plan.model.num_classes)]) if doubled else labels_B
-    m_prev: Tensor | None = None
+    past: tuple[Tensor, ...] = ()
     for row in plan.sampler.steps:
         x = torch.cat([x_BCHW, x_BCHW]) if doubled else x_BCHW
         e = eps(x.to(dtype), torch.full((len(y),), row.t, device=x.device), y).float()
         if doubled:
             e = guide(e, plan.guidance.scale, plan.guidance.channels, channels, ops)
-        x_BCHW, m_prev = advance(x_BCHW, e, m_prev, Coefficients(row.m_x, row.m_eps, row.next_x, row.next_m, row.next_m_prev or None))
+        x_BCHW, m = advance(x_BCHW, e, past, coefficients(row))
+        past = (m, *past)[: plan.sampler.history]
     return x_BCHW.cpu()
 
 

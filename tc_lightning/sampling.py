@@ -14,7 +14,7 @@ from torch import Tensor
 from tc_lightning.cache import Step, TorchOps, forecast, run_blocks
 from tc_lightning.dataflow import Entry, StepFlow, trace
 from tc_lightning.diffusion.table import SamplerStep, SamplerTable
-from tc_lightning.diffusion.update import Coefficients, advance, guide
+from tc_lightning.diffusion.update import advance, coefficients, guide
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.checkpoints import teacher_digest
 from tc_lightning.models.dit import DiT
@@ -30,15 +30,15 @@ Store = dict[tuple[Entry, int], Tensor]  # (entry, step that wrote it) -> value
 class SamplingStep(NamedTuple):
     """All there is to know of one sampling step.
 
-    Latents before it, guided eps and latents after it, each [B, C, H, W]; the solver's m before and after it; the cached values
-    that exist before it; the values that it writes.
+    Latents before it, guided eps and latents after it, each [B, C, H, W]; the solver's last m before it, latest first, and its own;
+    the cached values that exist before it; the values that it writes.
     """
 
     step: int
     x: Tensor
     eps: Tensor
     x_next: Tensor
-    m_prev: Tensor | None
+    past: tuple[Tensor, ...]
     m: Tensor
     store: Store
     writes: dict[Entry, Tensor]
@@ -97,19 +97,19 @@ def sample_steps(
     flows = trace(plan)
     y = torch.cat([labels_B, torch.full_like(labels_B, plan.model.num_classes)]) if plan.guidance.doubles_batch else labels_B
     store: Store = {}
-    m_prev: Tensor | None = None
+    past: tuple[Tensor, ...] = ()
     for i, (segments, flow, row) in enumerate(zip(plan.steps, flows, plan.sampler.steps, strict=True)):
         eps, writes = _predict(model, plan, segments, flow, row, x_BCHW, y, store)
-        x_next, m = advance(x_BCHW, eps, m_prev, _coefficients(row))
+        x_next, m = advance(x_BCHW, eps, past, coefficients(row))
         if row.noise:
             x_next = x_next + row.noise * noise_for(
                 seed, range(first_index, first_index + len(x_next)), model, x_next.device, stream=i + 1
             )
         if not torch.isfinite(x_next).all():
             raise TokenCacheError(f"latents became NaN or infinite at step {i} (t = {row.t:g}): check the teacher's weights.")
-        yield SamplingStep(i, x_BCHW, eps, x_next, m_prev, m, store, writes)
+        yield SamplingStep(i, x_BCHW, eps, x_next, past, m, store, writes)
         store = _updated(store, writes, flows, i)
-        x_BCHW, m_prev = x_next, m
+        x_BCHW, past = x_next, (m, *past)[: plan.sampler.history]
 
 
 def sample(model: DiT, plan: CachePlan, x_BCHW: Tensor, labels_B: Tensor, seed: int = 0) -> Tensor:
@@ -156,10 +156,6 @@ def _predict(
 def kept_tokens(segment: Segment, device: torch.device | str = "cpu") -> Tensor | None:
     """Index tensor [K] of a partial segment; None for other modes."""
     return torch.tensor(segment.tokens, device=device) if segment.mode == "partial" else None
-
-
-def _coefficients(row: SamplerStep) -> Coefficients:
-    return Coefficients(row.m_x, row.m_eps, row.next_x, row.next_m, row.next_m_prev or None)
 
 
 def _updated(store: Store, writes: dict[Entry, Tensor], flows: list[StepFlow], i: int) -> Store:

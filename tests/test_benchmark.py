@@ -14,7 +14,7 @@ from tc_lightning.plan import Guidance
 from tc_lightning.sampling import full_plan, noise_for, sample
 
 
-@pytest.mark.parametrize(("sampler", "guidance"), [("ddim", Guidance(1.5, 3)), ("dpmpp_2m", Guidance())])
+@pytest.mark.parametrize(("sampler", "guidance"), [("ddim", Guidance(1.5, 3)), ("dpmpp_2m", Guidance()), ("dpmpp_3m", Guidance())])
 def test_the_torch_baseline_is_full_compute(teacher, sampler, guidance):
     plan = make_plan(teacher, EVERY_MODE, guidance, sampler)
     labels = torch.tensor([0, 3])

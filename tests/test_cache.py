@@ -33,7 +33,7 @@ def tokens_of(model: DiT, t: float = 600.0, seed: int = 0, labels: Tensor = LABE
 def by_hand(model: DiT, plan: CachePlan, x: Tensor, labels: Tensor) -> Tensor:
     """Guidance and sampler over the teacher's own forward; no caching code is involved."""
     scale, guided = plan.guidance.scale, plan.guidance.channels
-    m_prev = None
+    past: list[Tensor] = []
     for row in plan.sampler.steps:
         t = torch.full((len(labels),), row.t)
         if scale == 1.0:
@@ -46,16 +46,18 @@ def by_hand(model: DiT, plan: CachePlan, x: Tensor, labels: Tensor) -> Tensor:
             eps[:, :guided] = uncond[:, :guided] + (cond[:, :guided] - uncond[:, :guided]) * scale
         m = x * row.m_x + eps * row.m_eps
         x = x * row.next_x + m * row.next_m
-        if m_prev is not None and row.next_m_prev:
-            x = x + m_prev * row.next_m_prev
-        m_prev = m
+        if row.next_m_prev:
+            x = x + past[-1] * row.next_m_prev
+        if row.next_m_prev2:
+            x = x + past[-2] * row.next_m_prev2
+        past.append(m)
     return x
 
 
 # Full compute
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "dpmpp_3m"])
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(2.5, 4), Guidance(2.5, 3), Guidance(0.0, 4)])
 @torch.no_grad()
 def test_computing_everything_is_the_teacher_bit_for_bit(teacher, guidance, sampler):

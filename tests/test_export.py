@@ -64,6 +64,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], str, str, Guidance]] = {
         "logsnr",
         Guidance(2.5, 4),
     ),
+    "two past outputs": ({"depth": 4}, "dpmpp_3m", "logsnr", Guidance(1.5, 4)),
     "no guidance, one channel": ({"in_channels": 1}, "ddim", "trailing", Guidance()),
     "no guidance, multistep": ({"in_channels": 3, "mlp_norm_eps": 1e-5}, "dpmpp_2m", "uniform", Guidance()),
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tc_lightning.diffusion.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, make_sampler
+from tc_lightning.diffusion.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, dpmpp_3m, make_sampler
 from tc_lightning.diffusion.schedule import SPACINGS, NoiseSchedule
 from tc_lightning.diffusion.table import SamplerStep, SamplerTable
 from tc_lightning.errors import PlanError, TokenCacheError
@@ -19,14 +19,14 @@ Eps = Callable[[Tensor, int], Tensor]
 
 def apply(table: SamplerTable, x: Tensor, eps: Eps, noise: Callable[[int], Tensor] | None = None) -> Tensor:
     """The equations of `tc_lightning.diffusion.table`, and nothing else."""
-    m_prev = torch.zeros_like(x)
+    m_prev = m_prev2 = torch.zeros_like(x)
     for i, s in enumerate(table.steps):
         m = s.m_x * x + s.m_eps * eps(x, i)
-        x = s.next_x * x + s.next_m * m + s.next_m_prev * m_prev
+        x = s.next_x * x + s.next_m * m + s.next_m_prev * m_prev + s.next_m_prev2 * m_prev2
         if s.noise:
             assert noise is not None
             x = x + s.noise * noise(i)
-        m_prev = m
+        m_prev, m_prev2 = m, m_prev
     return x
 
 
@@ -83,7 +83,7 @@ def dpm_solver(**config):
 
 @pytest.mark.parametrize("spacing", ["uniform", "trailing"])
 @pytest.mark.parametrize("num_steps", [10, 50])
-@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpmpp_2m, 2)])
+@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpmpp_2m, 2), (dpmpp_3m, 3)])
 def test_agrees_with_dpm_solver(sampler, order, spacing, num_steps):
     table = sampler(SCHEDULE, num_steps, spacing)
     times = [s.t for s in table.steps]
@@ -92,11 +92,12 @@ def test_agrees_with_dpm_solver(sampler, order, spacing, num_steps):
     close(apply(table, start(), toy_eps(times)), run_diffusers(theirs, toy_eps(times)))
 
 
-@pytest.mark.parametrize("num_steps", [8, 20])
-def test_dpmpp_on_logsnr_agrees_with_lu_lambdas(num_steps):
-    theirs = dpm_solver(use_lu_lambdas=True)
+@pytest.mark.parametrize("num_steps", [8, 14, 15, 20])
+@pytest.mark.parametrize(("sampler", "order"), [(dpmpp_2m, 2), (dpmpp_3m, 3)])
+def test_dpmpp_on_logsnr_agrees_with_lu_lambdas(sampler, order, num_steps):
+    theirs = dpm_solver(use_lu_lambdas=True, solver_order=order)
     theirs.set_timesteps(num_steps)
-    table = dpmpp_2m(SCHEDULE, num_steps, "logsnr")
+    table = sampler(SCHEDULE, num_steps, "logsnr")
     times = [s.t for s in table.steps]
     np.testing.assert_allclose(theirs.timesteps, times, atol=0.51)  # diffusers rounds the times, not the sigmas
     close(apply(table, start(), toy_eps(times)), run_diffusers(theirs, toy_eps(times)))
@@ -161,6 +162,12 @@ def test_solvers_converge_to_the_ode():
     assert all(b < a / 5 for a, b in zip(first, second, strict=True))
 
 
+def test_third_order_beats_second_order():
+    second, third = ([gaussian_error(solver(SCHEDULE, n, "logsnr")) for n in (25, 50)] for solver in (dpmpp_2m, dpmpp_3m))
+    assert third[0] / third[1] > 6.0 > 4.5 > second[0] / second[1]
+    assert all(b < 0.51 * a for a, b in zip(second, third, strict=True))
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_ddpm_keeps_the_marginals(spacing):
     """From alpha x* + sigma N to alpha' x* + sigma' N at every step."""
@@ -176,6 +183,10 @@ def test_flags():
     assert not ddim(SCHEDULE, 5).uses_previous
     assert dpmpp_2m(SCHEDULE, 5).uses_previous
     assert not dpmpp_2m(SCHEDULE, 2).uses_previous  # both steps are ends
+    assert [s(SCHEDULE, 5).history for s in (ddim, dpmpp_2m, dpmpp_3m)] == [0, 1, 2]
+    assert [s.history for s in dpmpp_3m(SCHEDULE, 6).steps] == [0, 1, 2, 2, 1, 0]
+    assert [s.history for s in dpmpp_3m(SCHEDULE, 15).steps] == [0, 1, *[2] * 12, 0]
+    assert dpmpp_3m(SCHEDULE, 4).history == 1  # nothing is between the ends
     assert ddpm(SCHEDULE, 5).stochastic
     assert not dpmpp_2m(SCHEDULE, 5).stochastic
 
@@ -230,6 +241,7 @@ def test_bad_samplers(args, word):
 def test_json_is_exact(name):
     table = make_sampler(name, 7, "logsnr")
     assert SamplerTable.from_json(table.to_json()) == table
+    assert ("next_m_prev2" in table.to_json()) == (name == "dpmpp_3m")
 
 
 @pytest.mark.parametrize(
@@ -249,5 +261,8 @@ def test_bad_tables():
         SamplerTable("x", "y", ())
     with pytest.raises(PlanError, match="not finite"):
         SamplerTable("x", "y", (step, dataclasses.replace(step, m_x=float("inf"))))
-    with pytest.raises(PlanError, match="step 0"):
-        SamplerTable("x", "y", (dataclasses.replace(step, next_m_prev=1.0),))
+    for at, back in ((0, {"next_m_prev": 1.0}), (0, {"next_m_prev2": 1.0}), (1, {"next_m_prev2": 1.0})):
+        steps = [step, step, step]
+        steps[at] = dataclasses.replace(step, **back)
+        with pytest.raises(PlanError, match=f"step {at} looks {1 + ('next_m_prev2' in back)} steps back"):
+            SamplerTable("x", "y", tuple(steps))

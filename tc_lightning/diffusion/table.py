@@ -1,10 +1,10 @@
 """A sampler as a table of coefficients: plain numbers, no torch, no numpy.
 
-DDIM, DPM-Solver++ 2M, ancestral DDPM and flow-matching Euler are all linear in the latents and in the last network outputs. With
-eps the (guided) network output at step i, one step is
+DDIM, DPM-Solver++ 2M and 3M, ancestral DDPM and flow-matching Euler are all linear in the latents and in the last network outputs.
+With eps the (guided) network output at step i, one step is
 
     m_i     = m_x * x_i + m_eps * eps                          the quantity that the solver extrapolates (eps, x0 or v)
-    x_{i+1} = next_x * x_i + next_m * m_i + next_m_prev * m_{i-1} + noise * N(0, I)
+    x_{i+1} = next_x * x_i + next_m * m_i + next_m_prev * m_{i-1} + next_m_prev2 * m_{i-2} + noise * N(0, I)
 
 and nothing else about the sampler is known anywhere downstream.
 """
@@ -17,6 +17,8 @@ from typing import Any
 
 from tc_lightning.errors import PlanError
 
+MAX_HISTORY = 2  # past outputs that a step may use
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplerStep:
@@ -28,11 +30,21 @@ class SamplerStep:
     next_x: float
     next_m: float
     next_m_prev: float = 0.0
+    next_m_prev2: float = 0.0
     noise: float = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # an int would come back from JSON as a float, and change the plan's digest
             object.__setattr__(self, field.name, float(getattr(self, field.name)))
+
+    @property
+    def history(self) -> int:
+        """How far back the step looks: 0, 1 or 2 steps."""
+        return 2 if self.next_m_prev2 else int(self.next_m_prev != 0.0)
+
+
+_OPTIONAL = "next_m_prev2"  # left out of the JSON where no step uses it: what is named by a digest of a table keeps its name
+_COLUMNS = tuple(field.name for field in dataclasses.fields(SamplerStep))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +57,8 @@ class SamplerTable:
         steps: one `SamplerStep` per network call.
 
     Raises:
-        PlanError: if the table is empty, holds a non-finite number, or its first step asks for an output before it.
+        PlanError: if the table is empty, holds a non-finite number, or one of its first two steps asks for an
+            output that does not exist.
     """
 
     name: str
@@ -58,16 +71,22 @@ class SamplerTable:
         for i, step in enumerate(self.steps):
             if not all(math.isfinite(value) for value in dataclasses.astuple(step)):
                 raise PlanError(f"sampler step {i} holds a coefficient that is not finite: {step}.")
-        if self.steps[0].next_m_prev != 0.0:
-            raise PlanError("sampler step 0 uses the network output of the step before it, and there is none.")
+        for i, step in enumerate(self.steps[:MAX_HISTORY]):
+            if step.history > i:
+                raise PlanError(f"sampler step {i} looks {step.history} steps back for a network output, and there is none.")
 
     def __len__(self) -> int:
         return len(self.steps)
 
     @property
+    def history(self) -> int:
+        """How many past m the solver needs: 0, 1 or 2."""
+        return max(step.history for step in self.steps)
+
+    @property
     def uses_previous(self) -> bool:
-        """Whether any step reads m_{i-1} (a multistep solver)."""
-        return any(step.next_m_prev != 0.0 for step in self.steps)
+        """Whether any step reads a past m (a multistep solver)."""
+        return self.history > 0
 
     @property
     def stochastic(self) -> bool:
@@ -75,8 +94,8 @@ class SamplerTable:
         return any(step.noise != 0.0 for step in self.steps)
 
     def to_json(self) -> dict[str, Any]:
-        """Columns as lists, which is what a person can read in `plan.json`."""
-        names = [field.name for field in dataclasses.fields(SamplerStep)]
+        """Columns as lists, which is what a person can read in `plan.json`; `next_m_prev2` only where it is used."""
+        names = [name for name in _COLUMNS if name != _OPTIONAL or self.history == MAX_HISTORY]
         return {"name": self.name, "spacing": self.spacing, **{n: [getattr(s, n) for s in self.steps] for n in names}}
 
     @classmethod
@@ -86,12 +105,13 @@ class SamplerTable:
         Raises:
             PlanError: if a column is missing, unknown, or of another length than the others.
         """
-        names = [field.name for field in dataclasses.fields(SamplerStep)]
-        if not isinstance(raw, dict) or set(raw) != {"name", "spacing", *names}:
+        if not isinstance(raw, dict) or set(raw) | {_OPTIONAL} != {"name", "spacing", *_COLUMNS}:
             keys = sorted(raw) if isinstance(raw, dict) else type(raw).__name__
-            raise PlanError(f"the sampler table must have the keys name, spacing, {', '.join(names)}; found {keys}.")
+            raise PlanError(f"the sampler table must have the keys name, spacing, {', '.join(_COLUMNS)}; found {keys}.")
+        names = [name for name in _COLUMNS if name in raw]
         columns = [raw[name] for name in names]
         numeric = all(isinstance(c, list) and all(type(v) in (int, float) for v in c) for c in columns)
         if not numeric or len({len(c) for c in columns}) != 1:
             raise PlanError("the sampler table's columns must be lists of numbers of one length.")
-        return cls(raw["name"], raw["spacing"], tuple(SamplerStep(*map(float, row)) for row in zip(*columns, strict=True)))
+        rows = (map(float, row) for row in zip(*columns, strict=True))
+        return cls(raw["name"], raw["spacing"], tuple(SamplerStep(**dict(zip(names, row, strict=True))) for row in rows))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tc_lightning.diffusion.table import SamplerStep
 
 if TYPE_CHECKING:
     from tc_lightning.cache import Ops
@@ -13,14 +16,14 @@ Array = Any
 class Coefficients(NamedTuple):
     """Coefficients of one step (`tc_lightning.diffusion.table`): numbers, or scalars looked up in the graph.
 
-    `next_m_prev` is None when the sampler never looks back.
+    `past` weighs m_{i-1} and m_{i-2}; None where a weight is known to be 0.
     """
 
     m_x: Any
     m_eps: Any
     next_x: Any
     next_m: Any
-    next_m_prev: Any | None
+    past: tuple[Any | None, ...]
 
 
 def guide(eps_BCHW: Array, scale: Any, guided: int, total: int, ops: Ops) -> Array:
@@ -35,10 +38,16 @@ def guide(eps_BCHW: Array, scale: Any, guided: int, total: int, ops: Ops) -> Arr
     return ops.concat([uncond_g + (cond_g - uncond_g) * scale, ops.channels(cond, guided, total)], 1)
 
 
-def advance(x: Array, eps: Array, m_prev: Array | None, c: Coefficients) -> tuple[Array, Array]:
-    """One sampler step without noise; returns (next x, m)."""
+def coefficients(row: SamplerStep) -> Coefficients:
+    """The numbers of one step."""
+    return Coefficients(row.m_x, row.m_eps, row.next_x, row.next_m, (row.next_m_prev or None, row.next_m_prev2 or None))
+
+
+def advance(x: Array, eps: Array, past: Sequence[Array], c: Coefficients) -> tuple[Array, Array]:
+    """One sampler step without noise; `past` holds m_{i-1}, m_{i-2} as far as they exist; returns (next x, m)."""
     m = x * c.m_x + eps * c.m_eps
     x_next = x * c.next_x + m * c.next_m
-    if c.next_m_prev is not None and m_prev is not None:
-        x_next = x_next + m_prev * c.next_m_prev
+    for m_past, weight in zip(past, c.past, strict=False):  # the first steps have fewer past outputs than weights
+        if weight is not None:
+            x_next = x_next + m_past * weight
     return x_next, m

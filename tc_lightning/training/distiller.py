@@ -54,7 +54,7 @@ class TokenCacheDistiller(LightningModule):
 
     Args:
         teacher: which teacher to load; it stays frozen, out of the optimiser and out of the checkpoint.
-        sampler: ddim or dpmpp_2m (trajectories are recorded, which takes a sampler that adds no noise).
+        sampler: ddim, dpmpp_2m or dpmpp_3m (trajectories are recorded, which takes a sampler that adds no noise).
         num_steps: sampling steps.
         spacing: uniform, leading, trailing, quadratic or logsnr.
         guidance_scale: classifier-free guidance; 1 switches it off.
