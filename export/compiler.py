@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import torch
 
-from export.emit import Emitter
+from export.emit import Emitter, condition_times
 from export.fidelity import Fidelity, measure
 from export.manifest import NAME, ArtefactError, read_manifest, write_manifest
 from export.onnx_dit import with_thirds
@@ -58,8 +58,9 @@ def export_artefact(
         ParityError: if the artefact disagrees with the torch reference; nothing is left under `out`.
     """
     plan.require_model(model_signature(model))
-    if plan.sampler.stochastic:
-        raise TokenCacheError(f"the sampler {plan.sampler.name} adds noise at every step and cannot be exported: plan with ddim.")
+    for table in (plan.sampler, plan.baseline):
+        if table.stochastic:
+            raise TokenCacheError(f"the sampler {table.name} adds noise at every step and cannot be exported: plan with ddim.")
     if precision == "bf16" and provider == "cpu":
         raise TokenCacheError(
             "bf16 cannot be proved on the CPU, which has no kernels for it: add --provider cuda, or take fp32 or fp16."
@@ -107,7 +108,7 @@ def _write_graphs(
     model: DiT, plan: CachePlan, lowered: LoweredPlan, folder: Path, precision: str, index: dict[str, External]
 ) -> dict[str, onnx.ModelProto]:
     emitter = Emitter(plan, model.config, precision, WEIGHTS, index)
-    features = model.t_embedder.features(torch.tensor([row.t for row in plan.sampler.steps])).numpy()
+    features = model.t_embedder.features(torch.tensor(condition_times(plan)[0])).numpy()
     graphs = {"condition": emitter.condition(features)} | {p.name: emitter.step(p) for p in lowered.programs}
     for name, graph in graphs.items():
         path = folder / f"{name}.onnx"
@@ -132,8 +133,11 @@ def _describe(
         "model": dataclasses.asdict(plan.model),
         "dit_config": dataclasses.asdict(model.config),
         "sampler": {"name": plan.sampler.name, "spacing": plan.sampler.spacing},
+        "reference": {"name": plan.baseline.name, "spacing": plan.baseline.spacing},
         "guidance": dataclasses.asdict(plan.guidance),
         "steps": plan.num_steps,
+        "full_steps": len(plan.baseline),
+        "full_offset": condition_times(plan)[1],
         "precision": precision,
         "programs": {p.name: _interface(p, graphs[p.name], plan) for p in lowered.programs},
         "condition": {"weights": _weights_of(graphs["condition"])},

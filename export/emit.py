@@ -18,11 +18,12 @@ import numpy as np
 import onnx
 
 from export.onnx_dit import OnnxDiT
-from export.programs import Program, merge
+from export.programs import FULL, Program, merge
 from export.symbolic import External, Graph, OnnxOps, Sym
 from tc_lightning.cache import Step, forecast, run_blocks
 from tc_lightning.costs import entry_shape
 from tc_lightning.dataflow import Entry, StepFlow, trace
+from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.diffusion.update import Coefficients, advance, guide
 from tc_lightning.models.dit import DiTConfig
 from tc_lightning.plan import CachePlan
@@ -49,7 +50,7 @@ class Emitter:
     index: dict[str, External]
 
     def condition(self, features_TF: np.ndarray) -> onnx.ModelProto:
-        """The condition graph, from the timestep features of all steps."""
+        """The condition graph, from the timestep features of `condition_times`."""
         g = Graph("condition", self.weights_file, self.index)
         steps, labels = g.input("steps", "int64", ["steps"]), g.input("labels", "int64", ["labels"])
         features = g.op("Gather", g.constant(features_TF, "fp32"), steps, axis=0, dtype="fp32")
@@ -63,7 +64,8 @@ class Emitter:
         ops, signature, guidance = OnnxOps(g), self.plan.model, self.plan.guidance
         latent: list[int | str] = ["batch", signature.in_channels, signature.input_size, signature.input_size]
         x = g.input("x", "fp32", latent)
-        history = PAST[: self.plan.sampler.history]
+        table = self.plan.baseline if program.name == FULL else self.plan.sampler
+        history = PAST[: table.history]
         past = [g.input(name, "fp32", latent) for name in history]
         step = g.input("step", "int64", [])
         mods = self._modulations(g, step)
@@ -77,7 +79,7 @@ class Emitter:
         eps = ops.channels(model.readout(z, final), 0, signature.in_channels)
         if scale is not None:
             eps = guide(eps, scale, guidance.channels, signature.in_channels, ops)
-        x_next, m = advance(x, eps, past, self._coefficients(g, step))
+        x_next, m = advance(x, eps, past, self._coefficients(g, step, table))
         g.output("x_next", x_next, latent)
         if history:
             g.output("m", m, latent)
@@ -132,17 +134,21 @@ class Emitter:
         full_TK2[list(steps)] = pairs_SK2
         return g.op("Gather", g.constant(full_TK2, "int64"), step, axis=0)
 
-    def _coefficients(self, g: Graph, step: Sym) -> Coefficients:
-        rows = self.plan.sampler.steps
-
+    def _coefficients(self, g: Graph, step: Sym, table: SamplerTable) -> Coefficients:
         def column(name: str) -> Sym:
-            return self._lookup(g, step, np.array([getattr(row, name) for row in rows]), "fp32")
+            return self._lookup(g, step, np.array([getattr(row, name) for row in table.steps]), "fp32")
 
-        past = tuple(column(f"next_{name}") for name in PAST[: self.plan.sampler.history])
+        past = tuple(column(f"next_{name}") for name in PAST[: table.history])
         return Coefficients(column("m_x"), column("m_eps"), column("next_x"), column("next_m"), past)
 
     def _lookup(self, g: Graph, step: Sym, column_T: np.ndarray, dtype: str) -> Sym:
         return g.op("Gather", g.constant(column_T, dtype), step, axis=0)
+
+
+def condition_times(plan: CachePlan) -> tuple[list[float], int]:
+    """Times that the condition graph knows, and the place of the reference's first step among them: 0 where it has the plan's."""
+    own, reference = ([row.t for row in table.steps] for table in (plan.sampler, plan.baseline))
+    return (own, 0) if own == reference else (own + reference, len(own))
 
 
 def forecast_table(flows: list[StepFlow], steps: tuple[int, ...], entry: Entry, count: int) -> np.ndarray:

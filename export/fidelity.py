@@ -1,4 +1,4 @@
-"""What caching costs and what it saves: the artefact's cached run against its own full-compute run, same seeds, same session."""
+"""What a plan costs and what it saves: the artefact's run against that of its reference at full compute, same seeds, same session."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Fidelity:
     """Cached against full compute.
 
     Args:
-        full: latents of the full-compute run, [B, C, H, W].
+        full: latents of the reference run, [B, C, H, W].
         cached: latents of the cached run.
         full_ms: median milliseconds an image of full compute, over all steps.
         cached_ms: the same for the cached run.

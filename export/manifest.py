@@ -13,7 +13,7 @@ from typing import Any
 from tc_lightning.atomic import write_atomically
 from tc_lightning.errors import TokenCacheError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 NAME = "manifest.json"
 _KEYS = (
     "format_version",
@@ -23,6 +23,8 @@ _KEYS = (
     "model",
     "guidance",
     "steps",
+    "full_steps",
+    "full_offset",
     "schedule",
     "programs",
     "entries",

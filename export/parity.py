@@ -6,6 +6,7 @@ This is the export error. The method's error, cached against full compute, is an
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from export.runtime import CachedSampler
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
-from tc_lightning.sampling import SamplingStep, noise_for, sample_steps
+from tc_lightning.sampling import SamplingStep, noise_for, reference_plan, sample_steps
 
 # Relative L2 errors that are accepted: of a whole trajectory, and of every output of one program.
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2e-1}
@@ -61,20 +62,22 @@ def prove(model: DiT, plan: CachePlan, lowered: LoweredPlan, sampler: CachedSamp
         seed: their seed.
 
     Returns:
-        One check for each output of each program at its first and last step, and one for the latents of the whole trajectory.
+        One check for each output of each program at its first and last step (of `step_full`, at the first of the reference), and one
+        for the latents of the whole trajectory.
     """
     labels = (torch.arange(images) * 7) % plan.model.num_classes
     chosen = {i: p for p in lowered.programs for i in {*p.steps[:1], *p.steps[-1:]}}
-    full = next(p for p in lowered.programs if p.name == FULL)
+    x_T = noise_for(seed, range(images), model)
     checks: list[Check] = []
     final: Tensor | None = None
-    for state in sample_steps(model, plan, noise_for(seed, range(images), model), labels):
-        programs = [chosen[state.step]] if state.step in chosen else []
-        if state.step == 0 and full not in programs:
-            programs.append(full)  # step 0 computes everything, whatever the plan
-        for program in programs:
-            checks += _check_program(model, plan, program, sampler, state, labels)
+    for state in sample_steps(model, plan, x_T, labels):
+        if state.step in chosen:
+            checks += _check_program(plan, chosen[state.step], sampler, state, labels)
         final = state.x_next
+    full = next(p for p in lowered.programs if p.name == FULL)
+    if not full.steps:  # no step of the plan runs it: take those of the reference, until its sampler uses all that it may
+        for state in itertools.islice(sample_steps(model, reference_plan(plan), x_T, labels), plan.baseline.history + 1):
+            checks += _check_program(plan, full, sampler, state, labels)
     assert final is not None
     latents = sampler.sample(labels.tolist(), seed=seed).latents
     worst = max(relative_l2(a, b) for a, b in zip(latents, final.numpy(), strict=True))
@@ -101,13 +104,12 @@ def trajectory_error(checks: list[Check]) -> float:
     return next(c.rel_l2 for c in checks if c.where == "trajectory")
 
 
-def _check_program(
-    model: DiT, plan: CachePlan, program: Program, sampler: CachedSampler, state: SamplingStep, labels: Tensor
-) -> list[Check]:
+def _check_program(plan: CachePlan, program: Program, sampler: CachedSampler, state: SamplingStep, labels: Tensor) -> list[Check]:
     doubled = plan.guidance.doubles_batch
     y = torch.cat([labels, torch.full_like(labels, plan.model.num_classes)]) if doubled else labels
     precision = sampler.manifest["precision"]
-    mods = _modulations(sampler, state.step, y.numpy())
+    offset = sampler.manifest["full_offset"] if program.name == FULL else 0
+    mods = _modulations(sampler, offset + state.step, y.numpy())
     feed = {"x": state.x.numpy(), "step": np.int64(state.step), "first_step": np.int64(state.step), "rows": np.arange(len(y))}
     past = [m.numpy() for m in state.past]
     feed |= dict(zip(PAST, past + [np.zeros_like(feed["x"])] * (len(PAST) - len(past)), strict=True))

@@ -49,11 +49,13 @@ class LoweredPlan:
     slots: dict[Entry, int]
 
 
-FULL = "step_full"  # full compute that keeps no cache: the baseline, and all of a plan that caches nothing
+FULL = "step_full"  # full compute that keeps no cache, with the reference's coefficients: the baseline
 
 
 def lower(plan: CachePlan) -> LoweredPlan:
-    """Group the steps of a plan into programs; the program `step_full` always exists.
+    """Group the steps of a plan into programs; the program `step_full` always exists, and runs the reference.
+
+    Steps of the plan that keep no cache of what they compute in full run it, too, if the reference's coefficients are theirs.
 
     Steps that compute the same share a program even if less is read of what some of them write: a second program would need its
     weights in memory once more, and writing into a slot costs next to nothing.
@@ -68,7 +70,7 @@ def lower(plan: CachePlan) -> LoweredPlan:
     for steps in groups.values():
         segments, flow = merge(plan.steps[steps[0]]), flows[steps[0]]
         writes = tuple(sorted({entry for i in steps for entry in flows[i].writes}))
-        if not writes and all(s.mode == "compute" for s in segments):
+        if shares_reference(plan) and not writes and all(s.mode == "compute" for s in segments):
             full_steps = tuple(steps)
             continue
         programs.append(Program(f"step_{len(programs):02d}", segments, _read_counts(segments, flow), writes, tuple(steps)))
@@ -77,6 +79,11 @@ def lower(plan: CachePlan) -> LoweredPlan:
     by_step = {i: program for program in programs for i in program.steps}
     bindings = tuple(_bind(by_step[i], flow, i, slot_of) for i, flow in enumerate(flows))
     return LoweredPlan(tuple(programs), bindings, depth)
+
+
+def shares_reference(plan: CachePlan) -> bool:
+    """Whether the plan's steps have the coefficients of the reference's."""
+    return plan.sampler.steps == plan.baseline.steps
 
 
 def computed_tokens(segment: Segment, num_tokens: int) -> int:

@@ -138,7 +138,7 @@ class CachedSampler:
             seed: seed of the request; image i depends on (seed, first_index + i) and its label alone.
             guidance: guidance scale; None takes the plan's.
             first_index: index of the first image, to continue a series.
-            full: compute everything at every step (the baseline), with the same sampler.
+            full: run the reference instead (the baseline): everything is computed at every step, with the reference's sampler.
             on_step: called with (steps done, steps in all) after each step; the steps of every part count.
 
         Raises:
@@ -148,7 +148,7 @@ class CachedSampler:
         started = time.perf_counter()
         labels_B = np.asarray(labels, dtype=np.int64)
         parts = range(0, len(labels), self.max_batch)
-        steps = self.manifest["steps"]
+        steps = self.manifest["full_steps" if full else "steps"]
         tally, latents = _Tally(), []
         for place, first in enumerate(parts):
             request = _Request(self, labels_B[first : first + self.max_batch], seed, first_index + first, scale, full, tally)
@@ -186,7 +186,7 @@ class CachedSampler:
     def _receipt(self, tally: _Tally, asked: dict[str, Any], scale: float, full: bool, seconds: float) -> dict[str, Any]:
         m = self.manifest
         planned = float(m["guidance"]["scale"])
-        everything = asked["parts"] * m["steps"] * m["model"]["depth"] * m["model"]["tokens"]
+        everything = asked["parts"] * m["full_steps"] * m["model"]["depth"] * m["model"]["tokens"]
         return {
             "plan_digest": m["plan_digest"],
             "weights_sha256": m.get("files", {}).get(WEIGHTS, {}).get("sha256"),
@@ -225,6 +225,8 @@ class _Request:
         self, owner: CachedSampler, labels_B: np.ndarray, seed: int, first: int, scale: float, full: bool, tally: _Tally
     ) -> None:
         self.owner, self.full, self.tally = owner, full, tally
+        self._steps = owner.manifest["full_steps" if full else "steps"]
+        self._offset = owner.manifest["full_offset"] if full else 0
         model = owner.manifest["model"]
         latent = (model["in_channels"], model["input_size"], model["input_size"])
         x_BCHW = initial_noise(seed, range(first, first + len(labels_B)), latent)
@@ -247,7 +249,7 @@ class _Request:
             self._condition(step)
         program = manifest["programs"][bound["program"]]
         binding = self._bind(bound, program, step)
-        self._run(bound["program"], binding, last=step == manifest["steps"] - 1)
+        self._run(bound["program"], binding, last=step == self._steps - 1)
         self._x, self._x_next = self._x_next, self._x
         self._m_prev, self._m_prev2, self._m = self._m, self._m_prev, self._m_prev2
         self.tally.cached_steps += bool(bound["reads"])
@@ -283,12 +285,13 @@ class _Request:
         manifest = self.owner.manifest
         rows, width = 6 * manifest["model"]["depth"] + 2, manifest["model"]["width"]
         per_step = len(self._labels_U) * rows * width
-        count = max(1, min(manifest["steps"] - step, manifest["condition_values"] // per_step))
+        count = max(1, min(self._steps - step, manifest["condition_values"] // per_step))
         self._chunk, self._first = range(step, step + count), self._place(np.int64(step))
         self._mods = self._empty(manifest["precision"], (count, len(self._labels_U), rows, width))
         self.tally.modulation_bytes = max(self.tally.modulation_bytes, count * per_step * BYTES[manifest["precision"]])
         binding = self.owner.session(CONDITION).io_binding()
-        self._held = {"steps": self._place(np.arange(step, step + count)), "labels": self._place(self._labels_U)}
+        steps = np.arange(step, step + count) + self._offset
+        self._held = {"steps": self._place(steps), "labels": self._place(self._labels_U)}
         for name, value in self._held.items():
             binding.bind_ortvalue_input(name, value)
         binding.bind_ortvalue_output("mods", self._mods)

@@ -58,7 +58,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 def _sample(sampler: CachedSampler, args: argparse.Namespace, full: bool) -> Result:
     parts = -(-len(args.labels) // sampler.max_batch)
-    with tqdm(total=parts * sampler.manifest["steps"], desc="full" if full else "cached", unit="step") as bar:
+    with tqdm(total=parts * sampler.manifest["full_steps" if full else "steps"], desc="full" if full else "cached", unit="step") as bar:
         return sampler.sample(args.labels, args.seed, args.guidance, full=full, on_step=lambda done, _: bar.update(done - bar.n))
 
 

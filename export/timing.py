@@ -43,11 +43,11 @@ def in_turns(requests: dict[str, Callable[[], object]], repeats: int, quiet: boo
 
 @torch.inference_mode()
 def torch_latents(eps: Denoiser, plan: CachePlan, x_BCHW: Tensor, labels_B: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sample with full compute as one does in PyTorch: the network as a function, guidance and sampler around it, no cache.
+    """Run a plan's reference as one does in PyTorch: the network as a function, guidance and sampler around it, no cache.
 
     Args:
         eps: (latents, times, labels) -> eps, in `dtype`.
-        plan: gives sampler and guidance; its segments are ignored.
+        plan: gives the reference's sampler, and guidance; its segments are ignored.
         x_BCHW: initial noise, fp32, on the device.
         labels_B: class of each image.
         dtype: precision of the network; guidance and sampler are in fp32.
@@ -55,13 +55,13 @@ def torch_latents(eps: Denoiser, plan: CachePlan, x_BCHW: Tensor, labels_B: Tens
     ops, doubled, channels = TorchOps(), plan.guidance.doubles_batch, plan.model.in_channels
     y = torch.cat([labels_B, torch.full_like(labels_B, plan.model.num_classes)]) if doubled else labels_B
     past: tuple[Tensor, ...] = ()
-    for row in plan.sampler.steps:
+    for row in plan.baseline.steps:
         x = torch.cat([x_BCHW, x_BCHW]) if doubled else x_BCHW
         e = eps(x.to(dtype), torch.full((len(y),), row.t, device=x.device), y).float()
         if doubled:
             e = guide(e, plan.guidance.scale, plan.guidance.channels, channels, ops)
         x_BCHW, m = advance(x_BCHW, e, past, coefficients(row))
-        past = (m, *past)[: plan.sampler.history]
+        past = (m, *past)[: plan.baseline.history]
     return x_BCHW.cpu()
 
 

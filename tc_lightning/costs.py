@@ -54,8 +54,8 @@ def plan_macs(plan: CachePlan) -> int:
 
 
 def macs_speedup(plan: CachePlan) -> float:
-    """MACs of full compute over those of the plan, at the same number of steps."""
-    return plan.num_steps * full_step_macs(plan.model) / plan_macs(plan)
+    """MACs of the reference run, at full compute, over those of the plan."""
+    return len(plan.baseline) * full_step_macs(plan.model) / plan_macs(plan)
 
 
 def entry_shape(model: ModelSignature) -> tuple[int, int]:

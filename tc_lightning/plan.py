@@ -29,7 +29,7 @@ from tc_lightning.atomic import write_atomically
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODES = ("compute", "partial", "reuse", "skip")
 BRANCHES = ("attn", "mlp")
 MAX_ORDER = 2
@@ -157,6 +157,8 @@ class CachePlan:
         guidance: guidance scale and channels.
         steps: the segments of each sampling step, noisiest step first.
         provenance: policy, its arguments, digests of what it was made from: plain JSON values.
+        reference: the sampler of the full-compute run that the plan replaces, where it is not the plan's own: the run that savings
+            and errors are measured against.
 
     Raises:
         PlanError: if segments do not cover the blocks, a token or block does not exist, something is reused that was never
@@ -168,9 +170,17 @@ class CachePlan:
     guidance: Guidance
     steps: tuple[tuple[Segment, ...], ...]
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reference: SamplerTable | None = None
 
     def __post_init__(self) -> None:
+        if self.reference == self.sampler:  # equal plans are written alike
+            object.__setattr__(self, "reference", None)
         _validate(self)
+
+    @property
+    def baseline(self) -> SamplerTable:
+        """The sampler of the full-compute run that the plan replaces."""
+        return self.reference or self.sampler
 
     @property
     def num_steps(self) -> int:
@@ -202,6 +212,7 @@ class CachePlan:
             "guidance": dataclasses.asdict(self.guidance),
             "steps": [{"step": i, "segments": [s.to_json() for s in segs]} for i, segs in enumerate(self.steps)],
             "provenance": dict(self.provenance),
+            "reference": None if self.reference is None else self.reference.to_json(),
         }
 
     @classmethod
@@ -211,17 +222,18 @@ class CachePlan:
         Raises:
             PlanError: if the format is not this version's, or anything in it is invalid.
         """
-        _check_keys(raw, {"format_version", "model", "sampler", "guidance", "steps", "provenance"}, set(), "plan")
+        if isinstance(raw, dict) and (version := raw.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
+            raise PlanError(f"plan format version {version} is not {FORMAT_VERSION}: make the plan again.")
+        _check_keys(raw, {"format_version", "model", "sampler", "guidance", "steps", "provenance", "reference"}, set(), "plan")
         if not isinstance(raw["provenance"], dict):
             raise PlanError(f"provenance: expected an object, found {type(raw['provenance']).__name__}.")
-        if raw["format_version"] != FORMAT_VERSION:
-            raise PlanError(f"plan format version {raw['format_version']} is not {FORMAT_VERSION}: make the plan again.")
         return cls(
             _from_fields(ModelSignature, raw["model"], "model"),
             SamplerTable.from_json(raw["sampler"]),
             _from_fields(Guidance, raw["guidance"], "guidance"),
             tuple(_segments_from_json(step, i) for i, step in enumerate(_as_list(raw["steps"], "steps"))),
             raw["provenance"],
+            None if raw["reference"] is None else SamplerTable.from_json(raw["reference"]),
         )
 
     def save(self, path: Path) -> None:

@@ -69,6 +69,11 @@ def full_plan(signature: ModelSignature, sampler: SamplerTable, guidance: Guidan
     return CachePlan(signature, sampler, guidance, (everything,) * len(sampler), {"policy": "full"})
 
 
+def reference_plan(plan: CachePlan) -> CachePlan:
+    """The full-compute run that a plan replaces, as a plan of its own."""
+    return full_plan(plan.model, plan.baseline, plan.guidance)
+
+
 def noise_for(seed: int, indices: range, model: DiT, device: torch.device | str = "cpu", stream: int = 0) -> Tensor:
     """Initial noise of images `indices`, [B, C, H, W]."""
     c = model.config

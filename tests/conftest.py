@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature, Segment, compute, partial, reuse, skip
 from tc_lightning.sampling import model_signature
@@ -47,12 +48,14 @@ def make_plan(
     guidance: Guidance | None = None,
     sampler: str = "ddim",
     spacing: str = "uniform",
+    reference: SamplerTable | None = None,
     **provenance: Any,
 ) -> CachePlan:
     """A plan; guidance 1.5 on three channels unless told otherwise."""
     signature = model if isinstance(model, ModelSignature) else model_signature(model)
     table = make_sampler(sampler, len(steps), spacing)
-    return CachePlan(signature, table, guidance or Guidance(1.5, min(3, signature.in_channels)), steps, provenance)
+    guidance = guidance or Guidance(1.5, min(3, signature.in_channels))
+    return CachePlan(signature, table, guidance, steps, provenance, reference)
 
 
 def random_steps(seed: int, num_steps: int = 7, depth: int = 4, tokens: int = 16) -> Steps:

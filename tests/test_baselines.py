@@ -22,6 +22,9 @@ def test_fewer_steps_spends_what_it_is_given(budget: float, steps: int):
     assert plan.full_steps == list(range(steps))
     assert plan_macs(plan) == steps * FULL <= budget
     assert plan.sampler == make_sampler("dpmpp_2m", steps, "logsnr")
+    assert macs_speedup(plan) == 1.0
+    replacing = fewer_steps_plan(SIGNATURE, "dpmpp_2m", "logsnr", GUIDANCE, budget, make_sampler("ddim", 50))
+    assert macs_speedup(replacing) == 50 / steps
     assert CachePlan.from_json(plan.to_json()) == plan
 
 

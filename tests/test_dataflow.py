@@ -18,6 +18,7 @@ from tc_lightning.costs import (
     step_macs,
 )
 from tc_lightning.dataflow import Entry, Read, StepFlow, assign_slots, lagrange_weights, trace
+from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature, compute, partial, reuse, skip
 
 XL = ModelSignature("dit", 28, 256, 1152, 16, 4608, 2, 4, 8, 32, 1000, "0" * 64)
@@ -222,6 +223,12 @@ def test_speedup():
     assert plan_macs(skipping({0, 3}, 6, 1)) == 2 * full + 4 * fixed
     assert macs_speedup(skipping({0, 3}, 6, 1)) == pytest.approx(6 * full / (2 * full + 4 * fixed))
     assert macs_speedup(make_plan(SIGNATURE, EVERY_MODE)) == macs_speedup(make_plan(SIGNATURE, EVERY_MODE, Guidance()))
+
+
+def test_speedup_is_against_the_reference():
+    full, fixed = full_step_macs(SIGNATURE), fixed_macs(SIGNATURE)
+    plan = dataclasses.replace(skipping({0, 3}, 6, 1), reference=make_sampler("ddim", 50))
+    assert macs_speedup(plan) == pytest.approx(50 * full / (2 * full + 4 * fixed))
 
 
 def test_cache_bytes_of_whole_step_skipping():

@@ -12,6 +12,7 @@ from export.explain import explain, plan_figure, values_held
 from export.programs import lower
 from tc_lightning.costs import macs_speedup
 from tc_lightning.dataflow import assign_slots, trace
+from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.plan import Guidance, compute, partial, reuse, skip
 
@@ -32,6 +33,11 @@ def test_listing():
     assert lines[-3].endswith("(F = step_full): 0 1 2")
     assert lines[-2].endswith("after it:                 9 8 0")
     assert lines[-1] == "  at most 9 at a time, in 9 places of 2 kB a sample"
+
+
+def test_listing_names_the_reference():
+    plan = make_plan(SIGNATURE, (FULL, SKIP), reference=make_sampler("dpmpp_2m", 50))
+    assert f": 2 steps in place of 50 of dpmpp_2m, 3 programs, {macs_speedup(plan):.2f}x fewer MACs" in explain(plan, lower(plan))
 
 
 def test_values_held_by_hand():

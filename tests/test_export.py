@@ -19,18 +19,20 @@ from conftest import EVERY_MODE, FULL, make_plan, make_teacher, random_steps
 import export.compiler
 from export.command import run
 from export.compiler import export_artefact
+from export.emit import condition_times
+from export.fidelity import psnr
 from export.manifest import read_manifest, sha256_of
 from export.onnx_dit import OnnxDiT
 from export.parity import Check, ParityError, relative_l2, require_parity
 from export.programs import lower
 from export.runtime import CachedSampler
-from export.verify import rebuild_teacher
+from export.verify import rebuild_teacher, verify
 from tc_lightning.costs import cache_bytes_per_image, macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan, Guidance, partial, skip
-from tc_lightning.sampling import model_signature, noise_for, sample
+from tc_lightning.sampling import full_plan, model_signature, noise_for, reference_plan, sample
 
 
 def export(model: DiT, plan: CachePlan, out: Path, precision: str = "fp32") -> dict[str, Any]:
@@ -106,6 +108,63 @@ def test_token_sets_of_two_segments_do_not_mix(tmp_path):
     export(model, plan, tmp_path / "artefact")
     loaded = CachedSampler(tmp_path / "artefact", preload=False)
     assert worst_error(loaded.sample([1, 3], seed=5).latents, torch_latents(model, plan, [1, 3], 5)) < 1e-5
+
+
+@pytest.mark.parametrize("solvers", [("dpmpp_2m", "ddim"), ("ddim", "dpmpp_3m"), ("dpmpp_3m", "dpmpp_2m")])
+def test_the_reference_has_steps_and_coefficients_of_its_own(tmp_path, teacher, solvers):
+    """Other times, another number of them, and another memory of past outputs than the plan's."""
+    reference = make_sampler(solvers[1], 8, "logsnr")
+    plan = make_plan(teacher, (FULL, FULL, (skip(0, 4, 1),), (partial(0, 4, (1, 5)),), FULL), sampler=solvers[0], reference=reference)
+    manifest = export(teacher, plan, tmp_path / "artefact")
+    assert (manifest["steps"], manifest["full_steps"], manifest["full_offset"]) == (5, 8, 5)
+    assert manifest["reference"] == {"name": solvers[1], "spacing": "logsnr"}
+    assert manifest["macs_speedup"] == pytest.approx(macs_speedup(plan))
+    checked = [row["where"] for row in manifest["parity"]["programs"]]
+    assert {where for where in checked if "step_full" in where} == {f"step_full, step {i}" for i in range(reference.history + 1)}
+    assert {where.split(",")[0] for where in checked} == {*manifest["programs"]}
+    loaded, labels = CachedSampler(tmp_path / "artefact"), [1, 3]
+    cached, full = (loaded.sample(labels, seed=5, full=full).latents for full in (False, True))
+    assert worst_error(cached, torch_latents(teacher, plan, labels, 5)) < 1e-5
+    assert worst_error(full, torch_latents(teacher, reference_plan(plan), labels, 5)) < 1e-5
+    assert relative_l2(full, torch_latents(teacher, full_plan(plan.model, plan.sampler, plan.guidance), labels, 5)) > 1e-2
+    features = next(t for t in graphs_of(tmp_path / "artefact")["condition"].graph.initializer if list(t.dims)[1:] == [256])
+    assert features.dims[0] == 5 + 8
+
+
+def test_verify_compares_with_the_reference(tmp_path, teacher):
+    """18 steps of DDIM at full compute, replaced by six of DPM-Solver++ of which three are skipped."""
+    reference, cheap = make_sampler("ddim", 18, "trailing"), (skip(0, 4, 1),)
+    plan = make_plan(teacher, (FULL, FULL, cheap, FULL, cheap, cheap), sampler="dpmpp_2m", spacing="logsnr", reference=reference)
+    export(teacher, plan, tmp_path / "artefact")
+    report = verify(tmp_path / "artefact", "cpu", images=2, batch=2, seed=3, quiet=True)
+    assert report["macs_speedup"] == macs_speedup(plan) > 5.0
+    assert report["rel_l2_export"] < 1e-5
+    assert list(report["baselines_psnr_db"]) == ["ddim, 4 steps", "reuse, 3 of 18 full"]
+    x, x_full = (torch_latents(teacher, p, [0, 1], 3) for p in (plan, reference_plan(plan)))
+    assert report["psnr_db"] == pytest.approx(psnr(x, x_full), abs=1e-2)
+    own = dataclasses.replace(plan, reference=dataclasses.replace(reference, name="calibrated"))
+    export(teacher, own, tmp_path / "artefact")
+    assert list(verify(tmp_path / "artefact", "cpu", 1, 1, seed=3, quiet=True)["baselines_psnr_db"]) == ["reuse, 3 of 18 full"]
+
+
+def test_a_reference_at_the_plans_times_is_conditioned_once(tmp_path, teacher):
+    table = make_sampler("ddim", 4)
+    reference = dataclasses.replace(table, steps=tuple(dataclasses.replace(s, next_m=0.9 * s.next_m) for s in table.steps))
+    plan = make_plan(teacher, (FULL, (skip(0, 4),), FULL, FULL), reference=reference)
+    manifest = export(teacher, plan, tmp_path / "artefact")
+    assert (manifest["full_steps"], manifest["full_offset"]) == (4, 0)
+    loaded = CachedSampler(tmp_path / "artefact")
+    expected = torch_latents(teacher, reference_plan(plan), [2], 5)
+    assert worst_error(loaded.sample([2], seed=5, full=True).latents, expected) < 1e-5
+
+
+def test_planted_bug_in_the_reference_is_found(tmp_path, monkeypatch, teacher):
+    """Its steps looked up at the plan's times."""
+    monkeypatch.setattr("export.compiler.condition_times", lambda plan: (condition_times(plan)[0], 0))
+    plan = make_plan(teacher, (FULL, (skip(0, 4),), FULL), reference=make_sampler("ddim", 5, "leading"))
+    with pytest.raises(ParityError, match=r"step_full, step 0 +x_next") as caught:
+        export(teacher, plan, tmp_path / "artefact")
+    assert "step_00" not in str(caught.value)
 
 
 def test_full_plan(tmp_path):
@@ -389,9 +448,10 @@ def test_plan_of_another_model_is_refused(tmp_path, teacher, plan):
 
 
 def test_stochastic_sampler_is_refused(tmp_path, teacher, plan):
-    noisy = dataclasses.replace(plan, sampler=make_sampler("ddpm", 8))
-    with pytest.raises(TokenCacheError, match=r"ddpm adds noise .* cannot be exported: plan with ddim"):
-        export(teacher, noisy, tmp_path / "artefact")
+    for change in ("sampler", "reference"):
+        noisy = dataclasses.replace(plan, **{change: make_sampler("ddpm", 8)})
+        with pytest.raises(TokenCacheError, match=r"ddpm adds noise .* cannot be exported: plan with ddim"):
+            export(teacher, noisy, tmp_path / "artefact")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -40,7 +40,8 @@ def changed(*path: Any, to: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_json_round_trip_is_exact(seed):
-    for plan in (PLAN, make_plan(SIGNATURE, random_steps(seed), sampler="dpmpp_2m", spacing="logsnr")):
+    other = make_plan(SIGNATURE, random_steps(seed), sampler="dpmpp_3m", spacing="logsnr", reference=make_sampler("ddim", 20))
+    for plan in (PLAN, other):
         again = CachePlan.from_json(json.loads(json.dumps(plan.to_json())))
         assert again == plan
         assert again.digest == plan.digest
@@ -72,7 +73,7 @@ def test_digest_is_stable():
     steps = (FULL, (skip(0, 4),))
     table = SamplerTable("test", "none", (SamplerStep(t=1.0, m_x=0.0, m_eps=1.0, next_x=1.0, next_m=0.5),) * 2)
     plan = CachePlan(SIGNATURE, table, Guidance(1.5, 3), steps)
-    assert plan.digest == "f791013cb0a1c3b3eccd8296338f1eb2cb71680ef0fcd01d1f2cc5234e8c7542"
+    assert plan.digest == "759bfcebcff68fe12b8e4ae4e3478a6b5afdaf42cbcf2fd3afed2c9bd3cc5a71"
     assert make_plan(SIGNATURE).digest == make_plan(SIGNATURE).digest
 
 
@@ -90,6 +91,7 @@ def test_digest_feels_every_change():
         make_plan(SIGNATURE, spacing="logsnr"),
         make_plan(SIGNATURE, sampler="dpmpp_2m"),
         make_plan(SIGNATURE, policy="other"),
+        make_plan(SIGNATURE, reference=make_sampler("ddim", 9)),
         make_plan(teacher),
     ]
     assert len({plan.digest for plan in variants}) == len(variants)
@@ -106,6 +108,15 @@ def test_derived_properties():
     assert PLAN.full_steps == [0, 1, 3]
     assert PLAN.summary == f"test-ddim8-full3-{PLAN.digest[:8]}"
     assert make_plan(SIGNATURE).summary.startswith("custom-")
+
+
+def test_the_reference_is_the_plans_own_sampler_unless_it_says_otherwise():
+    reference = make_sampler("ddim", 50)
+    assert PLAN.baseline == PLAN.sampler
+    assert make_plan(SIGNATURE, reference=reference).baseline == reference
+    same = make_plan(SIGNATURE, reference=make_sampler("ddim", 8))  # the plan's own
+    assert same.reference is None
+    assert same.digest == make_plan(SIGNATURE).digest
 
 
 # Validation
@@ -186,13 +197,20 @@ def test_guidance_that_is_refused(guidance, message):
 SEGMENT = ("steps", 5, "segments", 0)
 
 
+def old_format() -> dict[str, Any]:
+    """A plan of the first format, which knew nothing of references."""
+    return {key: value for key, value in changed("format_version", to=1).items() if key != "reference"}
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
         ([], "plan: expected an object, found list"),
         (PLAN.to_json() | {"extra": 1}, "plan: unknown extra"),
         ({k: v for k, v in PLAN.to_json().items() if k != "guidance"}, "plan: missing guidance"),
-        (changed("format_version", to=99), "format version 99 is not 1"),
+        (changed("format_version", to=99), "format version 99 is not 2: make the plan again"),
+        (old_format(), "format version 1 is not 2: make the plan again"),
+        (changed("reference", to=[]), "sampler table must have the keys"),
         (changed("model", to=None), "model: expected an object"),
         (changed("model", "depth", to="4"), "model.depth: expected int, found '4'"),
         (changed("model", "depth", to=True), "model.depth: expected int, found True"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps
 from export.programs import FULL as STEP_FULL
 from export.programs import computed_tokens, lower, merge
 from tc_lightning.dataflow import Entry, is_updated, is_written, trace
+from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.plan import Segment, compute, partial, reuse, skip
 
 SPAN = Entry("span", 0, 4)
@@ -56,6 +58,16 @@ def test_step_full_always_exists():
     for steps in ((FULL,), (FULL, FULL), (FULL, SKIP), EVERY_MODE):
         full = lower(make_plan(SIGNATURE, steps)).programs[-1]
         assert (full.name, full.segments, full.reads, full.writes) == (STEP_FULL, FULL, (), ())
+
+
+def test_plan_and_reference_share_step_full_if_their_coefficients_are_equal():
+    renamed = dataclasses.replace(make_sampler("ddim", 3), name="other")
+    for reference in (None, renamed):
+        lowered = lower(make_plan(SIGNATURE, (FULL,) * 3, reference=reference))
+        assert [(p.name, p.steps) for p in lowered.programs] == [(STEP_FULL, (0, 1, 2))]
+    lowered = lower(make_plan(SIGNATURE, (FULL,) * 3, reference=make_sampler("ddim", 5)))
+    assert [(p.name, p.steps) for p in lowered.programs] == [("step_00", (0, 1, 2)), (STEP_FULL, ())]
+    assert [b.program for b in lowered.bindings] == ["step_00"] * 3
 
 
 def test_missing_past_values_are_padded():

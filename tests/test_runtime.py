@@ -19,6 +19,7 @@ from export.manifest import ArtefactError, _self_digest, read_manifest, sha256_o
 from export.runtime import CachedSampler
 from export.sessions import RuntimeUnavailableError, packed_programs
 from tc_lightning.costs import cache_bytes_per_image
+from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan import Guidance, skip
 
@@ -89,9 +90,9 @@ def test_no_manifest(copied, tmp_path):
     [
         ("{", "is not valid JSON"),
         ("", "is not valid JSON"),
-        ("[]", "is not of format version 1"),
-        ('{"format_version": 2}', "is not of format version 1"),
-        ('{"format_version": 1}', "was edited or damaged"),
+        ("[]", "is not of format version 2"),
+        ('{"format_version": 1}', "is not of format version 2"),
+        ('{"format_version": 2}', "was edited or damaged"),
     ],
 )
 def test_damaged_manifest(copied, text, message):
@@ -276,6 +277,24 @@ def test_receipt_of_full_compute(sampler):
     assert receipt["full_compute"] is True
     assert receipt["cache_bytes"] == 0
     assert not close(result.latents, sampler.sample(LABELS, seed=7).latents)
+
+
+def test_full_compute_is_the_reference(tmp_path, teacher):
+    """Three steps, one of them skipped, in place of six."""
+    plan = make_plan(teacher, (FULL, FULL, (skip(0, 4),)), reference=make_sampler("ddim", 6))
+    export_artefact(teacher, plan, tmp_path / "artefact", "fp32", "cpu", images=1, report=lambda _: None)
+    sampler, seen = CachedSampler(tmp_path / "artefact", max_batch=1), []
+    full = sampler.sample([0, 1], full=True, on_step=lambda done, total: seen.append((done, total))).receipt
+    assert seen == [(i, 12) for i in range(1, 13)]
+    assert full["steps_per_program"] == {"step_full": 12}
+    assert full["blocks_x_tokens_share"] == 1.0
+    cached = sampler.sample([0, 1]).receipt
+    assert cached["steps_per_program"] == {"step_00": 4, "step_01": 2}
+    assert cached["blocks_x_tokens_share"] == pytest.approx(2 / 6)
+    chunked = CachedSampler(tmp_path / "artefact")
+    chunked.manifest["condition_values"] = 2 * 2 * 26 * 32  # two steps at a time for one label and the null one
+    for whole in (True, False):
+        assert close(chunked.sample([0], full=whole).latents, sampler.sample([0], full=whole).latents)
 
 
 def test_receipt_shows_other_guidance(sampler):
