@@ -64,7 +64,7 @@ class Emitter:
         ops, signature, guidance = OnnxOps(g), self.plan.model, self.plan.guidance
         latent: list[int | str] = ["batch", signature.in_channels, signature.input_size, signature.input_size]
         x = g.input("x", "fp32", latent)
-        table = self.plan.baseline if program.name == FULL else self.plan.sampler
+        table = self.plan.baseline if program.name == FULL else self.plan.scaled_sampler
         history = PAST[: table.history]
         past = [g.input(name, "fp32", latent) for name in history]
         step = g.input("step", "int64", [])

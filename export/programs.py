@@ -83,7 +83,7 @@ def lower(plan: CachePlan) -> LoweredPlan:
 
 def shares_reference(plan: CachePlan) -> bool:
     """Whether the plan's steps have the coefficients of the reference's."""
-    return plan.sampler.steps == plan.baseline.steps
+    return plan.scaled_sampler.steps == plan.baseline.steps
 
 
 def computed_tokens(segment: Segment, num_tokens: int) -> int:

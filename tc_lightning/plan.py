@@ -159,10 +159,12 @@ class CachePlan:
         provenance: policy, its arguments, digests of what it was made from: plain JSON values.
         reference: the sampler of the full-compute run that the plan replaces, where it is not the plan's own: the run that savings
             and errors are measured against.
+        eps_scale: one factor a step by which the guided eps is multiplied (EB-Cache, arXiv 2503.07120: caching amplifies exposure
+            bias, and a factor a little below 1 makes up for it); empty for none. The reference run has none.
 
     Raises:
         PlanError: if segments do not cover the blocks, a token or block does not exist, something is reused that was never
-            computed, or the number of steps is not the sampler's.
+            computed, the number of steps is not the sampler's, or a factor of eps is not positive and finite.
     """
 
     model: ModelSignature
@@ -171,8 +173,10 @@ class CachePlan:
     steps: tuple[tuple[Segment, ...], ...]
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reference: SamplerTable | None = None
+    eps_scale: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "eps_scale", tuple(map(float, self.eps_scale)))
         if self.reference == self.sampler:  # equal plans are written alike
             object.__setattr__(self, "reference", None)
         _validate(self)
@@ -181,6 +185,11 @@ class CachePlan:
     def baseline(self) -> SamplerTable:
         """The sampler of the full-compute run that the plan replaces."""
         return self.reference or self.sampler
+
+    @functools.cached_property
+    def scaled_sampler(self) -> SamplerTable:
+        """The sampler with `eps_scale` folded in: the coefficients that a run of the plan goes by."""
+        return self.sampler.scaled(self.eps_scale) if self.eps_scale else self.sampler
 
     @property
     def num_steps(self) -> int:
@@ -213,7 +222,7 @@ class CachePlan:
             "steps": [{"step": i, "segments": [s.to_json() for s in segs]} for i, segs in enumerate(self.steps)],
             "provenance": dict(self.provenance),
             "reference": None if self.reference is None else self.reference.to_json(),
-        }
+        } | ({"eps_scale": list(self.eps_scale)} if self.eps_scale else {})
 
     @classmethod
     def from_json(cls, raw: Any) -> CachePlan:
@@ -224,9 +233,13 @@ class CachePlan:
         """
         if isinstance(raw, dict) and (version := raw.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
             raise PlanError(f"plan format version {version} is not {FORMAT_VERSION}: make the plan again.")
-        _check_keys(raw, {"format_version", "model", "sampler", "guidance", "steps", "provenance", "reference"}, set(), "plan")
+        keys = {"format_version", "model", "sampler", "guidance", "steps", "provenance", "reference"}
+        _check_keys(raw, keys, {"eps_scale"}, "plan")
+        eps_scale = _as_list(raw.get("eps_scale", []), "eps_scale")
         if not isinstance(raw["provenance"], dict):
             raise PlanError(f"provenance: expected an object, found {type(raw['provenance']).__name__}.")
+        if not all(type(factor) in (int, float) for factor in eps_scale):
+            raise PlanError(f"eps_scale: expected a list of numbers, found {eps_scale}.")
         return cls(
             _from_fields(ModelSignature, raw["model"], "model"),
             SamplerTable.from_json(raw["sampler"]),
@@ -234,6 +247,7 @@ class CachePlan:
             tuple(_segments_from_json(step, i) for i, step in enumerate(_as_list(raw["steps"], "steps"))),
             raw["provenance"],
             None if raw["reference"] is None else SamplerTable.from_json(raw["reference"]),
+            tuple(eps_scale),
         )
 
     def save(self, path: Path) -> None:
@@ -276,6 +290,11 @@ def _validate(plan: CachePlan) -> None:
 
     if plan.num_steps != len(plan.sampler):
         raise PlanError(f"the plan has {plan.num_steps} steps, its sampler {len(plan.sampler)}: they must be equal.")
+    if plan.eps_scale and len(plan.eps_scale) != plan.num_steps:
+        raise PlanError(f"eps_scale holds {len(plan.eps_scale)} factors for {plan.num_steps} steps: give one a step, or none.")
+    for i, factor in enumerate(plan.eps_scale):
+        if not (math.isfinite(factor) and factor > 0.0):
+            raise PlanError(f"step {i}: eps_scale is {factor}: a factor must be positive and finite, and is near 1 as a rule.")
     if not 0 <= plan.guidance.channels <= plan.model.in_channels:
         raise PlanError(f"guidance channels {plan.guidance.channels}: the model has {plan.model.in_channels} channels.")
     if not math.isfinite(plan.guidance.scale):

@@ -30,8 +30,8 @@ Store = dict[tuple[Entry, int], Tensor]  # (entry, step that wrote it) -> value
 class SamplingStep(NamedTuple):
     """All there is to know of one sampling step.
 
-    Latents before it, guided eps and latents after it, each [B, C, H, W]; the solver's last m before it, latest first, and its own;
-    the cached values that exist before it; the values that it writes.
+    Latents before it, guided eps (not yet times the plan's `eps_scale`) and latents after it, each [B, C, H, W]; the solver's last m
+    before it, latest first, and its own; the cached values that exist before it; the values that it writes.
     """
 
     step: int
@@ -103,7 +103,7 @@ def sample_steps(
     y = torch.cat([labels_B, torch.full_like(labels_B, plan.model.num_classes)]) if plan.guidance.doubles_batch else labels_B
     store: Store = {}
     past: tuple[Tensor, ...] = ()
-    for i, (segments, flow, row) in enumerate(zip(plan.steps, flows, plan.sampler.steps, strict=True)):
+    for i, (segments, flow, row) in enumerate(zip(plan.steps, flows, plan.scaled_sampler.steps, strict=True)):
         eps, writes = _predict(model, plan, segments, flow, row, x_BCHW, y, store)
         x_next, m = advance(x_BCHW, eps, past, coefficients(row))
         if row.noise:

@@ -49,13 +49,14 @@ def make_plan(
     sampler: str = "ddim",
     spacing: str = "uniform",
     reference: SamplerTable | None = None,
+    eps_scale: tuple[float, ...] = (),
     **provenance: Any,
 ) -> CachePlan:
     """A plan; guidance 1.5 on three channels unless told otherwise."""
     signature = model if isinstance(model, ModelSignature) else model_signature(model)
     table = make_sampler(sampler, len(steps), spacing)
     guidance = guidance or Guidance(1.5, min(3, signature.in_channels))
-    return CachePlan(signature, table, guidance, steps, provenance, reference)
+    return CachePlan(signature, table, guidance, steps, provenance, reference, eps_scale)
 
 
 def random_steps(seed: int, num_steps: int = 7, depth: int = 4, tokens: int = 16) -> Steps:

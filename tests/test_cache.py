@@ -70,6 +70,22 @@ def test_computing_everything_is_the_teacher_bit_for_bit(teacher, guidance, samp
     assert full_plan(plan.model, plan.sampler, guidance).steps == plan.steps
 
 
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m"])
+@torch.no_grad()
+def test_eps_scale_multiplies_the_guided_eps(teacher, sampler):
+    """A factor of 1 changes no bit; others do what multiplying the output of the network by them does."""
+    factors = (1.0, 0.9, 1.25, 0.5)
+    x = noise_for(3, range(2), teacher)
+    plain = make_plan(teacher, (FULL,) * 4, sampler=sampler)
+    assert torch.equal(sample(teacher, dataclasses.replace(plain, eps_scale=(1.0,) * 4), x, LABELS), sample(teacher, plain, x, LABELS))
+    states = list(sample_steps(teacher, dataclasses.replace(plain, eps_scale=factors), x, LABELS))
+    m_prev = torch.zeros_like(x)
+    for state, row, factor in zip(states, plain.sampler.steps, factors, strict=True):
+        m = row.m_x * x + row.m_eps * factor * state.eps
+        x, m_prev = row.next_x * x + row.next_m * m + row.next_m_prev * m_prev, m
+        torch.testing.assert_close(state.x_next, x, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_dividing_the_blocks_changes_nothing(teacher):
     """Writing entries, and cutting compute into segments, leaves the numbers bit for bit."""

@@ -158,6 +158,24 @@ def test_a_reference_at_the_plans_times_is_conditioned_once(tmp_path, teacher):
     assert worst_error(loaded.sample([2], seed=5, full=True).latents, expected) < 1e-5
 
 
+def test_eps_scale_costs_no_node_and_leaves_the_reference_alone(tmp_path, teacher):
+    steps = (FULL, FULL, (skip(0, 4, 1),), FULL, (skip(0, 4, 1),))
+    plans = [make_plan(teacher, steps, sampler="dpmpp_2m", eps_scale=scale) for scale in ((), (0.5, 0.9, 1.2, 0.8, 0.95))]
+    folders = [tmp_path / "plain", tmp_path / "scaled"]
+    for plan, folder in zip(plans, folders, strict=True):
+        export(teacher, plan, folder)
+    (plain, scaled), loaded = map(graphs_of, folders), CachedSampler(folders[1])
+    assert [[n.op_type for n in plain[name].graph.node] for name in plain] == [
+        [n.op_type for n in scaled[name].graph.node] for name in plain
+    ]
+    assert plain["step_full"] == scaled["step_full"]
+    x = torch_latents(teacher, plans[1], [1, 3], 5)
+    assert worst_error(loaded.sample([1, 3], seed=5).latents, x) < 1e-5
+    assert relative_l2(x, torch_latents(teacher, plans[0], [1, 3], 5)) > 1e-2
+    full = torch_latents(teacher, reference_plan(plans[0]), [1, 3], 5)
+    assert worst_error(loaded.sample([1, 3], seed=5, full=True).latents, full) < 1e-5
+
+
 def test_planted_bug_in_the_reference_is_found(tmp_path, monkeypatch, teacher):
     """Its steps looked up at the plan's times."""
     monkeypatch.setattr("export.compiler.condition_times", lambda plan: (condition_times(plan)[0], 0))

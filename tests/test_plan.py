@@ -41,7 +41,8 @@ def changed(*path: Any, to: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(5))
 def test_json_round_trip_is_exact(seed):
     other = make_plan(SIGNATURE, random_steps(seed), sampler="dpmpp_3m", spacing="logsnr", reference=make_sampler("ddim", 20))
-    for plan in (PLAN, other):
+    scaled = make_plan(SIGNATURE, random_steps(seed), eps_scale=tuple(1 - 0.1 / (i + 3) for i in range(7)))
+    for plan in (PLAN, other, scaled):
         again = CachePlan.from_json(json.loads(json.dumps(plan.to_json())))
         assert again == plan
         assert again.digest == plan.digest
@@ -92,6 +93,7 @@ def test_digest_feels_every_change():
         make_plan(SIGNATURE, sampler="dpmpp_2m"),
         make_plan(SIGNATURE, policy="other"),
         make_plan(SIGNATURE, reference=make_sampler("ddim", 9)),
+        make_plan(SIGNATURE, eps_scale=(0.98,) * 8),
         make_plan(teacher),
     ]
     assert len({plan.digest for plan in variants}) == len(variants)
@@ -117,6 +119,20 @@ def test_the_reference_is_the_plans_own_sampler_unless_it_says_otherwise():
     same = make_plan(SIGNATURE, reference=make_sampler("ddim", 8))  # the plan's own
     assert same.reference is None
     assert same.digest == make_plan(SIGNATURE).digest
+
+
+def test_eps_scale_is_folded_into_the_coefficients():
+    factors = (1.0, 0.5, 0.25, 1.0, 1.0, 1.0, 1.0, 2.0)
+    plan = make_plan(SIGNATURE, eps_scale=factors, sampler="dpmpp_2m")
+    changed = [dataclasses.replace(s, m_eps=s.m_eps * f) for s, f in zip(plan.sampler.steps, factors, strict=True)]
+    assert plan.scaled_sampler.steps == tuple(changed)
+    assert make_plan(SIGNATURE, eps_scale=(1,) * 8).scaled_sampler == PLAN.scaled_sampler == PLAN.sampler
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_factors_of_eps_that_are_refused(factor):
+    with pytest.raises(PlanError, match="step 2: eps_scale is"):
+        make_plan(SIGNATURE, eps_scale=(1.0, 1.0, factor, *(1.0,) * 5))
 
 
 # Validation
@@ -210,6 +226,9 @@ def old_format() -> dict[str, Any]:
         ({k: v for k, v in PLAN.to_json().items() if k != "guidance"}, "plan: missing guidance"),
         (changed("format_version", to=99), "format version 99 is not 2: make the plan again"),
         (old_format(), "format version 1 is not 2: make the plan again"),
+        (changed("eps_scale", to=0.98), "eps_scale: expected a list, found float"),
+        (changed("eps_scale", to=["0.98"] * 8), "eps_scale: expected a list of numbers"),
+        (changed("eps_scale", to=[0.98]), "eps_scale holds 1 factors for 8 steps"),
         (changed("reference", to=[]), "sampler table must have the keys"),
         (changed("model", to=None), "model: expected an object"),
         (changed("model", "depth", to="4"), "model.depth: expected int, found '4'"),

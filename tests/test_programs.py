@@ -65,9 +65,11 @@ def test_plan_and_reference_share_step_full_if_their_coefficients_are_equal():
     for reference in (None, renamed):
         lowered = lower(make_plan(SIGNATURE, (FULL,) * 3, reference=reference))
         assert [(p.name, p.steps) for p in lowered.programs] == [(STEP_FULL, (0, 1, 2))]
-    lowered = lower(make_plan(SIGNATURE, (FULL,) * 3, reference=make_sampler("ddim", 5)))
-    assert [(p.name, p.steps) for p in lowered.programs] == [("step_00", (0, 1, 2)), (STEP_FULL, ())]
-    assert [b.program for b in lowered.bindings] == ["step_00"] * 3
+    assert lower(make_plan(SIGNATURE, (FULL,) * 3, eps_scale=(1.0,) * 3)) == lowered
+    for change in ({"reference": make_sampler("ddim", 5)}, {"eps_scale": (1.0, 1.0, 0.9)}):
+        lowered = lower(make_plan(SIGNATURE, (FULL,) * 3, **change))
+        assert [(p.name, p.steps) for p in lowered.programs] == [("step_00", (0, 1, 2)), (STEP_FULL, ())]
+        assert [b.program for b in lowered.bindings] == ["step_00"] * 3
 
 
 def test_missing_past_values_are_padded():

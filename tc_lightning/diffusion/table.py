@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from tc_lightning.errors import PlanError
@@ -92,6 +93,11 @@ class SamplerTable:
     def stochastic(self) -> bool:
         """Whether any step adds noise."""
         return any(step.noise != 0.0 for step in self.steps)
+
+    def scaled(self, factors: Sequence[float]) -> SamplerTable:
+        """The table for a network whose output is multiplied by one factor a step."""
+        pairs = zip(self.steps, factors, strict=True)
+        return dataclasses.replace(self, steps=tuple(dataclasses.replace(s, m_eps=s.m_eps * factor) for s, factor in pairs))
 
     def to_json(self) -> dict[str, Any]:
         """Columns as lists, which is what a person can read in `plan.json`; `next_m_prev2` only where it is used."""
