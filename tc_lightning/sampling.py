@@ -5,7 +5,7 @@ Shape suffixes: B images (guidance doubles them inside), C H W latent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,8 @@ OPS = TorchOps()
 
 
 Store = dict[tuple[Entry, int], Tensor]  # (entry, step that wrote it) -> value
+# (step, x, eps, the solver's last m, latest first) -> (next x, m)
+Solver = Callable[[int, Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
 
 
 class SamplingStep(NamedTuple):
@@ -82,7 +84,13 @@ def noise_for(seed: int, indices: range, model: DiT, device: torch.device | str 
 
 @torch.no_grad()
 def sample_steps(
-    model: DiT, plan: CachePlan, x_BCHW: Tensor, labels_B: Tensor, seed: int = 0, first_index: int = 0
+    model: DiT,
+    plan: CachePlan,
+    x_BCHW: Tensor,
+    labels_B: Tensor,
+    seed: int = 0,
+    first_index: int = 0,
+    solver: Solver | None = None,
 ) -> Iterator[SamplingStep]:
     """Run a plan from noise, yielding every step.
 
@@ -93,6 +101,7 @@ def sample_steps(
         labels_B: class of each image.
         seed: seed of what a stochastic sampler adds.
         first_index: global index of the first image, which keys that noise.
+        solver: takes the place of the plan's sampler, whose times and history still count; None for the plan's own.
 
     Raises:
         TokenCacheError: if a label is out of range, or the latents become NaN.
@@ -105,7 +114,7 @@ def sample_steps(
     past: tuple[Tensor, ...] = ()
     for i, (segments, flow, row) in enumerate(zip(plan.steps, flows, plan.scaled_sampler.steps, strict=True)):
         eps, writes = _predict(model, plan, segments, flow, row, x_BCHW, y, store)
-        x_next, m = advance(x_BCHW, eps, past, coefficients(row))
+        x_next, m = solver(i, x_BCHW, eps, past) if solver else advance(x_BCHW, eps, past, coefficients(row))
         if row.noise:
             x_next = x_next + row.noise * noise_for(
                 seed, range(first_index, first_index + len(x_next)), model, x_next.device, stream=i + 1

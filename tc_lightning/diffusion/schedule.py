@@ -10,6 +10,7 @@ import numpy as np
 from tc_lightning.errors import TokenCacheError
 
 SPACINGS = ("uniform", "leading", "trailing", "quadratic", "logsnr")
+MIX = "mix:"  # then a number: between logsnr (0) and quadratic (1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ class NoiseSchedule:
 
         uniform: evenly from the last training step to 0, rounded (respacing of the DiT release). leading, trailing: stride
         num_train / num_steps, as in diffusers. quadratic: evenly in sqrt(t). logsnr: evenly in log-SNR (Lu et al., arXiv 2206.00927).
+        mix:W, for example mix:0.5: W quadratic and 1 - W logsnr, time by time.
 
         Raises:
             TokenCacheError: if the spacing is unknown or the number of steps is out of range.
@@ -54,6 +56,9 @@ class NoiseSchedule:
         last = self.num_train_steps - 1
         if not 1 <= num_steps <= self.num_train_steps:
             raise TokenCacheError(f"{num_steps} sampling steps asked for: choose 1 to {self.num_train_steps}.")
+        if spacing.startswith(MIX):
+            share = _share(spacing)
+            return share * self.timesteps("quadratic", num_steps) + (1 - share) * self.timesteps("logsnr", num_steps)
         match spacing:
             case "uniform":
                 return np.linspace(0, last, num_steps).round()[::-1].copy() if num_steps > 1 else np.array([float(last)])
@@ -67,4 +72,19 @@ class NoiseSchedule:
             case "logsnr":
                 targets = np.linspace(self.log_ratio[-1], self.log_ratio[0], num_steps)
                 return np.interp(targets, self.log_ratio, np.arange(self.num_train_steps))
-        raise TokenCacheError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}.")
+        raise _unknown(spacing)
+
+
+def _share(spacing: str) -> float:
+    """The number in `mix:W`."""
+    try:
+        share = float(spacing.removeprefix(MIX))
+    except ValueError:
+        raise _unknown(spacing) from None
+    if not 0.0 <= share <= 1.0:
+        raise _unknown(spacing)
+    return share
+
+
+def _unknown(spacing: str) -> TokenCacheError:
+    return TokenCacheError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}, or {MIX}W with W from 0 to 1.")

@@ -1,0 +1,1 @@
+"""The planner: searches sampler, spacing, full steps, segments and guidance together, and writes the whole front."""

@@ -1,0 +1,37 @@
+"""The processes that plan together: each computes its share of the images, and all see the same sums."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def _alone(values: Tensor) -> Tensor:
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """One of several processes.
+
+    Args:
+        rank: which one this is.
+        world: how many there are.
+        total: sum of a tensor over all of them, the same everywhere: what is decided on it is decided alike.
+    """
+
+    rank: int = 0
+    world: int = 1
+    total: Callable[[Tensor], Tensor] = _alone
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """This process's part of `count` images; parts differ by one image at most."""
+        bounds = [r * count // self.world for r in (self.rank, self.rank + 1)]
+        return slice(*bounds)

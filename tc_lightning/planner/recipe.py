@@ -1,0 +1,113 @@
+"""What the planner turns: a plan described by a few choices, and how to build it.
+
+Suffixes: T steps, L blocks, N tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.diffusion.table import SamplerTable
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature, compute
+from tc_lightning.policies.pruned_steps import PrunedStep
+from tc_lightning.scores import Scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A plan in a few choices.
+
+    Args:
+        solver: sampler that the coefficients start from, for example `dpmpp_2m`.
+        spacing: its times, for example `mix:0.5`.
+        num_steps: sampling steps T.
+        full: steps that compute everything, ascending; step 0 is one.
+        pruned: what the other steps do.
+        alone: full steps in which only the conditional half of guidance is computed, ascending.
+    """
+
+    solver: str
+    spacing: str
+    num_steps: int
+    full: tuple[int, ...]
+    pruned: PrunedStep
+    alone: tuple[int, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """Names the recipe."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kitchen:
+    """All that it takes to build a plan from a recipe.
+
+    Args:
+        signature: the model.
+        guidance: guidance scale and channels.
+        scores: importances and sensitivities, at the steps of `scored`.
+        scored: the sampler that the scores belong to.
+        reference: the full-compute run that plans replace.
+    """
+
+    signature: ModelSignature
+    guidance: Guidance
+    scores: Scores
+    scored: SamplerTable
+    reference: SamplerTable
+
+    def build(self, recipe: Recipe) -> CachePlan:
+        """The plan, with its solver's own coefficients.
+
+        Raises:
+            PlanError: if the recipe describes none.
+            TokenCacheError: if its sampler or spacing is unknown.
+        """
+        sampler = make_sampler(recipe.solver, recipe.num_steps, recipe.spacing)
+        scores, full = self._scores_at(sampler), set(recipe.full)
+        pruned = [i for i in range(recipe.num_steps) if i not in full]
+        everything = (compute(0, self.signature.depth),)
+        steps = tuple(
+            everything if i in full else recipe.pruned.segments(self.signature, scores, pruned, i) for i in range(recipe.num_steps)
+        )
+        provenance = {"policy": "planner", "arguments": recipe.to_json(), "scores": self.scores.digest}
+        return CachePlan(self.signature, sampler, self.guidance, steps, provenance, reference=self.reference)
+
+    def _scores_at(self, sampler: SamplerTable) -> Scores:
+        """The scores at the times of another sampler: those of the nearest time that was scored, step 0 apart."""
+        known, wanted = (np.array([row.t for row in table.steps]) for table in (self.scored, sampler))
+        rows = np.maximum(np.abs(wanted[:, None] - known[None]).argmin(1), min(1, len(known) - 1))
+        importance_TLN, sensitivity_TL2 = self.scores.importance_TLN[rows].copy(), self.scores.sensitivity_TL2[rows].copy()
+        importance_TLN[0], sensitivity_TL2[0] = 1.0, 0.0
+        return dataclasses.replace(self.scores, importance_TLN=importance_TLN, sensitivity_TL2=sensitivity_TL2)
+
+
+def spread(num_steps: int, count: int, warmup: int, bend: float) -> tuple[int, ...]:
+    """Full steps: the first `warmup`, the others to the last step, evenly (bend 1) or denser towards the end (below 1).
+
+    Args:
+        num_steps: sampling steps T.
+        count: full steps, 1 to T.
+        warmup: of these, how many at the start.
+        bend: exponent of the spacing.
+    """
+    warmup = min(warmup, count)
+    rest = count - warmup
+    reach = num_steps - warmup
+    places = [*range(warmup), *(warmup - 1 + round(reach * ((j + 1) / rest) ** bend) for j in range(rest))]
+    for j in range(count - 2, -1, -1):  # rounding may have put two on one step
+        places[j] = min(places[j], places[j + 1] - 1)
+    for j in range(1, count):
+        places[j] = max(places[j], places[j - 1] + 1)
+    return tuple(places)

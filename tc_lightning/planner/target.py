@@ -1,0 +1,110 @@
+"""What a plan is to reproduce: the images of a full-compute run, and the path that leads to them.
+
+Shape suffixes: S steps of the target run, B images, C H W latent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tc_lightning.diffusion.schedule import NoiseSchedule
+from tc_lightning.diffusion.table import SamplerTable
+from tc_lightning.models.dit import DiT
+from tc_lightning.plan import Guidance
+from tc_lightning.sampling import full_plan, model_signature, sample_steps
+
+NEIGHBOURS = 4  # states of the target run that one in between is interpolated from: a cubic
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetRun:
+    """Latents of a full-compute run, before each of its steps and at the end.
+
+    Args:
+        times: diffusion times of its steps, falling, [S].
+        path_SBCHW: latents before each step.
+        labels_B: class of each image.
+        x_0: final latents, [B, C, H, W].
+    """
+
+    times: np.ndarray
+    path_SBCHW: Tensor
+    labels_B: Tensor
+    x_0: Tensor
+
+    @property
+    def x_T(self) -> Tensor:
+        """Initial noise, [B, C, H, W]."""
+        return self.path_SBCHW[0]
+
+    def at(self, t: float | None) -> Tensor:
+        """Latents at any time, [B, C, H, W]; None for the end.
+
+        x / alpha is interpolated as a cubic in log(sigma / alpha), in which the paths are smooth; at a time of the run itself this
+        is what it passed through.
+        """
+        if t is None:
+            return self.x_0
+        schedule = NoiseSchedule()
+        known_S, at = _log_ratio(self.times), float(_log_ratio(np.array([t]))[0])
+        place = int(np.searchsorted(-known_S, -at))
+        first = min(max(place - NEIGHBOURS // 2, 0), max(len(known_S) - NEIGHBOURS, 0))
+        near = range(first, min(first + NEIGHBOURS, len(known_S)))
+        alpha_S, _ = schedule.alpha_sigma(self.times)
+        alpha, _ = schedule.alpha_sigma(t)
+        weights = _lagrange([known_S[j] for j in near], at)
+        parts = [self.path_SBCHW[j] * (w * float(alpha) / float(alpha_S[j])) for j, w in zip(near, weights, strict=True)]
+        return torch.stack(parts).sum(0)
+
+    def part(self, images: slice) -> TargetRun:
+        """The same of some images."""
+        return TargetRun(self.times, self.path_SBCHW[:, images], self.labels_B[images], self.x_0[images])
+
+
+def run_target(
+    model: DiT, sampler: SamplerTable, guidance: Guidance, x_BCHW: Tensor, labels_B: Tensor, batch: int, progress: str | None = None
+) -> TargetRun:
+    """Compute a target run in full.
+
+    Args:
+        model: the teacher.
+        sampler: its sampler.
+        guidance: guidance scale and channels.
+        x_BCHW: initial noise.
+        labels_B: class of each image.
+        batch: images at a time.
+        progress: what a progress bar is to say; None for none.
+
+    Raises:
+        TokenCacheError: if a label is out of range, or the latents become NaN.
+    """
+    plan = full_plan(model_signature(model, "target"), sampler, guidance)
+    paths, ends = [], []
+    starts = range(0, len(x_BCHW), batch)
+    with tqdm(total=len(starts) * len(sampler), desc=progress, unit="step", disable=progress is None) as bar:
+        for start in starts:
+            part = slice(start, start + batch)
+            states = []
+            for state in sample_steps(model, plan, x_BCHW[part], labels_B[part]):
+                states.append(state.x)
+                bar.update()
+            paths.append(torch.stack(states))
+            ends.append(state.x_next)
+    return TargetRun(np.array([row.t for row in sampler.steps]), torch.cat(paths, 1), labels_B, torch.cat(ends))
+
+
+def _log_ratio(times: np.ndarray) -> np.ndarray:
+    """log(sigma / alpha), which falls along the run."""
+    schedule = NoiseSchedule()
+    return np.interp(times, np.arange(schedule.num_train_steps), schedule.log_ratio)
+
+
+def _lagrange(known: Iterable[float], at: float) -> list[float]:
+    nodes = list(known)
+    return [float(np.prod([(at - b) / (a - b) for b in nodes if b != a])) for a in nodes]
