@@ -23,7 +23,8 @@ from export.programs import LoweredPlan, Program, computed_tokens, lower
 from export.runtime import CachedSampler
 from export.symbolic import External
 from export.weights import write_weights
-from tc_lightning.costs import cache_bytes_per_image, entry_shape, macs_speedup
+from tc_lightning.costs import cache_bytes_per_image, entry_dtype, entry_rows, entry_shape, halves_share, macs_speedup
+from tc_lightning.dataflow import Entry
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
@@ -142,7 +143,7 @@ def _describe(
         "programs": {p.name: _interface(p, graphs[p.name], plan) for p in lowered.programs},
         "condition": {"weights": _weights_of(graphs["condition"])},
         "schedule": [dataclasses.asdict(b) for b in lowered.bindings],
-        "entries": {e.name: {"shape": entry_shape(plan.model), "slots": n} for e, n in sorted(lowered.slots.items())},
+        "entries": {entry.name: _entry(entry, slots, plan, precision) for entry, slots in sorted(lowered.slots.items())},
         "condition_values": CONDITION_VALUES,
         "weights": {name: list(entry) for name, entry in index.items()},
         "macs_speedup": macs_speedup(plan),
@@ -151,11 +152,19 @@ def _describe(
     }
 
 
+def _entry(entry: Entry, slots: int, plan: CachePlan, precision: str) -> dict[str, Any]:
+    """What the runtime allocates for an entry; `rows` is for one image."""
+    shape, rows, dtype = entry_shape(plan, entry), entry_rows(plan, entry), entry_dtype(entry, precision)
+    return {"shape": shape, "rows": rows, "dtype": dtype, "slots": slots}
+
+
 def _interface(program: Program, graph: onnx.ModelProto, plan: CachePlan) -> dict[str, Any]:
+    computed = sum(computed_tokens(s, plan.model.tokens) for s in program.segments)
     return {
+        "guidance": program.guidance.mode if plan.guidance.doubles_batch else "cond",
         "inputs": [value.name for value in graph.graph.input],
         "outputs": [value.name for value in graph.graph.output],
-        "blocks_x_tokens": sum(computed_tokens(s, plan.model.tokens) for s in program.segments),
+        "blocks_x_tokens": computed * halves_share(program.guidance),
         "weights": _weights_of(graph),
     }
 

@@ -1,6 +1,7 @@
 """Emission: the condition graph and one graph per step program, from the functions that define caching.
 
-Inputs and outputs of the graphs (M rows of the doubled batch, U distinct labels, S steps of a chunk, R = 6 L + 2):
+Inputs and outputs of the graphs (M rows that the step computes: B, or 2 B where it computes both halves of guidance; U distinct
+labels, S steps of a chunk, R = 6 L + 2):
 
     condition   steps [S], labels [U]                                    -> mods [S, U, R, D]
     step_*      x [B, C, H, W], (m_prev), (m_prev2), step, first_step, mods, rows [M], (guidance), (numbers [M]), ENTRY.j ...
@@ -20,11 +21,11 @@ import onnx
 from export.onnx_dit import OnnxDiT
 from export.programs import FULL, Program, merge
 from export.symbolic import External, Graph, OnnxOps, Sym
-from tc_lightning.cache import Step, forecast, run_blocks
-from tc_lightning.costs import entry_shape
+from tc_lightning.cache import Guided, Step, forecast, predict
+from tc_lightning.costs import entry_dtype, entry_shape
 from tc_lightning.dataflow import Entry, StepFlow, trace
 from tc_lightning.diffusion.table import SamplerTable
-from tc_lightning.diffusion.update import Coefficients, advance, guide
+from tc_lightning.diffusion.update import Coefficients, advance
 from tc_lightning.models.dit import DiTConfig
 from tc_lightning.plan import CachePlan
 
@@ -69,22 +70,20 @@ class Emitter:
         past = [g.input(name, "fp32", latent) for name in history]
         step = g.input("step", "int64", [])
         mods = self._modulations(g, step)
-        scale = g.input("guidance", "fp32", []) if guidance.doubles_batch else None
+        mode = program.guidance.mode
+        scale = g.input("guidance", "fp32", []) if guidance.doubles_batch and mode != "cond" else None
+        guided = Guided(mode, scale, guidance.channels) if guidance.doubles_batch else None
 
         model = OnnxDiT(g, self.config, self.dtype)
         block_mods, final = model.unpack(mods, [b for s in program.segments if s.mode != "skip" for b in s.blocks])
         todo = Step(program.segments, self._kept(g, ops, step, program), self._cached(g, step, program), program.writes)
-        z = model.embed(ops.concat([x, x], 0) if guidance.doubles_batch else x)
-        z, writes = run_blocks(todo, z, model.blocks, block_mods, ops)
-        eps = ops.channels(model.readout(z, final), 0, signature.in_channels)
-        if scale is not None:
-            eps = guide(eps, scale, guidance.channels, signature.in_channels, ops)
+        eps, writes = predict(todo, guided, x, model, block_mods, final, signature.in_channels, ops)
         x_next, m = advance(x, eps, past, self._coefficients(g, step, table))
         g.output("x_next", x_next, latent)
         if history:
             g.output("m", m, latent)
         for entry in program.writes:
-            g.output(f"{entry.name}.new", writes[entry], ["rows", *entry_shape(signature)])
+            g.output(f"{entry.name}.new", writes[entry], self._entry_shape(entry))
         return g.model()
 
     @property
@@ -102,12 +101,16 @@ class Emitter:
         """Declare the cache inputs and forecast every entry that is read."""
         flows, cached = trace(self.plan), {}
         for entry, count in program.reads:
-            shape: list[int | str] = ["rows", *entry_shape(self.plan.model)]
-            values = [g.input(f"{entry.name}.{j}", self.dtype, shape) for j in range(count)]
+            dtype = entry_dtype(entry, self.dtype)
+            values = [g.input(f"{entry.name}.{j}", dtype, self._entry_shape(entry)) for j in range(count)]
             weights_TO = forecast_table(flows, program.steps, entry, count)
-            columns = [self._lookup(g, step, column, self.dtype) for column in weights_TO.T] if count > 1 else []
+            columns = [self._lookup(g, step, column, dtype) for column in weights_TO.T] if count > 1 else []
             cached[entry] = forecast(values, columns)
         return cached
+
+    def _entry_shape(self, entry: Entry) -> list[int | str]:
+        """Shape of an entry in the graphs: a row for every image, or for every row of an undivided batch."""
+        return ["batch" if entry.half or entry.kind == "guidance" else "rows", *entry_shape(self.plan, entry)]
 
     def _kept(self, g: Graph, ops: OnnxOps, step: Sym, program: Program) -> tuple[Sym | None, ...]:
         """Kept tokens [K] of every partial segment, looked up by step, and registered with their places in [M, N, D]."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from export.programs import FULL, LoweredPlan
-from tc_lightning.costs import cache_bytes_per_image, entry_shape, full_step_macs, macs_speedup, step_macs
+from tc_lightning.costs import cache_bytes_per_image, entry_bytes, full_step_macs, halves_share, macs_speedup, step_macs
 from tc_lightning.dataflow import Entry, trace
 from tc_lightning.plan import MODES, CachePlan, Segment
 
+_GUIDANCE = {
+    "both": "",
+    "forecast": "; conditional half alone, guided by a forecast of order {}",
+    "cond": "; conditional half alone, not guided",
+}
 COLOURS = {"compute": "#1b4965", "partial": "#5fa8d3", "reuse": "#f2b880", "skip": "#f4f1ea"}
 
 
@@ -26,7 +31,11 @@ def explain(plan: CachePlan, lowered: LoweredPlan, bytes_per_value: int = 4) -> 
     ]
     for program in lowered.programs:
         macs = step_macs(plan.model, program.segments)
-        lines.append(f"  {program.name}: {len(program.steps)} steps, {macs / 1e6:.1f} MMACs a sample, {macs / full:.3f} of a full step")
+        share = halves_share(program.guidance) * macs / full
+        lines.append(
+            f"  {program.name}: {len(program.steps)} steps, {macs / 1e6:.1f} MMACs a sample, {share:.3f} of a full step"
+            + _GUIDANCE[program.guidance.mode].format(program.guidance.order)
+        )
         lines.append("    runs   " + ", ".join(_describe(s) for s in program.segments))
         if program.reads:
             lines.append("    reads  " + _listing(dict(program.reads)))
@@ -34,11 +43,18 @@ def explain(plan: CachePlan, lowered: LoweredPlan, bytes_per_value: int = 4) -> 
             lines.append("    writes " + _listing(dict.fromkeys(program.writes, 1)))
     names = {p.name: ("F" if p.name == FULL else str(j)) for j, p in enumerate(lowered.programs)}
     held = values_held(plan)
-    each = math.prod(entry_shape(plan.model)) * bytes_per_value
     lines.append("  program of each step, noisiest first (F = step_full): " + " ".join(names[b.program] for b in lowered.bindings))
     lines.append("  values that the cache holds after it:                 " + " ".join(map(str, held)))
-    lines.append(f"  at most {max(held)} at a time, in {sum(lowered.slots.values())} places of {each / 1e3:.0f} kB a sample")
+    lines.append(f"  at most {max(held)} at a time, in {_places(plan, lowered, bytes_per_value)}")
     return "\n".join(lines)
+
+
+def _places(plan: CachePlan, lowered: LoweredPlan, bytes_per_value: int) -> str:
+    """How many places of which size the cache has."""
+    counts: Counter[int] = Counter()
+    for entry, slots in sorted(lowered.slots.items(), key=lambda item: item[0].kind == "guidance"):
+        counts[entry_bytes(plan, entry, bytes_per_value)] += slots
+    return " and ".join(f"{count} places of {size / 1e3:.0f} kB a sample" for size, count in counts.items()) or "no place"
 
 
 def values_held(plan: CachePlan) -> list[int]:
@@ -58,7 +74,9 @@ def plan_figure(plan: CachePlan, lowered: LoweredPlan, path: Path) -> None:
 
     blocks = [[MODES.index(mode) for mode in _modes(segments)] for segments in plan.steps]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    grid, strip, cache = figure.subplots(3, 1, sharex=True, height_ratios=[6, 0.7, 2])
+    heights = {"grid": 6, "strip": 0.7} | ({"halves": 0.7} if plan.guidance_modes else {}) | {"cache": 2}
+    axes = dict(zip(heights, figure.subplots(len(heights), 1, sharex=True, height_ratios=list(heights.values())), strict=True))
+    grid, strip, cache = (axes[name] for name in ("grid", "strip", "cache"))
     colours = ListedColormap([COLOURS[mode] for mode in MODES])
     grid.imshow(
         [list(row) for row in zip(*blocks, strict=True)], aspect="auto", origin="lower", cmap=colours, vmin=0, vmax=len(MODES) - 1
@@ -73,10 +91,22 @@ def plan_figure(plan: CachePlan, lowered: LoweredPlan, path: Path) -> None:
     for i, bound in enumerate(lowered.bindings):
         label = "F" if bound.program == FULL else str(order.index(bound.program))
         strip.text(i, 0, label, ha="center", va="center", fontsize=7, color="white")
-    strip.set(yticks=[], ylabel="program")
+    strip.set_yticks([0], ["program"])
+    if plan.guidance_modes:
+        _draw_guidance(axes["halves"], plan)
     cache.bar(range(plan.num_steps), values_held(plan), color=COLOURS["partial"], width=0.9)
     cache.set(xlabel="sampling step, noisiest first", ylabel="values held")
     figure.savefig(path, dpi=110)
+
+
+def _draw_guidance(axes: Any, plan: CachePlan) -> None:
+    """Which halves each step computes: 2 both, a digit with a tilde the forecast's order, - no guidance."""
+    shades = {"both": 0.8, "forecast": 0.4, "cond": 0.1}
+    axes.imshow([[shades[mode.mode] for mode in plan.guidance_modes]], aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    for i, mode in enumerate(plan.guidance_modes):
+        label = {"both": "2", "forecast": f"~{mode.order}", "cond": "-"}[mode.mode]
+        axes.text(i, 0, label, ha="center", va="center", fontsize=7, color="white" if mode.mode == "both" else "black")
+    axes.set_yticks([0], ["halves"])
 
 
 def _modes(segments: Sequence[Segment]) -> list[str]:
@@ -85,18 +115,21 @@ def _modes(segments: Sequence[Segment]) -> list[str]:
 
 def _listing(counts: dict[Entry, int]) -> str:
     """Entries in short: `k 0-11, span 0-12 x3`; a run of blocks with the same number of past values is one item."""
-    by_kind: dict[tuple[str, int], list[int]] = defaultdict(list)
+    by_kind: dict[tuple[str, str, int], list[int]] = defaultdict(list)
     items = []
     for entry, count in sorted(counts.items()):
+        half, times = f" {entry.half}" if entry.half else "", f" x{count}" if count > 1 else ""
         if entry.kind == "span":
-            items.append(f"span [{entry.start},{entry.stop})" + (f" x{count}" if count > 1 else ""))
+            items.append(f"span [{entry.start},{entry.stop}){half}{times}")
+        elif entry.kind == "guidance":
+            items.append(f"guidance{times}")
         else:
-            by_kind[entry.kind, count].append(entry.start)
-    for (kind, count), numbers in by_kind.items():
+            by_kind[entry.kind, half, count].append(entry.start)
+    for (kind, half, count), numbers in by_kind.items():
         for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
             members = [number for _, number in run]
             blocks = f"{members[0]}" if len(members) == 1 else f"{members[0]}-{members[-1]}"
-            items.append(f"{kind} {blocks}" + (f" x{count}" if count > 1 else ""))
+            items.append(f"{kind} {blocks}{half}" + (f" x{count}" if count > 1 else ""))
     return ", ".join(items)
 
 

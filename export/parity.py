@@ -17,6 +17,7 @@ from torch import Tensor
 from export.emit import PAST
 from export.programs import FULL, LoweredPlan, Program
 from export.runtime import CachedSampler
+from tc_lightning.costs import entry_dtype
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
@@ -105,7 +106,7 @@ def trajectory_error(checks: list[Check]) -> float:
 
 
 def _check_program(plan: CachePlan, program: Program, sampler: CachedSampler, state: SamplingStep, labels: Tensor) -> list[Check]:
-    doubled = plan.guidance.doubles_batch
+    doubled = plan.guidance.doubles_batch and not program.guidance.single
     y = torch.cat([labels, torch.full_like(labels, plan.model.num_classes)]) if doubled else labels
     precision = sampler.manifest["precision"]
     offset = sampler.manifest["full_offset"] if program.name == FULL else 0
@@ -115,25 +116,28 @@ def _check_program(plan: CachePlan, program: Program, sampler: CachedSampler, st
     feed |= dict(zip(PAST, past + [np.zeros_like(feed["x"])] * (len(PAST) - len(past)), strict=True))
     feed |= {"guidance": np.float32(plan.guidance.scale), "numbers": np.arange(len(y))}
     values: dict[str, Any] = {name: _place(value, sampler.provider) for name, value in feed.items()} | {"mods": mods}
-    for name, tensor in _cache_inputs(plan, program, state):
-        values[name] = _cast(tensor, precision, sampler.provider)
+    for name, dtype, tensor in _cache_inputs(program, state, precision):
+        values[name] = _cast(tensor, dtype, sampler.provider)
     session = sampler.session(program.name)
     outputs = [o.name for o in session.get_outputs()]
     inputs = {i.name: values[i.name] for i in session.get_inputs()}
     results = dict(zip(outputs, session.run_with_ort_values(outputs, inputs), strict=True))
     expected = {"x_next": state.x_next, "m": state.m} | {f"{entry.name}.new": value for entry, value in state.writes.items()}
-    readable = [n for n in outputs if n in expected and (precision != "bf16" or n in ("x_next", "m"))]  # numpy has no bfloat16
+    readable = [
+        n for n in outputs if n in expected and (precision != "bf16" or n in ("x_next", "m", "guidance.new"))
+    ]  # numpy has no bfloat16
     where = f"{program.name}, step {state.step}"
     return [Check(where, name, relative_l2(results[name].numpy(), expected[name].numpy())) for name in readable]
 
 
-def _cache_inputs(plan: CachePlan, program: Program, state: SamplingStep) -> list[tuple[str, Tensor]]:
-    """Past values of every entry that the program reads, latest first, padded as at run time."""
+def _cache_inputs(program: Program, state: SamplingStep, precision: str) -> list[tuple[str, str, Tensor]]:
+    """Past values of every entry that the program reads, latest first, padded as at run time, and the precision of each."""
     inputs = []
     for entry, count in program.reads:
         written = sorted((step for e, step in state.store if e == entry), reverse=True)[:count]
         padded = written + written[-1:] * (count - len(written))
-        inputs += [(f"{entry.name}.{j}", state.store[entry, step]) for j, step in enumerate(padded)]
+        dtype = entry_dtype(entry, precision)
+        inputs += [(f"{entry.name}.{j}", dtype, state.store[entry, step]) for j, step in enumerate(padded)]
     return inputs
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from tc_lightning.dataflow import Entry, StepFlow, assign_slots, trace
+from tc_lightning.guidance import BOTH, GuidanceMode
 from tc_lightning.plan import CachePlan, Segment
 
 
@@ -22,6 +23,7 @@ class Program:
         reads: entries read, with the number of past values of each.
         writes: entries written.
         steps: the steps that run it.
+        guidance: which halves of a guided batch it computes.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Program:
     reads: tuple[tuple[Entry, int], ...]
     writes: tuple[Entry, ...]
     steps: tuple[int, ...]
+    guidance: GuidanceMode = BOTH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,16 +67,17 @@ def lower(plan: CachePlan) -> LoweredPlan:
     slot_of, depth = assign_slots(flows)
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, segments in enumerate(plan.steps):
-        groups.setdefault(_shapes(merge(segments)), []).append(i)
+        groups.setdefault((_shapes(merge(segments)), plan.guidance_mode(i)), []).append(i)
     full_steps: tuple[int, ...] = ()
     programs: list[Program] = []
     for steps in groups.values():
-        segments, flow = merge(plan.steps[steps[0]]), flows[steps[0]]
+        segments, flow, mode = merge(plan.steps[steps[0]]), flows[steps[0]], plan.guidance_mode(steps[0])
         writes = tuple(sorted({entry for i in steps for entry in flows[i].writes}))
-        if shares_reference(plan) and not writes and all(s.mode == "compute" for s in segments):
+        if shares_reference(plan) and not writes and not mode.single and all(s.mode == "compute" for s in segments):
             full_steps = tuple(steps)
             continue
-        programs.append(Program(f"step_{len(programs):02d}", segments, _read_counts(segments, flow), writes, tuple(steps)))
+        reads = _read_counts(segments, flow, mode)
+        programs.append(Program(f"step_{len(programs):02d}", segments, reads, writes, tuple(steps), mode))
     everything = (Segment(0, plan.model.depth, "compute"),)
     programs.append(Program(FULL, everything, (), (), full_steps))
     by_step = {i: program for program in programs for i in program.steps}
@@ -109,10 +113,16 @@ def _shapes(segments: tuple[Segment, ...]) -> tuple[object, ...]:
     return tuple((s.start, s.stop, s.mode, s.order, s.branches, len(s.tokens)) for s in segments)
 
 
-def _read_counts(segments: tuple[Segment, ...], flow: StepFlow) -> tuple[tuple[Entry, int], ...]:
+def _read_counts(segments: tuple[Segment, ...], flow: StepFlow, mode: GuidanceMode) -> tuple[tuple[Entry, int], ...]:
     """Past values of each entry that the program takes: order + 1, even at early steps that have fewer."""
-    order = {b: s.order for s in segments for b in s.blocks}
-    return tuple((r.entry, 1 if r.entry.kind in ("k", "v") else order[r.entry.start] + 1) for r in flow.reads)
+    of_block = {b: s.order for s in segments for b in s.blocks}
+
+    def order(entry: Entry) -> int:
+        if entry.kind == "guidance":
+            return mode.order
+        return 0 if entry.kind in ("k", "v") else of_block[entry.start]
+
+    return tuple((r.entry, order(r.entry) + 1) for r in flow.reads)
 
 
 def _bind(program: Program, flow: StepFlow, step: int, slot_of: dict[tuple[Entry, int], int]) -> Binding:

@@ -193,7 +193,7 @@ class CachedSampler:
             "teacher": m["teacher"],
             "precision": m["precision"],
             **asked,
-            "guidance": {"scale": scale, "planned": planned, "as_planned": scale == planned},
+            "guidance": {"scale": scale, "planned": planned, "as_planned": scale == planned, "steps": dict(tally.guidance)},
             "provider": self.provider,
             "nodes_per_provider": {name: nodes_per_provider(s) for name, s in self._sessions.items() if name in tally.ran},
             "full_compute": full,
@@ -214,8 +214,10 @@ class _Tally:
 
     def __init__(self) -> None:
         self.ran: Counter[str] = Counter()
+        self.guidance: Counter[str] = Counter()
         self.seconds: dict[str, float] = defaultdict(float)
-        self.cached_steps = self.computed = self.cache_bytes = self.modulation_bytes = 0
+        self.cached_steps = self.cache_bytes = self.modulation_bytes = 0
+        self.computed: float = 0  # of the whole batch: a step that computes half of it counts half
 
 
 class _Request:
@@ -235,9 +237,11 @@ class _Request:
         self._m_prev, self._m_prev2 = (self._place(np.zeros_like(x_BCHW)) for _ in range(2))
         self._doubled = owner.manifest["guidance"]["scale"] != 1.0
         rows_M, self._labels_U = self._label_rows(labels_B, model["num_classes"])
-        self._rows, self._numbers = self._place(rows_M), self._place(np.arange(len(rows_M)))
+        half_B = rows_M[: len(labels_B)]  # the conditional half, which is all that some programs compute
+        self._rows = {"both": self._place(rows_M)} | dict.fromkeys(("forecast", "cond"), self._place(half_B))
+        self._numbers = {mode: self._place(np.arange(rows.shape()[0])) for mode, rows in self._rows.items()}
         self._scale = self._place(np.float32(scale))
-        self._slots = {} if full else self._allocate_cache(len(rows_M))
+        self._slots = {} if full else self._allocate_cache(len(labels_B))
         self._mods, self._first, self._chunk = None, 0, range(0)
         self._held: dict[str, Any] = {}
 
@@ -254,6 +258,7 @@ class _Request:
         self._m_prev, self._m_prev2, self._m = self._m, self._m_prev, self._m_prev2
         self.tally.cached_steps += bool(bound["reads"])
         self.tally.computed += program["blocks_x_tokens"]
+        self.tally.guidance[program["guidance"]] += 1
         if not np.isfinite(self._x.numpy()).all():
             raise TokenCacheError(
                 f"latents became NaN or infinite at step {step} in program {bound['program']}: "
@@ -266,8 +271,8 @@ class _Request:
 
     def _bind(self, bound: dict[str, Any], program: dict[str, Any], step: int) -> Any:
         values = {"x": self._x, "m_prev": self._m_prev, "m_prev2": self._m_prev2, "step": self._place(np.int64(step))}
-        values |= {"first_step": self._first, "mods": self._mods, "rows": self._rows}
-        values |= {"guidance": self._scale, "numbers": self._numbers}
+        values |= {"first_step": self._first, "mods": self._mods}
+        values |= {"guidance": self._scale, "rows": self._rows[program["guidance"]], "numbers": self._numbers[program["guidance"]]}
         for entry, slots in bound["reads"].items():
             values |= {f"{entry}.{j}": self._slots[entry][slot] for j, slot in enumerate(slots)}
         targets = {"x_next": self._x_next, "m": self._m}
@@ -314,13 +319,13 @@ class _Request:
         distinct_U, rows_M = np.unique(labels_M, return_inverse=True)
         return rows_M.astype(np.int64), distinct_U
 
-    def _allocate_cache(self, rows: int) -> dict[str, list[Any]]:
-        manifest, slots, values = self.owner.manifest, {}, 0
-        for name, entry in manifest["entries"].items():
-            shape = (rows, *entry["shape"])
-            slots[name] = [self._empty(manifest["precision"], shape) for _ in range(entry["slots"])]
-            values += entry["slots"] * int(np.prod(shape))
-        self.tally.cache_bytes = max(self.tally.cache_bytes, values * BYTES[manifest["precision"]])
+    def _allocate_cache(self, images: int) -> dict[str, list[Any]]:
+        slots, total = {}, 0
+        for name, entry in self.owner.manifest["entries"].items():
+            shape = (images * entry["rows"], *entry["shape"])
+            slots[name] = [self._empty(entry["dtype"], shape) for _ in range(entry["slots"])]
+            total += entry["slots"] * int(np.prod(shape)) * BYTES[entry["dtype"]]
+        self.tally.cache_bytes = max(self.tally.cache_bytes, total)
         return slots
 
     def _empty(self, dtype: str, shape: tuple[int, ...]) -> Any:

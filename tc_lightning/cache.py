@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tc_lightning.dataflow import Entry
+from tc_lightning.diffusion.update import difference_of_halves, guide, guide_by
 from tc_lightning.models.dit import DiTBlock, KeyValue, Modulation
 from tc_lightning.plan import Segment
 
@@ -179,6 +180,70 @@ def _run_partial(
         z_BKD = z_BKD + mods[b].gate_attn * a_BKD
         z_BKD = z_BKD + mods[b].gate_mlp * blocks[b].mlp_branch(z_BKD, mods[b])
     return z_BKD if span is None else ops.put(z_BND + span, kept_K, z_BKD)
+
+
+class Guided(NamedTuple):
+    """How a step is guided: the halves that it computes (`tc_lightning.guidance`), the scale (a number, or a scalar in the graph; None
+    where it has no say) and the guided channels."""
+
+    mode: str
+    scale: Any
+    channels: int
+
+
+def predict(
+    step: Step, guided: Guided | None, x_BCHW: Array, model: Any, mods: Sequence[Any], final: Any, channels: int, ops: Ops
+) -> tuple[Array, dict[Entry, Array]]:
+    """Guided eps of one step, from latents to latents.
+
+    Blocks know nothing of the halves of guidance: what is cached of each is put together on entry and taken apart on exit.
+
+    Args:
+        step: what the step does; its entries may be of one half, and `guidance`.
+        guided: None for a network without guidance, which sees the batch as it is.
+        x_BCHW: latents.
+        model: a `DiT`, or an object with its methods.
+        mods: adaLN terms of each block, for the rows that are computed.
+        final: those of the readout.
+        channels: channels C of the latents.
+        ops: array operations.
+
+    Returns:
+        eps [B, C, H, W], and the value of every wanted entry.
+    """
+    both = guided is not None and guided.mode == "both"
+    wanted = dict.fromkeys(entry.whole for entry in step.wanted if entry.kind != "guidance")
+    inner = step._replace(cached=join_halves(step.cached, ops), wanted=tuple(wanted))
+    z_BND = model.embed(ops.concat([x_BCHW, x_BCHW], 0) if both else x_BCHW)
+    z_BND, found = run_blocks(inner, z_BND, model.blocks, mods, ops)
+    eps = ops.channels(model.readout(z_BND, final), 0, channels)
+    writes = split_halves(found, step.wanted, both, ops)
+    for entry in (e for e in step.wanted if e.kind == "guidance"):
+        assert guided is not None
+        writes[entry] = difference_of_halves(eps, guided.channels, channels, ops)
+    if guided is None or guided.mode == "cond":
+        return eps, writes
+    if both:
+        return guide(eps, guided.scale, guided.channels, channels, ops), writes
+    difference = next(value for entry, value in step.cached.items() if entry.kind == "guidance")
+    return guide_by(eps, difference, guided.scale, guided.channels, channels, ops), writes
+
+
+def join_halves(values: Cache, ops: Ops) -> dict[Entry, Array]:
+    """Cached values as blocks take them: those of the two halves of a batch one after the other, or the one that there is."""
+    joined = {}
+    for entry, value in values.items():
+        if entry.half != "uncond":
+            other = values.get(entry._replace(half="uncond")) if entry.half else None
+            joined[entry.whole] = value if other is None else ops.concat([value, other], 0)
+    return joined
+
+
+def split_halves(found: Cache, wanted: Collection[Entry], both: bool, ops: Ops) -> dict[Entry, Array]:
+    """The wanted ones of the values that blocks return; `both`: whether these hold two halves."""
+    divided = {entry.whole for entry in wanted if entry.half} if both else set()
+    pieces = {entry: dict(zip(("cond", "uncond"), ops.halves(found[entry]), strict=True)) for entry in sorted(divided)}
+    return {e: pieces[e.whole][e.half] if e.whole in divided else found[e.whole] for e in wanted if e.kind != "guidance"}
 
 
 class BlockCache(NamedTuple):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from tc_lightning.dataflow import assign_slots, trace
+from tc_lightning.dataflow import Entry, assign_slots, trace
+from tc_lightning.guidance import GuidanceMode
 from tc_lightning.plan import CachePlan, ModelSignature, Segment
 
 TIME_FEATURES = 256  # width of the sinusoidal timestep features
@@ -48,9 +49,14 @@ def full_step_macs(model: ModelSignature) -> int:
     return fixed_macs(model) + model.depth * block_macs(model, model.tokens)
 
 
-def plan_macs(plan: CachePlan) -> int:
-    """MACs of the whole plan for one sample (one half of guidance)."""
-    return sum(step_macs(plan.model, segments) for segments in plan.steps)
+def halves_share(mode: GuidanceMode) -> float:
+    """Share of the guided batch that a step computes: 1, or a half."""
+    return 0.5 if mode.single else 1
+
+
+def plan_macs(plan: CachePlan) -> float:
+    """MACs of the whole plan for one sample (one half of guidance): the mean of the halves, where a step computes only one."""
+    return sum(halves_share(plan.guidance_mode(i)) * step_macs(plan.model, segments) for i, segments in enumerate(plan.steps))
 
 
 def macs_speedup(plan: CachePlan) -> float:
@@ -58,12 +64,29 @@ def macs_speedup(plan: CachePlan) -> float:
     return len(plan.baseline) * full_step_macs(plan.model) / plan_macs(plan)
 
 
-def entry_shape(model: ModelSignature) -> tuple[int, int]:
-    """Shape of a cache entry of any kind for one sample: [N, D]."""
-    return (model.tokens, model.width)
+def entry_shape(plan: CachePlan, entry: Entry) -> tuple[int, ...]:
+    """Shape of a cache entry for one sample: [N, D], or [guided channels, H, W] of the difference of the halves of guidance."""
+    if entry.kind == "guidance":
+        return (plan.guidance.channels, plan.model.input_size, plan.model.input_size)
+    return (plan.model.tokens, plan.model.width)
+
+
+def entry_rows(plan: CachePlan, entry: Entry) -> int:
+    """Samples of an entry for one image: two where it holds both halves of guidance."""
+    return 2 if plan.guidance.doubles_batch and not entry.half and entry.kind != "guidance" else 1
+
+
+def entry_dtype(entry: Entry, working: str) -> str:
+    """Precision that an entry is kept in: the working one, but for the difference of the halves, which is of latents."""
+    return "fp32" if entry.kind == "guidance" else working
+
+
+def entry_bytes(plan: CachePlan, entry: Entry, bytes_per_value: int) -> int:
+    """Bytes of one value of an entry for one sample, at so many bytes a value in the working precision."""
+    return math.prod(entry_shape(plan, entry)) * (4 if entry.kind == "guidance" else bytes_per_value)
 
 
 def cache_bytes_per_image(plan: CachePlan, bytes_per_value: int = 4) -> int:
-    """Bytes of cache for one image; guidance holds two samples an image."""
+    """Bytes of cache for one image, at so many bytes a value in the working precision."""
     _, depth = assign_slots(trace(plan))
-    return sum(depth.values()) * math.prod(entry_shape(plan.model)) * bytes_per_value * (2 if plan.guidance.doubles_batch else 1)
+    return sum(slots * entry_rows(plan, entry) * entry_bytes(plan, entry, bytes_per_value) for entry, slots in depth.items())

@@ -2,8 +2,9 @@
 
 An *entry* is one cached quantity. It is written at every step that computes it for all tokens; a read takes its last `order + 1`
 writes, weighted by constants. Keys and values are also *updated*: a partial step reads them, puts those of its tokens in place,
-and what it leaves is a write like any other. From this follow which writes are live, how many copies of an entry must be kept, and
-where each is kept (a *slot*): the reference sampler and the compiler both go by it.
+and what it leaves is a write like any other. Where a plan has steps that compute only the conditional half of a guided batch, each
+half has entries of its own, which differ in when they were last written. From this follow which writes are live, how many copies of
+an entry must be kept, and where each is kept (a *slot*): the reference sampler and the compiler both go by it.
 """
 
 from __future__ import annotations
@@ -21,17 +22,26 @@ class Entry(NamedTuple):
     """A cached quantity of blocks [start, stop).
 
     Kinds: `span`, the summed residual; `attn` and `mlp`, a branch of one block before its gate; `k` and `v`, keys and values of one
-    block, heads side by side. Each is [B, N, D].
+    block, heads side by side. Each is [B, N, D]. `guidance`, of all blocks: the difference cond - uncond of eps on the guided channels,
+    [B, guided channels, H, W]. Halves: `cond` and `uncond`; empty for a batch that is never divided (and for the difference).
     """
 
     kind: str
     start: int
     stop: int
+    half: str = ""
 
     @property
     def name(self) -> str:
-        """For example `span_3_20`, `k_5`."""
-        return f"{self.kind}_{self.start}" + (f"_{self.stop}" if self.kind == "span" else "")
+        """For example `span_3_20`, `k_5`, `k_5_cond`, `guidance`."""
+        if self.kind == "guidance":
+            return self.kind
+        return f"{self.kind}_{self.start}" + (f"_{self.stop}" if self.kind == "span" else "") + (f"_{self.half}" if self.half else "")
+
+    @property
+    def whole(self) -> Entry:
+        """The entry of both halves, which is what blocks know."""
+        return self._replace(half="")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +95,28 @@ def entries_read(segment: Segment, num_tokens: int) -> dict[Entry, int]:
     return reads
 
 
+def halves(plan: CachePlan, step: int) -> tuple[str, ...]:
+    """The halves that a step computes, as entries name them."""
+    if not plan.guidance_modes:
+        return ("",)
+    return ("cond",) if plan.guidance_mode(step).single else ("cond", "uncond")
+
+
+def step_reads(plan: CachePlan, step: int) -> dict[Entry, int]:
+    """Entries that a step reads, with the forecast order of each."""
+    found = {e: order for s in plan.steps[step] for e, order in entries_read(s, plan.model.tokens).items()}
+    reads = {e._replace(half=half): order for e, order in found.items() for half in halves(plan, step)}
+    mode = plan.guidance_mode(step)
+    return reads | ({Entry("guidance", 0, plan.model.depth): mode.order} if mode.mode == "forecast" else {})
+
+
+def step_writes(plan: CachePlan, step: int, entry: Entry) -> bool:
+    """Whether a step computes the entry as a whole."""
+    if entry.kind == "guidance":
+        return not plan.guidance_mode(step).single
+    return entry.half in halves(plan, step) and is_written(entry, plan.steps[step])
+
+
 def is_written(entry: Entry, segments: Iterable[Segment]) -> bool:
     """Whether a step with these segments computes the entry for all tokens."""
     modes = {b: s for s in segments for b in s.blocks}
@@ -97,7 +129,7 @@ def is_written(entry: Entry, segments: Iterable[Segment]) -> bool:
 
 def is_updated(entry: Entry, segments: Iterable[Segment], num_tokens: int) -> bool:
     """Whether a step with these segments puts the keys or values of some tokens in place."""
-    return entry.kind in ("k", "v") and any(s.mode == "partial" and entry in entries_read(s, num_tokens) for s in segments)
+    return entry.kind in ("k", "v") and any(s.mode == "partial" and entry.whole in entries_read(s, num_tokens) for s in segments)
 
 
 def trace(plan: CachePlan) -> list[StepFlow]:
@@ -106,7 +138,7 @@ def trace(plan: CachePlan) -> list[StepFlow]:
     Raises:
         PlanError: if a step reads what no step before it computed.
     """
-    wanted = [{e: o for s in segments for e, o in entries_read(s, plan.model.tokens).items()} for segments in plan.steps]
+    wanted = [step_reads(plan, i) for i in range(plan.num_steps)]
     universe = {entry for reads in wanted for entry in reads}
     written: dict[Entry, list[int]] = defaultdict(list)
     live: set[tuple[Entry, int]] = set()
@@ -117,14 +149,20 @@ def trace(plan: CachePlan) -> list[StepFlow]:
         updated = {entry for entry in wanted[i] if is_updated(entry, segments, plan.model.tokens)}
         live |= {(entry, i) for entry in updated}
         for entry in universe:
-            if entry in updated or is_written(entry, segments):
+            if entry in updated or step_writes(plan, i, entry):
                 written[entry].append(i)
     return [StepFlow(r, tuple(sorted(e for e in universe if (e, i) in live))) for i, r in enumerate(reads)]
 
 
 def _resolve(entry: Entry, order: int, written: list[int], step: int) -> Read:
+    if not written and entry.kind == "guidance":
+        raise PlanError(
+            f"step {step} forecasts guidance from the difference of the two halves, which no earlier step has computed: "
+            "put a step of guidance mode both before it, or give it that mode."
+        )
     if not written:
-        span = f"blocks [{entry.start}, {entry.stop})"
+        half = {"": "", "cond": " in the conditional half", "uncond": " in the unconditional half"}[entry.half]
+        span = f"blocks [{entry.start}, {entry.stop}){half}"
         raise PlanError(
             f"step {step} reads the cached {entry.kind} of {span}, which no earlier step has computed as a whole: "
             "put a step that computes these blocks before it."

@@ -12,6 +12,10 @@ cache. With branches ["mlp"] only the MLP is recomputed, and attention comes fro
 the cache before their gate, the current gate is applied; other branches are computed. skip: the segment's summed residual comes
 from the cache as one tensor. order: 0 repeats the cached value, 1 and 2 extrapolate it from the last 2 and 3 times that it was
 computed (keys and values are always repeated).
+
+A step may compute the conditional half of a guided batch alone (`tc_lightning.guidance`): it then has a further key,
+"guidance": {"mode": "forecast", "order": 1}. Each half of the batch has its own cache, and such a step touches only the conditional
+half's.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from typing import Any, NoReturn
 from tc_lightning.atomic import write_atomically
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
+from tc_lightning.guidance import BOTH, GUIDANCE_MODES, Guidance, GuidanceMode
 
 FORMAT_VERSION = 2
 MODES = ("compute", "partial", "reuse", "skip")
@@ -129,25 +134,6 @@ class ModelSignature:
 
 
 @dataclasses.dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance: eps = uncond + scale (cond - uncond) on the first `channels` channels, cond on the others.
-
-    With scale 1 the unconditional half is not computed. The DiT release guides 3 of its 4 channels, diffusers all of them.
-    """
-
-    scale: float = 1.0
-    channels: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", float(self.scale))  # 2 and 2.0 are equal, and must be written alike: the digest is
-
-    @property
-    def doubles_batch(self) -> bool:
-        """Whether the network sees a conditional and an unconditional half."""
-        return self.scale != 1.0
-
-
-@dataclasses.dataclass(frozen=True)
 class CachePlan:
     """A frozen, validated, hashed caching schedule.
 
@@ -161,10 +147,12 @@ class CachePlan:
             and errors are measured against.
         eps_scale: one factor a step by which the guided eps is multiplied (EB-Cache, arXiv 2503.07120: caching amplifies exposure
             bias, and a factor a little below 1 makes up for it); empty for none. The reference run has none.
+        guidance_modes: which halves of the guided batch each step computes; empty: both at every step, as in the reference run.
 
     Raises:
         PlanError: if segments do not cover the blocks, a token or block does not exist, something is reused that was never
-            computed, the number of steps is not the sampler's, or a factor of eps is not positive and finite.
+            computed, the number of steps is not the sampler's, a factor of eps is not positive and finite, or a step leaves out
+            a half that there is not.
     """
 
     model: ModelSignature
@@ -174,8 +162,11 @@ class CachePlan:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reference: SamplerTable | None = None
     eps_scale: tuple[float, ...] = ()
+    guidance_modes: tuple[GuidanceMode, ...] = ()
 
     def __post_init__(self) -> None:
+        if set(self.guidance_modes) == {BOTH} and len(self.guidance_modes) == self.num_steps:
+            object.__setattr__(self, "guidance_modes", ())
         object.__setattr__(self, "eps_scale", tuple(map(float, self.eps_scale)))
         if self.reference == self.sampler:  # equal plans are written alike
             object.__setattr__(self, "reference", None)
@@ -198,8 +189,13 @@ class CachePlan:
 
     @property
     def full_steps(self) -> list[int]:
-        """The I-steps: those that compute every block."""
-        return [i for i, segments in enumerate(self.steps) if all(s.mode == "compute" for s in segments)]
+        """The I-steps: those that compute every block, in both halves if there are two."""
+        computed = [all(s.mode == "compute" for s in segments) for segments in self.steps]
+        return [i for i, everything in enumerate(computed) if everything and not self.guidance_mode(i).single]
+
+    def guidance_mode(self, step: int) -> GuidanceMode:
+        """Which halves of the guided batch a step computes."""
+        return self.guidance_modes[step] if self.guidance_modes else BOTH
 
     @functools.cached_property
     def digest(self) -> str:
@@ -210,7 +206,8 @@ class CachePlan:
     def summary(self) -> str:
         """One line, fit for a file name."""
         policy = str(self.provenance.get("policy", "custom"))
-        return f"{policy}-{self.sampler.name}{self.num_steps}-full{len(self.full_steps)}-{self.digest[:8]}"
+        halves = f"-both{sum(not mode.single for mode in self.guidance_modes)}" if self.guidance_modes else ""
+        return f"{policy}-{self.sampler.name}{self.num_steps}-full{len(self.full_steps)}{halves}-{self.digest[:8]}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` inverts it exactly."""
@@ -219,10 +216,15 @@ class CachePlan:
             "model": dataclasses.asdict(self.model),
             "sampler": self.sampler.to_json(),
             "guidance": dataclasses.asdict(self.guidance),
-            "steps": [{"step": i, "segments": [s.to_json() for s in segs]} for i, segs in enumerate(self.steps)],
+            "steps": [self._step_to_json(i) for i in range(self.num_steps)],
             "provenance": dict(self.provenance),
             "reference": None if self.reference is None else self.reference.to_json(),
         } | ({"eps_scale": list(self.eps_scale)} if self.eps_scale else {})
+
+    def _step_to_json(self, i: int) -> dict[str, Any]:
+        mode = self.guidance_mode(i)
+        guidance = {"guidance": mode.to_json()} if mode.single else {}
+        return {"step": i, **guidance, "segments": [s.to_json() for s in self.steps[i]]}
 
     @classmethod
     def from_json(cls, raw: Any) -> CachePlan:
@@ -240,14 +242,16 @@ class CachePlan:
             raise PlanError(f"provenance: expected an object, found {type(raw['provenance']).__name__}.")
         if not all(type(factor) in (int, float) for factor in eps_scale):
             raise PlanError(f"eps_scale: expected a list of numbers, found {eps_scale}.")
+        steps = _as_list(raw["steps"], "steps")
         return cls(
             _from_fields(ModelSignature, raw["model"], "model"),
             SamplerTable.from_json(raw["sampler"]),
             _from_fields(Guidance, raw["guidance"], "guidance"),
-            tuple(_segments_from_json(step, i) for i, step in enumerate(_as_list(raw["steps"], "steps"))),
+            tuple(_segments_from_json(step, i) for i, step in enumerate(steps)),
             raw["provenance"],
             None if raw["reference"] is None else SamplerTable.from_json(raw["reference"]),
             tuple(eps_scale),
+            tuple(GuidanceMode.from_json(step.get("guidance", {"mode": "both"}), f"step {i}") for i, step in enumerate(steps)),
         )
 
     def save(self, path: Path) -> None:
@@ -301,6 +305,10 @@ def _validate(plan: CachePlan) -> None:
         raise PlanError(f"guidance scale {plan.guidance.scale} is not finite.")
     if plan.guidance.doubles_batch and plan.guidance.channels == 0:
         raise PlanError(f"guidance scale {plan.guidance.scale} acts on no channel: set guidance channels to 1 or more.")
+    if plan.guidance_modes and len(plan.guidance_modes) != plan.num_steps:
+        raise PlanError(f"there are {len(plan.guidance_modes)} guidance modes for {plan.num_steps} steps: give one a step, or none.")
+    for i, mode in enumerate(plan.guidance_modes):
+        _validate_mode(mode, plan.guidance, f"step {i}, guidance")
     for i, segments in enumerate(plan.steps):
         reached = 0
         for segment in segments:
@@ -309,6 +317,15 @@ def _validate(plan: CachePlan) -> None:
         if reached != plan.model.depth:
             raise PlanError(f"step {i} covers {reached} of {plan.model.depth} blocks: the plan is for another depth, or a gap.")
     trace(plan)  # raises if something is read that was never computed
+
+
+def _validate_mode(mode: GuidanceMode, guidance: Guidance, where: str) -> None:
+    if mode.mode not in GUIDANCE_MODES:
+        raise PlanError(f"{where}: unknown mode {mode.mode!r}, choose one of {', '.join(GUIDANCE_MODES)}.")
+    if not 0 <= mode.order <= MAX_ORDER or (mode.order and mode.mode != "forecast"):
+        raise PlanError(f"{where}: order {mode.order} is not 0, 1 or 2, or mode {mode.mode} takes none.")
+    if mode.single and not guidance.doubles_batch:
+        raise PlanError(f"{where}: mode {mode.mode} leaves out the unconditional half, and at guidance scale 1 there is none.")
 
 
 def _validate_segment(segment: Segment, reached: int, model: ModelSignature, where: str) -> None:
@@ -340,7 +357,7 @@ def _validate_segment(segment: Segment, reached: int, model: ModelSignature, whe
 
 
 def _segments_from_json(raw: Any, i: int) -> tuple[Segment, ...]:
-    _check_keys(raw, {"step", "segments"}, set(), f"step {i}")
+    _check_keys(raw, {"step", "segments"}, {"guidance"}, f"step {i}")
     if raw["step"] != i:
         raise PlanError(f"steps must be listed in order: found step {raw['step']} at place {i}.")
     return tuple(Segment.from_json(s, f"step {i}, segment {j}") for j, s in enumerate(_as_list(raw["segments"], f"step {i}")))

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tc_lightning.cache import Step, TorchOps, forecast, run_blocks
+from tc_lightning.cache import Guided, Step, TorchOps, forecast, predict
 from tc_lightning.dataflow import Entry, StepFlow, trace
-from tc_lightning.diffusion.table import SamplerStep, SamplerTable
-from tc_lightning.diffusion.update import advance, coefficients, guide
+from tc_lightning.diffusion.table import SamplerTable
+from tc_lightning.diffusion.update import advance, coefficients
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.checkpoints import teacher_digest
 from tc_lightning.models.dit import DiT
@@ -109,11 +109,10 @@ def sample_steps(
     check_labels(labels_B, plan.model.num_classes)
     plan.require_model(model_signature(model, plan.model.teacher))
     flows = trace(plan)
-    y = torch.cat([labels_B, torch.full_like(labels_B, plan.model.num_classes)]) if plan.guidance.doubles_batch else labels_B
     store: Store = {}
     past: tuple[Tensor, ...] = ()
-    for i, (segments, flow, row) in enumerate(zip(plan.steps, flows, plan.scaled_sampler.steps, strict=True)):
-        eps, writes = _predict(model, plan, segments, flow, row, x_BCHW, y, store)
+    for i, (flow, row) in enumerate(zip(flows, plan.scaled_sampler.steps, strict=True)):
+        eps, writes = _predict(model, plan, i, flow, x_BCHW, labels_B, store)
         x_next, m = solver(i, x_BCHW, eps, past) if solver else advance(x_BCHW, eps, past, coefficients(row))
         if row.noise:
             x_next = x_next + row.noise * noise_for(
@@ -145,26 +144,23 @@ def check_labels(labels_B: Tensor, num_classes: int) -> None:
 
 
 def _predict(
-    model: DiT,
-    plan: CachePlan,
-    segments: tuple[Segment, ...],
-    flow: StepFlow,
-    row: SamplerStep,
-    x_BCHW: Tensor,
-    y: Tensor,
-    store: Store,
+    model: DiT, plan: CachePlan, i: int, flow: StepFlow, x_BCHW: Tensor, labels_B: Tensor, store: Store
 ) -> tuple[Tensor, dict[Entry, Tensor]]:
-    """Guided eps of one step, and what it writes."""
+    """Guided eps of step i, and what it writes."""
     cached = {r.entry: forecast([store[r.entry, s] for s in r.sources], r.weights) for r in flow.reads}
-    kept = tuple(kept_tokens(s, x_BCHW.device) for s in segments)
-    mods, final = model.modulations(model.condition(torch.full((len(y),), row.t, device=x_BCHW.device), y))
-    x = torch.cat([x_BCHW, x_BCHW]) if plan.guidance.doubles_batch else x_BCHW
-    z, writes = run_blocks(Step(segments, kept, cached, flow.writes), model.embed(x), list(model.blocks), mods, OPS)
-    C = plan.model.in_channels
-    eps = OPS.channels(model.readout(z, final), 0, C)
-    if plan.guidance.doubles_batch:
-        eps = guide(eps, plan.guidance.scale, plan.guidance.channels, C, OPS)
-    return eps, writes
+    kept = tuple(kept_tokens(s, x_BCHW.device) for s in plan.steps[i])
+    y = _rows(plan, i, labels_B)
+    mods, final = model.modulations(model.condition(torch.full((len(y),), plan.sampler.steps[i].t, device=x_BCHW.device), y))
+    guidance = plan.guidance
+    guided = Guided(plan.guidance_mode(i).mode, guidance.scale, guidance.channels) if guidance.doubles_batch else None
+    return predict(Step(plan.steps[i], kept, cached, flow.writes), guided, x_BCHW, model, mods, final, plan.model.in_channels, OPS)
+
+
+def _rows(plan: CachePlan, i: int, labels_B: Tensor) -> Tensor:
+    """Labels of the rows that step i computes: those given, then as many of the null class where it computes both halves."""
+    if not plan.guidance.doubles_batch or plan.guidance_mode(i).single:
+        return labels_B
+    return torch.cat([labels_B, torch.full_like(labels_B, plan.model.num_classes)])
 
 
 def kept_tokens(segment: Segment, device: torch.device | str = "cpu") -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.table import SamplerTable
+from tc_lightning.guidance import GuidanceMode
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature, Segment, compute, partial, reuse, skip
 from tc_lightning.sampling import model_signature
@@ -50,13 +51,25 @@ def make_plan(
     spacing: str = "uniform",
     reference: SamplerTable | None = None,
     eps_scale: tuple[float, ...] = (),
+    modes: str = "",
     **provenance: Any,
 ) -> CachePlan:
-    """A plan; guidance 1.5 on three channels unless told otherwise."""
+    """A plan; guidance 1.5 on three channels unless told otherwise; `modes`: b both, 0 to 2 forecast, c cond, one a step."""
     signature = model if isinstance(model, ModelSignature) else model_signature(model)
     table = make_sampler(sampler, len(steps), spacing)
     guidance = guidance or Guidance(1.5, min(3, signature.in_channels))
-    return CachePlan(signature, table, guidance, steps, provenance, reference, eps_scale)
+    return CachePlan(signature, table, guidance, steps, provenance, reference, eps_scale, tuple(map(guidance_mode, modes)))
+
+
+def guidance_mode(letter: str) -> GuidanceMode:
+    """See `make_plan`."""
+    return GuidanceMode("forecast", int(letter)) if letter.isdigit() else GuidanceMode({"b": "both", "c": "cond"}[letter])
+
+
+def random_modes(seed: int, num_steps: int) -> str:
+    """Random guidance modes for `make_plan`, valid by construction, at least one of them single."""
+    rng = random.Random(seed)
+    return "b" + "".join(rng.choice("bb012c") for _ in range(num_steps - 2)) + rng.choice("012c")
 
 
 def random_steps(seed: int, num_steps: int = 7, depth: int = 4, tokens: int = 16) -> Steps:

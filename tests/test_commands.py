@@ -90,7 +90,7 @@ def test_sample(workplace, tmp_path):
         assert len(image.getcolors(1 << 20)) > 50
     receipt = json.loads((tmp_path / "receipt.json").read_text())
     assert receipt["labels"] == [0, 1, 2]
-    assert receipt["guidance"] == {"scale": 2.0, "planned": 1.5, "as_planned": False}
+    assert receipt["guidance"] == {"scale": 2.0, "planned": 1.5, "as_planned": False, "steps": {"both": 5}}
     assert receipt["cache_engaged"] is True
     assert receipt["compare"]["psnr_db"] > 0
 

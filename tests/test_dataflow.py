@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps
+from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_modes, random_steps
 
 from tc_lightning.costs import (
     block_macs,
@@ -164,9 +164,10 @@ def test_a_slot_is_free_after_the_last_read():
     assert (slots[attn, 0], slots[attn, 2], depth[attn]) == (0, 0, 1)  # step 1 was the last to read the value of step 0
 
 
+@pytest.mark.parametrize("modes", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_live_values_never_share_a_slot(seed):
-    flows = trace(make_plan(SIGNATURE, random_steps(seed, num_steps=12)))
+def test_live_values_never_share_a_slot(seed, modes):
+    flows = trace(make_plan(SIGNATURE, random_steps(seed, num_steps=12), modes=random_modes(seed, 12) if modes else ""))
     slots, depth = assign_slots(flows)
     last_read = {(r.entry, s): i for i, flow in enumerate(flows) for r in flow.reads for s in r.sources}
     assert set(slots) == {(entry, i) for i, flow in enumerate(flows) for entry in flow.writes}
@@ -243,7 +244,7 @@ def test_cache_bytes_of_a_partial_step():
     """A span, and keys and values of two blocks, each N x D."""
     plan = make_plan(SIGNATURE, (FULL, (partial(0, 2, (1,)), compute(2, 4))), Guidance())
     assert cache_bytes_per_image(plan) == 5 * 16 * 32 * 4
-    assert entry_shape(SIGNATURE) == (16, 32)
+    assert entry_shape(plan, SPAN) == (16, 32)
 
 
 def test_names():

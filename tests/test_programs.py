@@ -5,13 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps
+from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_modes, random_steps
 
 from export.programs import FULL as STEP_FULL
 from export.programs import computed_tokens, lower, merge
 from tc_lightning.dataflow import Entry, is_updated, is_written, trace
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.plan import Segment, compute, partial, reuse, skip
+from tc_lightning.plan import CachePlan, compute, partial, reuse, skip
 
 SPAN = Entry("span", 0, 4)
 SKIP = (skip(0, 4, 1),)
@@ -81,14 +81,21 @@ def test_missing_past_values_are_padded():
     assert [lowered.bindings[i].reads["span_0_4"] for i in (1, 3, 5)] == [[0, 0, 0], [1, 0, 0], [2, 1, 0]]
 
 
-def writes_or_updates(entry: Entry, segments: tuple[Segment, ...]) -> bool:
-    return is_written(entry, segments) or is_updated(entry, segments, SIGNATURE.tokens)
+def writes_or_updates(plan: CachePlan, i: int, entry: Entry) -> bool:
+    """By the definition: the difference of the halves is computed with both, and the unconditional half then alone."""
+    both = not plan.guidance_mode(i).single
+    if entry.kind == "guidance":
+        return both
+    segments = plan.steps[i]
+    return (both or entry.half == "cond") and (is_written(entry, segments) or is_updated(entry, segments, SIGNATURE.tokens))
 
 
+@pytest.mark.parametrize("modes", [False, True])
 @pytest.mark.parametrize("seed", range(40))
-def test_schedule_delivers_the_values_that_the_plan_defines(seed):
+def test_schedule_delivers_the_values_that_the_plan_defines(seed, modes):
     """Run the schedule on buffers of plain labels: every read must find what the definition of a cache says it finds."""
-    plan = make_plan(SIGNATURE, EVERY_MODE if seed == 0 else random_steps(seed, num_steps=12))
+    steps = EVERY_MODE if seed == 0 else random_steps(seed, num_steps=12)
+    plan = make_plan(SIGNATURE, steps, modes=random_modes(seed, len(steps)) if modes else "")
     lowered, flows = lower(plan), trace(plan)
     buffers = {e.name: [None] * n for e, n in lowered.slots.items()}
     programs = {p.name: p for p in lowered.programs}
@@ -99,7 +106,7 @@ def test_schedule_delivers_the_values_that_the_plan_defines(seed):
         assert set(bound.reads) == {e.name for e, _ in program.reads}
         assert set(bound.writes) == {e.name for e in program.writes}
         for entry, count in program.reads:
-            written = [j for j in reversed(range(i)) if writes_or_updates(entry, plan.steps[j])][:count]
+            written = [j for j in reversed(range(i)) if writes_or_updates(plan, j, entry)][:count]
             expected = written + written[-1:] * (count - len(written))
             found = [buffers[entry.name][slot] for slot in bound.reads[entry.name]]
             assert found == [(entry.name, j) for j in expected]  # no write that nobody reads has overwritten one

@@ -250,7 +250,7 @@ def test_receipt(sampler, plan, artefact):
     assert receipt["cache_engaged"] is True
     assert receipt["steps_reading_cache"] == 5
     assert receipt["full_compute"] is False
-    assert receipt["guidance"] == {"scale": 1.5, "planned": 1.5, "as_planned": True}
+    assert receipt["guidance"] == {"scale": 1.5, "planned": 1.5, "as_planned": True, "steps": {"both": 8}}
     assert receipt["plan_digest"] == plan.digest
     assert receipt["teacher"] == plan.model.teacher
     assert receipt["weights_sha256"] == sha256_of(artefact / "weights.data")
@@ -299,7 +299,7 @@ def test_full_compute_is_the_reference(tmp_path, teacher):
 
 def test_receipt_shows_other_guidance(sampler):
     planned, other, none = (sampler.sample(LABELS, seed=7, guidance=g) for g in (1.5, 3.0, 1.0))
-    assert other.receipt["guidance"] == {"scale": 3.0, "planned": 1.5, "as_planned": False}
+    assert other.receipt["guidance"] == {"scale": 3.0, "planned": 1.5, "as_planned": False, "steps": {"both": 8}}
     assert none.receipt["guidance"]["as_planned"] is False
     assert not close(other.latents, planned.latents)
     assert np.array_equal(planned.latents, sampler.sample(LABELS, seed=7).latents)
@@ -308,6 +308,7 @@ def test_receipt_shows_other_guidance(sampler):
 def test_receipt_without_guidance(unguided):
     receipt = CachedSampler(unguided).sample([1, 2]).receipt
     assert receipt["steps_per_program"] == {"step_00": 1, "step_01": 2}
+    assert receipt["guidance"] == {"scale": 1.0, "planned": 1.0, "as_planned": True, "steps": {"cond": 3}}
     assert receipt["cache_bytes"] == 2 * 16 * 32 * 4
     assert receipt["blocks_x_tokens_share"] == pytest.approx(1 / 3)
 

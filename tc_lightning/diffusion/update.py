@@ -38,6 +38,22 @@ def guide(eps_BCHW: Array, scale: Any, guided: int, total: int, ops: Ops) -> Arr
     return ops.concat([uncond_g + (cond_g - uncond_g) * scale, ops.channels(cond, guided, total)], 1)
 
 
+def guide_by(cond_BCHW: Array, difference: Array, scale: Any, guided: int, total: int, ops: Ops) -> Array:
+    """Guidance from the conditional eps and the difference cond - uncond of its guided channels."""
+    if guided == total:
+        return cond_BCHW + difference * (scale - 1.0)
+    cond_g = ops.channels(cond_BCHW, 0, guided)
+    return ops.concat([cond_g + difference * (scale - 1.0), ops.channels(cond_BCHW, guided, total)], 1)
+
+
+def difference_of_halves(eps_BCHW: Array, guided: int, total: int, ops: Ops) -> Array:
+    """cond - uncond on the guided channels, from a batch that holds both halves."""
+    cond, uncond = ops.halves(eps_BCHW)
+    if guided == total:
+        return cond - uncond
+    return ops.channels(cond, 0, guided) - ops.channels(uncond, 0, guided)
+
+
 def coefficients(row: SamplerStep) -> Coefficients:
     """The numbers of one step."""
     return Coefficients(row.m_x, row.m_eps, row.next_x, row.next_m, (row.next_m_prev or None, row.next_m_prev2 or None))
