@@ -20,8 +20,8 @@ from tc_lightning.diffusion.table import SamplerStep, SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
-from tc_lightning.planner.ranks import Ranks
 from tc_lightning.planner.target import TargetRun
+from tc_lightning.ranks import ALONE, Ranks
 from tc_lightning.sampling import sample_steps
 
 RIDGE = 1e-6  # of the features' own squares: the coefficients of an analytic solver are kept where the data says nothing
@@ -57,7 +57,7 @@ def fit_sampler(
     """
     if plan.eps_scale or plan.sampler.stochastic:
         raise PlanError("a sampler that scales eps or adds noise cannot be fitted: start from ddim or dpmpp_2m.")
-    solver = _Fitter(plan.sampler, target, fitted, history, ridge, ranks or Ranks())
+    solver = _Fitter(plan.sampler, target, fitted, history, ridge, ranks or ALONE)
     for state in sample_steps(model, plan, target.x_T, target.labels_B, solver=solver):
         end = state.x_next
     table = dataclasses.replace(plan.sampler, name=f"{plan.sampler.name.removesuffix(SUFFIX)}{SUFFIX}", steps=tuple(solver.rows))
@@ -83,7 +83,7 @@ class _Fitter:
         found_F = self._solve(features, self._target.at(next_t), base_F)
         self.rows.append(dataclasses.replace(row, **dict(zip(_NAMES, found_F.tolist(), strict=False))))
         x_next = sum(f * c for f, c in zip(features, found_F.tolist(), strict=True))
-        return x_next, m  # type: ignore[return-value]
+        return x_next, m
 
     def _solve(self, features: list[Tensor], wanted: Tensor, base_F: Tensor) -> Tensor:
         """Ridge regression towards `base_F`; the sums are over the images of all processes."""

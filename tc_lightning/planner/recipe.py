@@ -14,7 +14,8 @@ import numpy as np
 
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.table import SamplerTable
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature, compute
+from tc_lightning.guidance import BOTH, Guidance, GuidanceMode
+from tc_lightning.plan import MAX_ORDER, CachePlan, ModelSignature, compute
 from tc_lightning.policies.pruned_steps import PrunedStep
 from tc_lightning.scores import Scores
 
@@ -29,7 +30,7 @@ class Recipe:
         num_steps: sampling steps T.
         full: steps that compute everything, ascending; step 0 is one.
         pruned: what the other steps do.
-        alone: full steps in which only the conditional half of guidance is computed, ascending.
+        alone: of these, the ones that compute the conditional half of guidance alone, and forecast its difference to the other.
     """
 
     solver: str
@@ -41,7 +42,7 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """Names the recipe."""
+        """Names the recipe: sha256 of its choices, shortened."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
@@ -81,8 +82,11 @@ class Kitchen:
         steps = tuple(
             everything if i in full else recipe.pruned.segments(self.signature, scores, pruned, i) for i in range(recipe.num_steps)
         )
+        modes = tuple(GuidanceMode("forecast", MAX_ORDER) if i in recipe.alone else BOTH for i in range(recipe.num_steps))
         provenance = {"policy": "planner", "arguments": recipe.to_json(), "scores": self.scores.digest}
-        return CachePlan(self.signature, sampler, self.guidance, steps, provenance, reference=self.reference)
+        return CachePlan(
+            self.signature, sampler, self.guidance, steps, provenance, self.reference, guidance_modes=modes if recipe.alone else ()
+        )
 
     def _scores_at(self, sampler: SamplerTable) -> Scores:
         """The scores at the times of another sampler: those of the nearest time that was scored, step 0 apart."""

@@ -5,11 +5,17 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature
+from tc_lightning.ranks import ALONE, Ranks
 from tc_lightning.scores import Scores
+
+if TYPE_CHECKING:
+    from tc_lightning.models.dit import DiT
+    from tc_lightning.planner.front import FrontPoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +29,9 @@ class PlanningContext:
         scores: learned importance of tokens and measured sensitivity of branches.
         evaluate: mean squared error of a plan's final latents against full compute, over the first n held-out images
             (None: all).
+        model: the teacher, for policies that run more than `evaluate` does; None where there is none.
+        ranks: the processes that plan together.
+        folder: where a policy may keep what it would need to go on after an interruption; None for nowhere.
     """
 
     signature: ModelSignature
@@ -30,14 +39,24 @@ class PlanningContext:
     guidance: Guidance
     scores: Scores
     evaluate: Callable[[CachePlan, int | None], float]
+    model: DiT | None = None
+    ranks: Ranks = ALONE
+    folder: Path | None = None
+    reference: SamplerTable | None = None
+
+    @property
+    def baseline(self) -> SamplerTable:
+        """Sampler of the full-compute run that a plan is to replace."""
+        return self.reference or self.sampler
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanChoice:
-    """The plan chosen, and one row for each candidate that was looked at."""
+    """The plan chosen, one row for each candidate that was looked at, and the best plans at other budgets, if any were looked for."""
 
     plan: CachePlan
     candidates: list[dict[str, Any]]
+    front: tuple[FrontPoint, ...] = ()
 
 
 class Policy(ABC):

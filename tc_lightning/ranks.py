@@ -35,3 +35,6 @@ class Ranks:
         """This process's part of `count` images; parts differ by one image at most."""
         bounds = [r * count // self.world for r in (self.rank, self.rank + 1)]
         return slice(*bounds)
+
+
+ALONE = Ranks()

@@ -1,0 +1,96 @@
+"""Trying recipes: build the plan, fit its sampler, measure what is left of the error, remember it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.models.dit import DiT
+from tc_lightning.planner.fit import FittedPlan, fit_sampler
+from tc_lightning.planner.price import Price
+from tc_lightning.planner.recipe import Kitchen, Recipe
+from tc_lightning.planner.record import TrialRecord
+from tc_lightning.planner.target import TargetRun
+from tc_lightning.ranks import Ranks
+from tc_lightning.scores import sampler_digest
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A recipe that was tried.
+
+    Args:
+        recipe: what was tried.
+        cost: cost of its plan in full steps.
+        mse: mean squared error of final latents on images that the fit did not see; infinite if the latents became NaN.
+    """
+
+    recipe: Recipe
+    cost: float
+    mse: float
+
+
+class Bench:
+    """Where recipes are tried.
+
+    Args:
+        model: the teacher.
+        kitchen: builds plans.
+        price: what they cost.
+        target: the run to reproduce, of this process's images: first those that samplers are fitted on, then those that judge.
+        fitted: how many of this process's images are fitted on.
+        ranks: the processes that search together.
+        record: file of trials; None remembers nothing beyond this object.
+    """
+
+    def __init__(
+        self, model: DiT, kitchen: Kitchen, price: Price, target: TargetRun, fitted: int, ranks: Ranks, record: Path | None = None
+    ) -> None:
+        self.model, self.kitchen, self.price, self.target, self.fitted, self.ranks = model, kitchen, price, target, fitted, ranks
+        self._record = TrialRecord(record, self._name())
+
+    def cost(self, recipe: Recipe) -> float:
+        """Cost of a recipe's plan in full steps; infinite if it describes none."""
+        try:
+            return self.price(self.kitchen.build(recipe))
+        except PlanError:
+            return math.inf
+
+    def attempt(self, recipe: Recipe) -> Trial:
+        """Fit the recipe's plan and measure it, unless that was done before."""
+        if recipe.digest not in self._record:
+            self._record.add(recipe.digest, self._mse(recipe), write=self.ranks.first)
+        return Trial(recipe, self.cost(recipe), self._record[recipe.digest])
+
+    def fit(self, recipe: Recipe) -> FittedPlan:
+        """The recipe's plan with its sampler fitted."""
+        return fit_sampler(self.model, self.kitchen.build(recipe), self.target, self.fitted, ranks=self.ranks)
+
+    def _mse(self, recipe: Recipe) -> float:
+        try:
+            return mean_over(self.fit(recipe).mse_B[self.fitted :], self.ranks)
+        except PlanError:
+            return math.inf
+        except TokenCacheError:  # the latents became NaN
+            return math.inf
+
+    def _name(self) -> str:
+        """Digest of all that an error depends on beside the recipe."""
+        k, t = self.kitchen, self.target
+        parts = [k.scores.digest, sampler_digest(k.reference), dataclasses.asdict(k.guidance), t.times.tolist()]
+        noise = self.ranks.total(t.x_T.double().sum()).item()
+        return hashlib.sha256(json.dumps([*parts, self.fitted, len(t.x_T), self.ranks.world, noise]).encode()).hexdigest()[:16]
+
+
+def mean_over(values_B: Tensor, ranks: Ranks) -> float:
+    """Mean over the values of all processes; infinite if one of them is not finite."""
+    count = torch.tensor(float(len(values_B)), dtype=torch.float64, device=values_B.device)
+    total, number = ranks.total(torch.stack([values_B.double().sum(), count])).tolist()
+    return total / number if math.isfinite(total) else math.inf

@@ -1,0 +1,60 @@
+"""The front: the best plan at every budget that was searched, as files of the run's folder.
+
+front/front.json      a list of {"plan", "macs_speedup", "ms_per_image", "mse_reference", "mse_ode", "target", "chosen"}
+front/<digest>.json   each plan
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from tc_lightning.atomic import write_atomically
+from tc_lightning.costs import macs_speedup
+from tc_lightning.plan import CachePlan
+
+FOLDER, NAME, TRIALS = "front", "front.json", "trials.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontPoint:
+    """The best plan of one budget.
+
+    Args:
+        plan: the plan.
+        target: what it was fitted and judged against: `reference` or `ode`.
+        mse: mean squared error of its final latents against that, on images that the search never looked at.
+        stderr: standard error of `mse` over these images.
+        chosen: whether it is the run's own plan.
+    """
+
+    plan: CachePlan
+    target: str
+    mse: float
+    stderr: float
+    chosen: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of `front.json`; an error against the target that was not asked for is null."""
+        return {
+            "plan": f"{FOLDER}/{self.plan.digest[:8]}.json",
+            "summary": self.plan.summary,
+            "macs_speedup": macs_speedup(self.plan),
+            "ms_per_image": None,
+            "mse_reference": self.mse if self.target == "reference" else None,
+            "mse_ode": self.mse if self.target == "ode" else None,
+            "mse_stderr": self.stderr,
+            "target": self.target,
+            "chosen": self.chosen,
+        }
+
+
+def write_front(points: tuple[FrontPoint, ...], folder: Path) -> None:
+    """Write the plans, then the list of them, into a run's folder."""
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    for point in points:
+        point.plan.save(folder / FOLDER / f"{point.plan.digest[:8]}.json")
+    rows = [point.to_json() for point in sorted(points, key=lambda point: macs_speedup(point.plan))]
+    write_atomically(folder / FOLDER / NAME, (json.dumps(rows, indent=1) + "\n").encode())
