@@ -112,6 +112,4 @@ def spread(num_steps: int, count: int, warmup: int, bend: float) -> tuple[int, .
     places = [*range(warmup), *(warmup - 1 + round(reach * ((j + 1) / rest) ** bend) for j in range(rest))]
     for j in range(count - 2, -1, -1):  # rounding may have put two on one step
         places[j] = min(places[j], places[j + 1] - 1)
-    for j in range(1, count):
-        places[j] = max(places[j], places[j - 1] + 1)
-    return tuple(places)
+    return tuple(max(place, j) for j, place in enumerate(places))

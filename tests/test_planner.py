@@ -1,0 +1,303 @@
+"""The planner: interpolation and fit by identities, recipes and search by hand, the whole on a tiny teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_teacher
+
+from tc_lightning.costs import macs_speedup
+from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.models.dit import DiT
+from tc_lightning.plan import CachePlan, Guidance, skip
+from tc_lightning.planner.bench import Bench
+from tc_lightning.planner.fit import fit_sampler
+from tc_lightning.planner.front import FrontPoint, write_front
+from tc_lightning.planner.policy import PlannerPolicy, images
+from tc_lightning.planner.price import ClockPrice, macs_price
+from tc_lightning.planner.recipe import Kitchen, Recipe, spread
+from tc_lightning.planner.record import TrialRecord
+from tc_lightning.planner.search import Search, Shape, at_count, fill, grid, neighbours, variations
+from tc_lightning.planner.target import TargetRun, run_target
+from tc_lightning.policies.base import PlanningContext
+from tc_lightning.policies.pruned_steps import PrunedStep
+from tc_lightning.ranks import ALONE, Ranks
+from tc_lightning.sampling import full_plan, model_signature, sample
+from tc_lightning.scores import Scores, sampler_digest
+
+GUIDANCE = Guidance(1.5, 3)
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def model() -> DiT:
+    return make_teacher(depth=2)
+
+
+@pytest.fixture(scope="module")
+def target(model: DiT) -> TargetRun:
+    return run_target(model, make_sampler("ddim", STEPS), GUIDANCE, *images(model, list(range(8))), batch=4)
+
+
+def make_scores(model: DiT, steps: int = STEPS) -> Scores:
+    L, N = model.config.depth, model.config.num_tokens
+    importance = np.linspace(0, 1, steps * L * N).reshape(steps, L, N)
+    sensitivity = np.ones((steps, L, 2))
+    importance[0], sensitivity[0] = 1, 0
+    return Scores(importance, sensitivity, model_signature(model).teacher, sampler_digest(make_sampler("ddim", steps)))
+
+
+@pytest.fixture(scope="module")
+def kitchen(model: DiT) -> Kitchen:
+    table = make_sampler("ddim", STEPS)
+    return Kitchen(model_signature(model), GUIDANCE, make_scores(model), table, table)
+
+
+@pytest.fixture
+def bench(model: DiT, kitchen: Kitchen, target: TargetRun) -> Bench:
+    return Bench(model, kitchen, macs_price, target, 4, ALONE)
+
+
+class TestTarget:
+    def test_it_is_the_full_run_whatever_the_batch(self, model: DiT, target: TargetRun) -> None:
+        plan = full_plan(model_signature(model), make_sampler("ddim", STEPS), GUIDANCE)
+        assert torch.allclose(sample(model, plan, target.x_T, target.labels_B), target.x_0, atol=1e-5)
+
+    def test_at_its_own_times_it_is_what_it_passed_through(self, target: TargetRun) -> None:
+        for j, t in enumerate(target.times):
+            assert torch.equal(target.at(float(t)), target.path_SBCHW[j])
+        assert torch.equal(target.at(None), target.x_0)
+
+    def test_between_them_a_cubic_in_log_sigma_over_alpha_is_met(self) -> None:
+        from tc_lightning.diffusion.schedule import NoiseSchedule
+
+        schedule = NoiseSchedule()
+        times = schedule.timesteps("logsnr", 9)
+
+        def path(t: float) -> torch.Tensor:
+            u = np.interp(t, np.arange(1000), schedule.log_ratio)
+            return torch.full((1, 1, 1, 1), float(schedule.alpha_sigma(t)[0] * (1 - 0.3 * u + 0.2 * u**2 - 0.05 * u**3)))
+
+        run = TargetRun(times, torch.stack([path(t) for t in times]), torch.zeros(1), path(0.0))
+        for t in (950.0, 333.3, 17.5, 1.0):
+            assert float(run.at(t)) == pytest.approx(float(path(t)), abs=1e-5)
+
+
+class TestFit:
+    def test_a_run_fitted_to_itself_keeps_its_coefficients(self, model: DiT, target: TargetRun) -> None:
+        plan = full_plan(model_signature(model), make_sampler("ddim", STEPS), GUIDANCE)
+        fitted = fit_sampler(model, plan, target, 4, history=0)
+        assert fitted.mse_B.max() < 1e-8
+        for ours, theirs in zip(fitted.plan.sampler.steps, plan.sampler.steps, strict=True):
+            assert (ours.next_x, ours.next_m) == pytest.approx((theirs.next_x, theirs.next_m), abs=1e-3)
+
+    def test_the_plan_that_comes_back_is_the_run_that_was_made(self, model: DiT, target: TargetRun) -> None:
+        plan = full_plan(model_signature(model), make_sampler("dpmpp_2m", 5, "logsnr"), GUIDANCE)
+        fitted = fit_sampler(model, plan, target, 4)
+        again = (sample(model, fitted.plan, target.x_T, target.labels_B) - target.x_0).square().flatten(1).mean(1)
+        assert torch.allclose(again, fitted.mse_B, rtol=1e-3)
+        assert fitted.plan.sampler.name == "dpmpp_2m-fitted"
+
+    def test_it_brings_images_that_it_did_not_see_nearer(self, model: DiT, target: TargetRun) -> None:
+        plan = full_plan(model_signature(model), make_sampler("ddim", 5), GUIDANCE)
+        before = (sample(model, plan, target.x_T, target.labels_B) - target.x_0).square().flatten(1).mean(1)
+        assert fit_sampler(model, plan, target, 4).mse_B[4:].mean() < 0.5 * before[4:].mean()
+
+    def test_images_beyond_the_fit_do_not_matter_to_it(self, model: DiT, target: TargetRun) -> None:
+        plan = full_plan(model_signature(model), make_sampler("ddim", 5), GUIDANCE)
+        other = dataclasses.replace(target, x_0=torch.cat([target.x_0[:4], -target.x_0[4:]]))
+        assert fit_sampler(model, plan, target, 4).plan == fit_sampler(model, plan, other, 4).plan
+
+    def test_two_processes_with_the_same_images_fit_as_one(self, model: DiT, target: TargetRun) -> None:
+        plan = full_plan(model_signature(model), make_sampler("ddim", 5), GUIDANCE)
+        two = Ranks(0, 2, lambda values: 2 * values)  # what a sum over two equal processes is
+        one, both = (fit_sampler(model, plan, target, 4, ranks=ranks).plan.sampler.steps for ranks in (ALONE, two))
+        for a, b in zip(one, both, strict=True):
+            assert dataclasses.astuple(a) == pytest.approx(dataclasses.astuple(b), rel=1e-6, abs=1e-9)
+
+    def test_a_sampler_that_adds_noise_is_refused(self, model: DiT, target: TargetRun) -> None:
+        plan = full_plan(model_signature(model), make_sampler("ddpm", 5), GUIDANCE)
+        with pytest.raises(PlanError, match="cannot be fitted"):
+            fit_sampler(model, plan, target, 4)
+
+
+class TestRecipe:
+    @pytest.mark.parametrize(
+        ("arguments", "places"),
+        [
+            ((10, 4, 1, 1.0), (0, 3, 6, 9)),
+            ((10, 10, 3, 0.5), tuple(range(10))),
+            ((12, 5, 3, 1.0), (0, 1, 2, 6, 11)),
+            ((9, 1, 3, 1.0), (0,)),
+        ],
+    )
+    def test_spread_by_hand(self, arguments: tuple[int, int, int, float], places: tuple[int, ...]) -> None:
+        assert spread(*arguments) == places
+
+    def test_spread_is_always_distinct_steps_from_the_first_on(self) -> None:
+        for count in range(1, 21):
+            for bend in (0.3, 0.6, 1.0, 1.7):
+                places = spread(20, count, 3, bend)
+                assert len(set(places)) == count
+                assert places == tuple(sorted(places))
+                assert places[0] == 0
+                assert places[-1] < 20
+
+    def test_a_bend_below_one_is_denser_at_the_end(self) -> None:
+        gaps = np.diff(spread(50, 12, 1, 0.5))
+        assert gaps[0] > gaps[-1]
+
+    def test_build(self, kitchen: Kitchen) -> None:
+        plan = kitchen.build(Recipe("dpmpp_2m", "mix:0.5", 7, (0, 1, 2, 4, 6), PrunedStep("skip", 1), alone=(4,)))
+        assert plan.full_steps == [0, 1, 2, 6]
+        assert plan.steps[3] == (skip(0, 2, 1),)
+        assert [plan.guidance_mode(i).single for i in range(7)] == [i == 4 for i in range(7)]
+        assert macs_speedup(plan) == pytest.approx(STEPS / macs_price(plan))
+
+    def test_scores_are_taken_from_the_nearest_time(self, kitchen: Kitchen) -> None:
+        plan = kitchen.build(Recipe("ddim", "uniform", STEPS, (0, 1, 2), PrunedStep("partial", 1, 1.0, 0.25)))
+        for i in range(3, STEPS):
+            best = np.argsort(-kitchen.scores.importance_TLN[i].mean(0), kind="stable")[:4]
+            assert set(plan.steps[i][0].tokens) == set(best.tolist())
+
+
+class TestSearch:
+    def test_fill_takes_as_many_full_steps_as_are_paid_for(self) -> None:
+        shape = Shape("ddim", "uniform", 2.0)
+        recipe = fill(shape, 9.0, lambda r: len(r.full) + 0.1 * (r.num_steps - len(r.full)))
+        assert recipe is not None
+        assert (len(recipe.full), recipe.num_steps) == (8, 16)  # 8 + 0.8; nine would cost 9.9
+        assert fill(shape, 0.5, lambda r: float(len(r.full))) is None
+
+    def test_a_fixed_number_of_steps_holds_no_more_full_ones(self) -> None:
+        assert at_count(Shape("ddim", "uniform", 12.0), 13) is None
+        assert at_count(Shape("ddim", "uniform", 12.0), 12) is not None
+
+    def test_neighbours_move_one_step_and_never_the_first(self) -> None:
+        recipe = Recipe("ddim", "uniform", 6, (0, 2, 3), PrunedStep("skip", 1), alone=(3,))
+        assert {n.full for n in neighbours(recipe)} == {(0, 1, 3), (0, 2, 4)}
+        assert {n.alone for n in neighbours(recipe)} == {(3,), (4,)}
+
+    def test_every_trial_is_within_the_budget_and_the_best_is_the_least(self, bench: Bench) -> None:
+        search = Search(bench, 5.0)
+        search.try_shapes(grid(("ddim", "uniform", STEPS)))
+        found = len(search.trials)
+        search.try_shapes(list(variations(search.ranking()[0][0], guided=True)))
+        search.climb(4)
+        assert found < len(search.trials)
+        assert all(trial.cost <= 5.0 for trial in search.trials.values())
+        assert search.best.mse == min(trial.mse for trial in search.trials.values()) < math.inf
+
+    def test_climbing_ends_at_a_hill_top(self, bench: Bench) -> None:
+        search = Search(bench, 4.0)
+        search.try_shapes([Shape("dpmpp_2m", "mix:0.5", 2.0)])
+        search.climb(1000)
+        top = search.best
+        assert all(bench.attempt(move).mse >= top.mse for move in neighbours(top.recipe) if bench.cost(move) <= 4.0)
+
+    def test_the_clock_as_price(self, bench: Bench) -> None:
+        bench.price = ClockPrice(lambda plan: (3.0 * len(plan.full_steps) + 0.6 * (plan.num_steps - len(plan.full_steps)), 3.0))
+        assert bench.cost(Recipe("ddim", "uniform", 6, (0, 3), PrunedStep("skip", 1))) == pytest.approx(2.8)
+
+
+class TestRecord:
+    def test_trials_are_not_made_twice(self, tmp_path: Path, model: DiT, kitchen: Kitchen, target: TargetRun) -> None:
+        recipe = Recipe("ddim", "uniform", 5, (0, 2, 4), PrunedStep("skip", 1))
+        first = Bench(model, kitchen, macs_price, target, 4, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
+        lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+        again = Bench(model, kitchen, macs_price, target, 4, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
+        assert again == first
+        assert (tmp_path / "trials.jsonl").read_text().splitlines() == lines
+        assert len(lines) == 1
+
+    def test_another_search_does_not_take_them(self, tmp_path: Path, model: DiT, kitchen: Kitchen, target: TargetRun) -> None:
+        recipe = Recipe("ddim", "uniform", 5, (0, 2, 4), PrunedStep("skip", 1))
+        for fitted in (4, 5):
+            Bench(model, kitchen, macs_price, target, fitted, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
+        assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 2
+
+    def test_a_line_that_was_cut_off_is_passed_over(self, tmp_path: Path) -> None:
+        record = TrialRecord(tmp_path / "t", "s")
+        record.add("a", 1.0, write=True)
+        record.add("b", math.inf, write=True)
+        with (tmp_path / "t").open("a") as file:
+            file.write('{"search": "s", "reci')
+        again = TrialRecord(tmp_path / "t", "s")
+        assert len(again) == 2
+        assert (again["a"], again["b"]) == (1.0, math.inf)
+
+
+class TestPolicy:
+    SMALL = PlannerPolicy(
+        2.0, front=(1.5,), evaluations=8, front_evaluations=3, fit_images=2, judge_images=2, final_images=3, progress=False
+    )
+
+    def context(self, model: DiT, folder: Path | None = None) -> PlanningContext:
+        table = make_sampler("ddim", STEPS)
+        return PlanningContext(
+            model_signature(model), table, GUIDANCE, make_scores(model), lambda plan, n: math.nan, model=model, folder=folder
+        )
+
+    def test_plans_reach_their_speed_ups_and_the_first_is_chosen(self, model: DiT, tmp_path: Path) -> None:
+        choice = self.SMALL.plan(self.context(model))
+        speedups = [macs_speedup(point.plan) for point in choice.front]
+        assert speedups[0] >= 2.0
+        assert speedups[1] >= 1.5
+        assert choice.plan == choice.front[0].plan
+        assert [point.chosen for point in choice.front] == [True, False]
+        assert sum(row["chosen"] for row in choice.candidates) == 2
+        write_front(choice.front, tmp_path)
+        rows = json.loads((tmp_path / "front" / "front.json").read_text())
+        assert [CachePlan.load(tmp_path / row["plan"]).digest for row in rows] == [p.plan.digest for p in reversed(choice.front)]
+
+    def test_an_interrupted_search_goes_on_and_ends_alike(self, model: DiT, tmp_path: Path) -> None:
+        whole = self.SMALL.plan(self.context(model, tmp_path))
+        trials = tmp_path / "trials.jsonl"
+        lines = trials.read_text().splitlines(keepends=True)
+        trials.write_text("".join(lines[: len(lines) // 2]))
+        again = self.SMALL.plan(self.context(model, tmp_path))
+        assert again.plan == whole.plan
+        assert trials.read_text().splitlines(keepends=True) == lines
+
+    def test_what_is_measured_at_the_end_was_not_looked_at_before(self, model: DiT) -> None:
+        point = self.SMALL.plan(self.context(model)).front[0]
+        run = run_target(model, make_sampler("ddim", STEPS), GUIDANCE, *images(model, [4, 5, 6]), batch=4)
+        mse = (sample(model, point.plan, run.x_T, run.labels_B) - run.x_0).square().mean()
+        assert point.mse == pytest.approx(float(mse), rel=1e-3)
+
+    def test_the_converged_run_as_target(self, model: DiT) -> None:
+        policy = PlannerPolicy(2.0, "ode", (), 2, 1, 2, 2, 2, ode_steps=20, progress=False)
+        point = policy.plan(self.context(model)).front[0]
+        assert isinstance(point, FrontPoint)
+        assert point.to_json()["mse_reference"] is None
+        assert point.to_json()["mse_ode"] == point.mse
+
+    @pytest.mark.parametrize(
+        ("arguments", "what"),
+        [({"target_speedup": 1.0}, "above 1"), ({"target": "fid"}, "reference, ode"), ({"evaluations": 0}, "at least 1")],
+    )
+    def test_bad_arguments(self, arguments: dict[str, object], what: str) -> None:
+        with pytest.raises(PlanError, match=what):
+            PlannerPolicy(**arguments)  # type: ignore[arg-type]
+
+    def test_a_budget_of_less_than_two_steps_is_refused_before_training(self, model: DiT) -> None:
+        with pytest.raises(PlanError, match="fewer than 2"):
+            PlannerPolicy(8.0).check(model_signature(model), make_sampler("ddim", STEPS))
+
+    def test_without_a_model_nothing_can_be_run(self, model: DiT) -> None:
+        with pytest.raises(PlanError, match="needs the model"):
+            self.SMALL.plan(dataclasses.replace(self.context(model), model=None))
+
+
+def test_spacings_in_between() -> None:
+    low, middle, high = (np.array([row.t for row in make_sampler("ddim", 9, s).steps]) for s in ("logsnr", "mix:0.25", "quadratic"))
+    assert np.allclose(middle, 0.75 * low + 0.25 * high)
+    with pytest.raises(TokenCacheError, match="mix:W"):
+        make_sampler("ddim", 9, "mix:2")
