@@ -35,7 +35,7 @@ from tc_lightning.diffusion.samplers import SAMPLERS
 from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.plan import CachePlan
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
-from tc_lightning.policies.uniform import uniform_reuse_plan
+from tc_lightning.policies.fora import fora_plan
 from tc_lightning.sampling import noise_for, sample
 
 
@@ -119,8 +119,8 @@ def _baselines(plan: CachePlan) -> dict[str, CachePlan]:
         baselines[f"{table.name}, {fewer.num_steps} steps"] = fewer
     speedup = len(table) * step / (budget + step)
     if speedup > 1.0:  # a plan that saves less than a step leaves nothing to reuse
-        uniform = uniform_reuse_plan(plan.model, table, plan.guidance, speedup)
-        baselines[f"reuse, {len(uniform.full_steps)} of {uniform.num_steps} full"] = uniform
+        fora = fora_plan(plan.model, table, plan.guidance, speedup)
+        baselines[f"reuse, {len(fora.full_steps)} of {fora.num_steps} full"] = fora
     return baselines
 
 

@@ -5,9 +5,9 @@ import pytest
 from tc_lightning.costs import full_step_macs, macs_speedup, plan_macs, step_macs
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature, skip
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature, reuse, skip
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
-from tc_lightning.policies.uniform import uniform_reuse_plan
+from tc_lightning.policies.fora import fora_plan
 
 SIGNATURE = ModelSignature("dit", 12, 64, 96, 3, 384, 2, 1, 1, 16, 10, "0" * 64)
 GUIDANCE = Guidance(1.5, 1)
@@ -33,25 +33,26 @@ def test_fewer_steps_needs_a_step():
         fewer_steps_plan(SIGNATURE, "ddim", "uniform", GUIDANCE, 0.99 * FULL)
 
 
-def test_uniform_at_a_whole_ratio_is_every_nth_step():
+def test_fora_at_a_whole_ratio_is_every_nth_step():
     target = 12 * FULL / (4 * FULL + 8 * SKIPPED)  # what every third of 12 steps comes to
-    plan = uniform_reuse_plan(SIGNATURE, make_sampler("ddim", 12), GUIDANCE, target)
+    plan = fora_plan(SIGNATURE, make_sampler("ddim", 12), GUIDANCE, target)
     assert plan.full_steps == [0, 3, 6, 9]
     assert macs_speedup(plan) == pytest.approx(target)
-    assert {plan.steps[i] for i in (1, 2, 11)} == {(skip(0, 12, 0),)}
+    assert {plan.steps[i] for i in (1, 2, 11)} == {(reuse(0, 12, ("attn", "mlp")),)}
 
 
 @pytest.mark.parametrize("target", [1.3, 2.5, 3.0, 7.7])
-def test_uniform_spreads_full_steps_evenly_and_uses_the_budget(target: float):
-    plan = uniform_reuse_plan(SIGNATURE, make_sampler("ddim", 50), GUIDANCE, target)
+def test_fora_spreads_full_steps_evenly_and_uses_the_budget(target: float):
+    plan = fora_plan(SIGNATURE, make_sampler("ddim", 50), GUIDANCE, target)
     gaps = {b - a for a, b in zip(plan.full_steps, [*plan.full_steps[1:], 50], strict=True)}
     assert max(gaps) - min(gaps) <= 1
     assert plan_macs(plan) <= 50 * FULL / target < plan_macs(plan) + FULL - SKIPPED
     assert CachePlan.from_json(plan.to_json()) == plan
 
 
-@pytest.mark.parametrize("target", [0.5, 1.0, 1000.0])
-def test_uniform_says_what_is_reachable(target: float):
+def test_fora_says_what_is_reachable():
     most = 50 * FULL / (FULL + 49 * SKIPPED)
     with pytest.raises(PlanError, match=f"up to {most:.2f}"):
-        uniform_reuse_plan(SIGNATURE, make_sampler("ddim", 50), GUIDANCE, target)
+        fora_plan(SIGNATURE, make_sampler("ddim", 50), GUIDANCE, 1000.0)
+    with pytest.raises(PlanError, match="above 1"):
+        fora_plan(SIGNATURE, make_sampler("ddim", 50), GUIDANCE, 1.0)

@@ -17,12 +17,15 @@ from torch.utils.data import DataLoader
 
 from data.trajectory_module import TrajectoryDataModule
 from tc_lightning.cache import Step, TorchOps, run_blocks
+from tc_lightning.calibration import Calibration
+from tc_lightning.costs import macs_speedup
 from tc_lightning.dataflow import Entry
 from tc_lightning.errors import PlanError, RunError, TeacherError
 from tc_lightning.models.checkpoints import TeacherSpec, save_teacher
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan import CachePlan, compute, partial, skip
 from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
+from tc_lightning.policies.dp_placement import DPPlacementPolicy
 from tc_lightning.policies.tprr import TPRRPolicy
 from tc_lightning.runs import read_run
 from tc_lightning.sampling import full_plan, kept_tokens
@@ -256,6 +259,15 @@ def test_without_a_logger_the_root_folder_is_used_and_test_runs(teacher: Teacher
     assert CachePlan.load(tmp_path / "plan.json").num_steps == 6
     (metrics,) = trainer.test(module, data, verbose=False)
     assert 0 < metrics["test/distil_mse"] < metrics["test/reuse_mse"]
+
+
+def test_a_policy_that_asks_for_calibration_gets_it_and_it_is_kept(teacher: TeacherSpec, tmp_path: Path) -> None:
+    module, _ = fit(teacher, tmp_path, 1, policy=DPPlacementPolicy(1.8))
+    calibration = Calibration.load(tmp_path / "run" / "calibration.safetensors")
+    assert (calibration.teacher, calibration.sampler) == (module.teacher_digest, sampler_digest(module.sampler))
+    plan = CachePlan.load(tmp_path / "run" / "plan.json")
+    assert plan.provenance["arguments"]["calibration"] == calibration.digest
+    assert macs_speedup(plan) >= 1.8
 
 
 def test_arguments_and_data_are_checked(teacher: TeacherSpec, tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tc_lightning.calibration import Calibration
 from tc_lightning.diffusion.table import SamplerTable
+from tc_lightning.errors import PlanError
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.ranks import ALONE, Ranks
 from tc_lightning.scores import Scores
@@ -29,6 +32,8 @@ class PlanningContext:
         scores: learned importance of tokens and measured sensitivity of branches.
         evaluate: mean squared error of a plan's final latents against full compute, over the first n held-out images
             (None: all).
+        reference: sampler of the full-compute run that a plan is to replace, and whose MACs targets refer to; None: `sampler`.
+        calibrate: measures the teacher's full-compute trajectories, once and only if a policy asks; None where nothing can.
         model: the teacher, for policies that run more than `evaluate` does; None where there is none.
         ranks: the processes that plan together.
         folder: where a policy may keep what it would need to go on after an interruption; None for nowhere.
@@ -39,15 +44,27 @@ class PlanningContext:
     guidance: Guidance
     scores: Scores
     evaluate: Callable[[CachePlan, int | None], float]
+    reference: SamplerTable | None = None
+    calibrate: Callable[[], Calibration] | None = None
     model: DiT | None = None
     ranks: Ranks = ALONE
     folder: Path | None = None
-    reference: SamplerTable | None = None
 
     @property
     def baseline(self) -> SamplerTable:
         """Sampler of the full-compute run that a plan is to replace."""
         return self.reference or self.sampler
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        """What `calibrate` measures.
+
+        Raises:
+            PlanError: if nothing can be measured here.
+        """
+        if self.calibrate is None:
+            raise PlanError("this policy needs calibration data, and none can be measured here: plan with `lightning fit`.")
+        return self.calibrate()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +85,14 @@ class Policy(ABC):
         Raises:
             PlanError: if no scores would let the policy satisfy what was asked for.
         """
+
+    def unavailable(self, context: PlanningContext) -> str | None:
+        """Why the policy cannot plan here, in a sentence; None if it can."""
+        try:
+            self.check(context.signature, context.sampler)
+        except PlanError as error:
+            return str(error)
+        return None
 
     @abstractmethod
     def plan(self, context: PlanningContext) -> PlanChoice:

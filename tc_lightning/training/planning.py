@@ -1,11 +1,13 @@
 """The end of a distillation run: sensitivities, scores, plan, and the files that tell of them.
 
-The run's folder gets scores.safetensors, figures/*.png, plan.json, candidates.csv, and run.json when all others are there.
+The run's folder gets scores.safetensors, figures/*.png, plan.json, candidates.csv, calibration.safetensors if the policy asked for
+it, and run.json when all others are there.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tc_lightning.calibrate import calibrate
+from tc_lightning.calibration import Calibration
 from tc_lightning.evaluation import RolloutEvaluator
 from tc_lightning.figures import importance_figure, sensitivity_figure
 from tc_lightning.models.dit import DiT
@@ -26,6 +30,7 @@ from tc_lightning.sensitivity import branch_sensitivity, probes_for
 if TYPE_CHECKING:
     from tc_lightning.training.distiller import TokenCacheDistiller
 
+CALIBRATION_TRAJECTORIES = 8
 STEPS_AT_ONCE = 8  # steps of one trajectory that share a forward and a backward pass
 
 
@@ -112,7 +117,18 @@ class PlanningJob:
     def _choose(self, scores: Scores) -> PlanChoice:
         module = self.module
         evaluate = RolloutEvaluator(self.teacher, *self._endpoints("heldout"))
-        return module.policy.plan(PlanningContext(self.signature, module.sampler, module.guidance, scores, evaluate))
+        endpoints = self._endpoints("train_endpoints", CALIBRATION_TRAJECTORIES)
+        context = PlanningContext(
+            self.signature, module.sampler, module.guidance, scores, evaluate, calibrate=functools.partial(self._calibrate, endpoints)
+        )
+        return module.policy.plan(context)
+
+    def _calibrate(self, endpoints: list[Tensor]) -> Calibration:
+        """Measure training trajectories at full compute, and keep what was found beside the scores."""
+        plan = full_plan(self.signature, self.module.sampler, self.module.guidance)
+        calibration = calibrate(self.teacher, plan, endpoints[0], endpoints[1])
+        calibration.save(self.folder / "calibration.safetensors")
+        return calibration
 
     def _write(self, scores: Scores, choice: PlanChoice) -> None:
         choice.plan.save(self.folder / "plan.json")

@@ -1,0 +1,45 @@
+"""All policies by name, at one target: what a comparison or a planner goes through."""
+
+from __future__ import annotations
+
+from tc_lightning.diffusion.samplers import SAMPLERS, make_sampler
+from tc_lightning.policies.base import Policy
+from tc_lightning.policies.delta_dit import DeltaDiTPolicy
+from tc_lightning.policies.dp_placement import DPPlacementPolicy
+from tc_lightning.policies.feb_cache import EBCachePolicy, FEBCachePolicy
+from tc_lightning.policies.fewer_steps import FewerStepsPolicy
+from tc_lightning.policies.fora import FORAPolicy
+from tc_lightning.policies.smoothcache import SmoothCachePolicy
+from tc_lightning.policies.targeted import TargetedPolicy
+from tc_lightning.policies.taylorseer import TaylorSeerPolicy
+from tc_lightning.policies.toca import ToCaPolicy
+from tc_lightning.policies.tokencache_v1 import TokenCacheV1Policy
+
+_METHODS: tuple[type[TargetedPolicy], ...] = (
+    TokenCacheV1Policy,
+    FORAPolicy,
+    TaylorSeerPolicy,
+    DeltaDiTPolicy,
+    EBCachePolicy,
+    FEBCachePolicy,
+    ToCaPolicy,
+    SmoothCachePolicy,
+    DPPlacementPolicy,
+)
+
+
+def standard_policies(target_speedup: float) -> dict[str, Policy]:
+    """Every published method, and fewer steps of every sampler that adds no noise.
+
+    Which of them can plan in a given run, and why not, `Policy.unavailable` tells.
+
+    Args:
+        target_speedup: in MACs against the full-compute run, at least.
+
+    Raises:
+        PlanError: if the target is not above 1.
+    """
+    samplers = [name for name in SAMPLERS if not make_sampler(name, 2).stochastic]
+    methods: list[TargetedPolicy] = [method(target_speedup=target_speedup) for method in _METHODS]  # type: ignore[call-arg]
+    methods += [FewerStepsPolicy(name, target_speedup) for name in samplers]
+    return {policy.name: policy for policy in methods}
