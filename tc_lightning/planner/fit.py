@@ -1,6 +1,6 @@
 """Fitting a plan's sampler: coefficients that make up for what fewer calls and cached values change.
 
-A step of the sampler is x_next = next_x x + next_m m + next_m_prev m_prev (`tc_lightning.diffusion.table`). While a plan runs, the
+A step of the sampler is a weighted sum of x, its m and the last ones (`tc_lightning.diffusion.table`). While a plan runs, the
 coefficients of each step are set by least squares, so that x_next comes as near as they can bring it to where the target run is at
 that time, over all pixels of the images that are fitted on; then the step is taken with them, and the next is fitted from there.
 One run of the plan fits it. Solvers with coefficients of each step's own, learned for a model, are known from Shaul et al., arXiv
@@ -38,7 +38,7 @@ class FittedPlan:
 
 
 def fit_sampler(
-    model: DiT, plan: CachePlan, target: TargetRun, fitted: int, history: int = 1, ridge: float = RIDGE, ranks: Ranks | None = None
+    model: DiT, plan: CachePlan, target: TargetRun, fitted: int, history: int = 2, ridge: float = RIDGE, ranks: Ranks | None = None
 ) -> FittedPlan:
     """Run a plan on the target's noise, fitting its sampler on the first images; the others show what that is worth.
 

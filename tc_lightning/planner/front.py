@@ -52,9 +52,19 @@ class FrontPoint:
 
 
 def write_front(points: tuple[FrontPoint, ...], folder: Path) -> None:
-    """Write the plans, then the list of them, into a run's folder."""
+    """Write the plans, then the list of them, into a run's folder; what was found for another target stays in the list."""
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     for point in points:
         point.plan.save(folder / FOLDER / f"{point.plan.digest[:8]}.json")
-    rows = [point.to_json() for point in sorted(points, key=lambda point: macs_speedup(point.plan))]
+    targets = {point.target for point in points}
+    others = [{**row, "chosen": False} for row in _known(folder / FOLDER / NAME) if row.get("target") not in targets]
+    rows = sorted([*others, *(point.to_json() for point in points)], key=lambda row: (row["target"], row["macs_speedup"]))
     write_atomically(folder / FOLDER / NAME, (json.dumps(rows, indent=1) + "\n").encode())
+
+
+def _known(path: Path) -> list[dict[str, Any]]:
+    """Rows of an earlier list; none if there is no list, or it is damaged: the plans can be searched for again."""
+    try:
+        return list(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return []

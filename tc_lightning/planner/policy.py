@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,22 +16,50 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.evaluation import RolloutEvaluator, psnr_db
+from tc_lightning.guidance import Guidance
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import ModelSignature
 from tc_lightning.planner.bench import Bench, Trial
 from tc_lightning.planner.front import TRIALS, FrontPoint
 from tc_lightning.planner.price import Price, macs_price
 from tc_lightning.planner.recipe import Kitchen
-from tc_lightning.planner.search import Search, grid, variations
+from tc_lightning.planner.search import Search, grid, native, variations
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
+from tc_lightning.ranks import ALONE, Ranks
 from tc_lightning.sampling import noise_for
+from tc_lightning.scores import Scores
 
 TARGETS = ("reference", "ode")
 ODE_SAMPLER, ODE_SPACING = "dpmpp_2m", "logsnr"
 SEED = 0x506C616E  # of the planner's images: apart from any seed that a person would choose
 BATCH = 16
 SEEDS = 5  # shapes of one budget that the next one starts from
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is planned for.
+
+    Args:
+        model: the teacher, on the device where plans are to run.
+        signature: its signature.
+        guidance: guidance scale and channels.
+        scores: importances and sensitivities.
+        scored: the sampler whose steps the scores are of.
+        reference: the full-compute run that plans replace.
+        ranks: the processes that plan together.
+        folder: where trials are remembered; None for nowhere.
+    """
+
+    model: DiT
+    signature: ModelSignature
+    guidance: Guidance
+    scores: Scores
+    scored: SamplerTable
+    reference: SamplerTable
+    ranks: Ranks = ALONE
+    folder: Path | None = None
 
 
 class PlannerPolicy(Policy):
@@ -57,9 +86,9 @@ class PlannerPolicy(Policy):
         target_speedup: float = 2.5,
         target: str = "reference",
         front: tuple[float, ...] = (2.0, 3.0, 4.0),
-        evaluations: int = 64,
-        front_evaluations: int = 12,
-        fit_images: int = 16,
+        evaluations: int = 60,
+        front_evaluations: int = 20,
+        fit_images: int = 12,
         judge_images: int = 16,
         final_images: int = 32,
         ode_steps: int = 200,
@@ -94,8 +123,15 @@ class PlannerPolicy(Policy):
         Raises:
             PlanError: if the context has no model, or no plan fits the budget.
         """
-        self.check(context.signature, context.baseline)
-        run = _Run(self, context)
+        if context.model is None:
+            raise PlanError("the planner runs plans and needs the model: plan with `lightning fit` or `python -m tc_lightning plan`.")
+        c = context
+        self.check(c.signature, c.baseline)
+        return self.search(Subject(context.model, c.signature, c.guidance, c.scores, c.sampler, c.baseline, c.ranks, c.folder))
+
+    def search(self, subject: Subject) -> PlanChoice:
+        """As `plan`, for what can be planned without being asked through a context."""
+        run = _Run(self, subject)
         searches = run.searches()
         points = tuple(run.point(speedup, search, chosen=j == 0) for j, (speedup, search) in enumerate(searches.items()))
         rows = [_row(speedup, trial, search.best) for speedup, search in searches.items() for _, trial in search.ranking()]
@@ -105,23 +141,20 @@ class PlannerPolicy(Policy):
 class _Run:
     """One run of the planner: its images, its bench, its searches."""
 
-    def __init__(self, policy: PlannerPolicy, context: PlanningContext) -> None:
-        if context.model is None:
-            raise PlanError("the planner runs plans and needs the model: plan with `lightning fit` or `python -m tc_lightning plan`.")
-        self.policy, self.context, self.model = policy, context, context.model
-        self.ranks = context.ranks
+    def __init__(self, policy: PlannerPolicy, subject: Subject) -> None:
+        self.policy, self.subject, self.model, self.ranks = policy, subject, subject.model, subject.ranks
         groups = (policy.fit_images, policy.judge_images, policy.final_images)
         parts = _shares(groups, self.ranks.share)
         self.target = self._run_target([index for part in parts for index in part])
         self.fitted, self.judged = len(parts[0]), len(parts[0]) + len(parts[1])
-        kitchen = Kitchen(context.signature, context.guidance, context.scores, context.sampler, context.baseline)
-        record = None if context.folder is None else context.folder / TRIALS
+        kitchen = Kitchen(subject.signature, subject.guidance, subject.scores, subject.scored, subject.reference)
+        record = None if subject.folder is None else subject.folder / TRIALS
         seen = self.target.part(slice(0, self.judged))
         self.bench = Bench(self.model, kitchen, policy.price, seen, self.fitted, self.ranks, record)
 
     def searches(self) -> dict[float, Search]:
         """The search for the target, then those for the other budgets, which start from what that one found."""
-        policy, steps = self.policy, len(self.context.baseline)
+        policy, steps = self.policy, len(self.subject.reference)
         others = [speedup for speedup in policy.front if speedup != policy.target_speedup]
         total = policy.evaluations + len(others) * policy.front_evaluations
         with tqdm(total=total, desc="planning", unit="plan", disable=not (policy.progress and self.ranks.first)) as bar:
@@ -132,24 +165,28 @@ class _Run:
 
             first = Search(self.bench, steps / policy.target_speedup, progress)
             self._search_widely(first)
-            seeds = [shape for shape, _ in first.ranking()[:SEEDS]]
+            seeds = [*(shape for shape, _ in first.ranking()[:SEEDS]), *native(self._reference_run)]
             found = {policy.target_speedup: first}
             for speedup in others:
                 found[speedup] = Search(self.bench, steps / speedup, progress)
-                found[speedup].try_shapes(seeds)
+                found[speedup].try_shapes(seeds[: policy.front_evaluations])
                 found[speedup].climb(policy.front_evaluations - len(found[speedup].trials))
         for speedup, search in found.items():
             if not search.trials or search.best.mse == float("inf"):
                 raise PlanError(f"no plan was found for a speed-up of {speedup:g}: lower it.")
         return found
 
+    @property
+    def _reference_run(self) -> tuple[str, str, int]:
+        reference = self.subject.reference
+        return reference.name, reference.spacing, len(reference)
+
     def _search_widely(self, search: Search) -> None:
-        reference, count = self.context.baseline, self.policy.evaluations
-        native = (reference.name, reference.spacing, len(reference))
-        search.try_shapes(list(grid(native))[:count])
+        count = self.policy.evaluations
+        search.try_shapes(list(grid(self._reference_run))[:count])
         for shape, _ in search.ranking()[:2]:
             room = max(0, (2 * count) // 3 - len(search.trials))
-            search.try_shapes(list(variations(shape, self.context.guidance.doubles_batch))[:room])
+            search.try_shapes(list(variations(shape, self.subject.guidance.doubles_batch))[:room])
         search.climb(count - len(search.trials))
 
     def point(self, speedup: float, search: Search, chosen: bool) -> FrontPoint:
@@ -165,11 +202,11 @@ class _Run:
         return FrontPoint(plan, self.policy.target, mean, stderr, chosen)
 
     def _run_target(self, indices: list[int]) -> TargetRun:
-        policy, context = self.policy, self.context
-        sampler = context.baseline if policy.target == "reference" else make_sampler(ODE_SAMPLER, policy.ode_steps, ODE_SPACING)
+        policy, subject = self.policy, self.subject
+        sampler = subject.reference if policy.target == "reference" else make_sampler(ODE_SAMPLER, policy.ode_steps, ODE_SPACING)
         x_BCHW, labels_B = images(self.model, indices)
         what = "target run" if policy.progress and self.ranks.first else None
-        return run_target(self.model, sampler, context.guidance, x_BCHW, labels_B, BATCH, what)
+        return run_target(self.model, sampler, subject.guidance, x_BCHW, labels_B, BATCH, what)
 
 
 def images(model: DiT, indices: list[int]) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ class ClockPrice:
     """Time.
 
     Args:
-        milliseconds: measures a plan: milliseconds of all its steps, and of one full step.
+        milliseconds: measures a plan: milliseconds an image of all its steps, and of one full step.
     """
 
     milliseconds: Callable[[CachePlan], tuple[float, float]]
@@ -36,3 +36,7 @@ class ClockPrice:
         """See `Price`."""
         whole, full = self.milliseconds(plan)
         return whole / full
+
+    def reference_ms(self, plan: CachePlan) -> float:
+        """Milliseconds an image of the full-compute run that the plan replaces."""
+        return len(plan.baseline) * self.milliseconds(plan)[1]

@@ -22,6 +22,7 @@ RATIOS = (1.0, 1.5, 2.0, 3.0)  # sampling steps over full steps
 ORDERS = (1, 2)
 WARMUP = 3  # full steps at the start: forecasts of order 2 are what they say from the third on
 MAX_STEPS = 250
+FEWEST_STEPS = 11  # ratios are below it, numbers of steps are not
 SKIP = PrunedStep("skip", 1)
 
 Progress = Callable[[Trial, Trial], None]  # this trial, the best so far
@@ -34,7 +35,7 @@ class Shape:
     Args:
         solver: see `Recipe`.
         spacing: see `Recipe`.
-        ratio: sampling steps over full steps; or the number of sampling steps, if that is above 10.
+        ratio: sampling steps over full steps; or the number of sampling steps, from `FEWEST_STEPS` on.
         pruned: see `Recipe`.
         warmup: full steps at the start.
         bend: see `recipe.spread`.
@@ -120,7 +121,7 @@ def fill(shape: Shape, budget: float, cost: Callable[[Recipe], float]) -> Recipe
 
 def at_count(shape: Shape, count: int) -> Recipe | None:
     """The recipe of a shape with so many full steps; None if its steps cannot hold them."""
-    num_steps = round(shape.ratio) if shape.ratio > 10 else round(shape.ratio * count)
+    num_steps = round(shape.ratio) if shape.ratio >= FEWEST_STEPS else round(shape.ratio * count)
     if not count <= num_steps <= MAX_STEPS or num_steps < 2:
         return None
     full = spread(num_steps, count, shape.warmup, shape.bend)
@@ -140,9 +141,14 @@ def grid(reference: tuple[str, str, int]) -> Iterator[Shape]:
     yield from (Shape("dpmpp_2m", spacing, 1.0) for spacing in SPACINGS)
     for spacing, ratio, order in itertools.product(SPACINGS, RATIOS[1:], ORDERS):
         yield Shape("dpmpp_2m", spacing, ratio, PrunedStep("skip", order))
+    yield from native(reference, (1.0, 0.75, 0.55, 0.4))
+
+
+def native(reference: tuple[str, str, int], bends: tuple[float, ...] = (0.75, 0.55)) -> Iterator[Shape]:
+    """Shapes on the very steps of the run that is replaced: what comes nearest to it when there is time for many of them."""
     solver, spacing, steps = reference
-    for order, bend in itertools.product(ORDERS, (1.0, 0.75, 0.55)):
-        yield Shape(solver, spacing, max(steps, 11), PrunedStep("skip", order), bend=bend)
+    for order, bend in itertools.product(ORDERS, bends):
+        yield Shape(solver, spacing, max(steps, FEWEST_STEPS), PrunedStep("skip", order), bend=bend)
 
 
 def variations(shape: Shape, guided: bool) -> Iterator[Shape]:

@@ -1,0 +1,73 @@
+"""What a plan takes on the clock here: the milliseconds of its programs, each measured once, whatever plan it came with.
+
+Two plans that do the same in a step (segments, forecasts, halves of guidance) run the same program, so that a search over hundreds of
+plans times a handful of programs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from pathlib import Path
+
+from export.compiler import write_unproved
+from export.manifest import write_manifest
+from export.programs import FULL, Program, lower
+from export.runtime import CachedSampler
+from tc_lightning.models.dit import DiT
+from tc_lightning.plan import CachePlan
+
+ROUNDS = 3  # requests that are timed, after one that warms up; their median counts
+
+
+class ProgramClock:
+    """Measures plans of one model: plan -> (milliseconds an image of all its steps, of one full step of the reference).
+
+    Args:
+        model: the teacher.
+        provider: `cpu` or `cuda`.
+        batch: images at a time.
+        precision: fp32, fp16 or bf16.
+
+    Raises:
+        RuntimeUnavailableError: if the provider cannot be used.
+    """
+
+    def __init__(self, model: DiT, provider: str = "cpu", batch: int = 8, precision: str = "fp32") -> None:
+        self.model, self.provider, self.batch, self.precision = model, provider, batch, precision
+        self._known: dict[tuple[object, ...], float] = {}
+
+    def __call__(self, plan: CachePlan) -> tuple[float, float]:
+        """See the class."""
+        lowered = lower(plan)
+        keys = {program.name: _key(program) for program in lowered.programs}
+        if not all(key in self._known for key in keys.values()):
+            self._measure(plan, keys)
+        steps = sum(self._known[keys[bound.program]] for bound in lowered.bindings)
+        return steps, self._known[keys[FULL]]
+
+    def _measure(self, plan: CachePlan, keys: dict[str, tuple[object, ...]]) -> None:
+        """Time every program of the plan that is not known, in requests of the plan and of full compute."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder)
+            write_manifest(path, write_unproved(self.model, plan, lower(plan), path, self.precision))
+            sampler = CachedSampler(path, self.provider, max_batch=self.batch)
+            labels = [i % plan.model.num_classes for i in range(self.batch)]
+            runs = [self._times(sampler, labels) for _ in range(ROUNDS + 1)][1:]
+        for name, key in keys.items():
+            if name in runs[0]:
+                self._known.setdefault(key, statistics.median(run[name] for run in runs) / self.batch)
+
+    def _times(self, sampler: CachedSampler, labels: list[int]) -> dict[str, float]:
+        """Milliseconds of one run of each program."""
+        spent: dict[str, float] = {}
+        for full in (True, False):
+            receipt = sampler.sample(labels, full=full).receipt
+            spent |= {name: receipt["ms_per_program"][name] / runs for name, runs in receipt["steps_per_program"].items()}
+        return spent
+
+
+def _key(program: Program) -> tuple[object, ...]:
+    """What two programs that take the same time have in common."""
+    shapes = tuple((s.start, s.stop, s.mode, s.order, s.branches, len(s.tokens)) for s in program.segments)
+    return (shapes, program.guidance, tuple(sorted(entry.kind for entry in program.writes)), program.name == FULL)

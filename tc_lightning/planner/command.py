@@ -1,0 +1,104 @@
+"""The planner on its own, for a run that is finished.
+
+    python -m tc_lightning plan --run runs/digits/version_0 --target-speedup 3
+    python -m tc_lightning plan --run runs/digits/version_0 --target ode --front 2 3 4
+    python -m tc_lightning plan --run runs/digits/version_0 --clock cpu --batch 8      budgets in time on this machine, not in MACs
+    python -m tc_lightning plan --run runs/digits/version_0 --clock cpu --target-ms 30     the same, in milliseconds an image
+
+Writes the run's front/ (the best plan of every budget) and makes the plan for --target-speedup the run's own plan.json, which
+`python export/to_onnx.py` exports. Interrupted? The same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lightning.fabric import Fabric
+
+from tc_lightning.context import LoadedRun, load_run
+from tc_lightning.costs import macs_speedup
+from tc_lightning.errors import RunError
+from tc_lightning.evaluation import psnr_db
+from tc_lightning.planner.front import FOLDER, write_front
+from tc_lightning.planner.policy import TARGETS, PlannerPolicy, Subject
+from tc_lightning.planner.price import ClockPrice
+from tc_lightning.policies.base import PlanChoice
+from tc_lightning.ranks import Ranks
+from tc_lightning.runs import find_run, read_run
+from tc_lightning.training.planning import write_candidates
+
+
+def main(arguments: list[str]) -> None:
+    """Plan for a finished run, on every device asked for."""
+    args = _parse(arguments)
+    run = read_run(args.run or find_run(Path("runs")))
+    fabric = Fabric(accelerator="auto", devices=args.devices)
+    fabric.launch()
+    loaded = load_run(run)
+    subject = subject_of(loaded, fabric)
+    speedup = args.target_speedup
+    price = None
+    if args.clock is not None:
+        price = clock_price(loaded, args.clock, args.batch)
+        if args.target_ms is not None:
+            speedup = price.reference_ms(loaded.plan) / args.target_ms
+    policy = PlannerPolicy(speedup, args.target, tuple(args.front), args.evaluations, args.front_evaluations)
+    if price is not None:
+        policy.price = price
+    policy.check(subject.signature, subject.reference)
+    choice = policy.search(subject)
+    if fabric.is_global_zero:
+        write(choice, loaded, keep_plan=args.keep_plan)
+
+
+def subject_of(loaded: LoadedRun, fabric: Fabric) -> Subject:
+    """What the planner looks at, of a run; images are split over the processes of `fabric`."""
+    plan, folder = loaded.plan, loaded.run.folder / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = Ranks(fabric.global_rank, fabric.world_size, lambda values: fabric.all_reduce(values, reduce_op="sum"))  # type: ignore[return-value, arg-type]
+    model = loaded.model.to(fabric.device)
+    return Subject(model, plan.model, plan.guidance, loaded.scores, plan.baseline, plan.baseline, ranks, folder)
+
+
+def clock_price(loaded: LoadedRun, provider: str, batch: int) -> ClockPrice:
+    """Prices measured on this machine; needs the export package, which nothing else here does."""
+    from export.clock import ProgramClock
+
+    return ClockPrice(ProgramClock(loaded.model, provider, batch))
+
+
+def write(choice: PlanChoice, loaded: LoadedRun, keep_plan: bool) -> None:
+    """Write the front, and the chosen plan unless it is only looked for; say what was found."""
+    folder = loaded.run.folder
+    write_front(choice.front, folder)
+    write_candidates(choice.candidates, folder / FOLDER / "candidates.csv")
+    if not keep_plan:
+        choice.plan.save(loaded.run.plan)
+    for point in choice.front:
+        print(
+            f"{macs_speedup(point.plan):.2f}x fewer MACs: {psnr_db(point.mse):.1f} dB to the {point.target} run, {point.plan.summary}"
+        )
+    where = folder / FOLDER if keep_plan else loaded.run.plan
+    print(f"wrote {where}\nnext: python export/to_onnx.py --run {folder}")
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="run folder (default: the newest under runs/)")
+    parser.add_argument("--target-speedup", type=float, default=2.5, help="of the chosen plan, against the full-compute run")
+    parser.add_argument("--target", choices=TARGETS, default="reference", help="what images are to come near to")
+    parser.add_argument("--front", type=float, nargs="*", default=[2.0, 3.0, 4.0], help="further speed-ups to plan for")
+    parser.add_argument("--clock", choices=("cpu", "cuda"), help="budgets in time on this provider, instead of MACs")
+    parser.add_argument("--target-ms", type=float, help="with --clock: milliseconds an image, instead of --target-speedup")
+    parser.add_argument("--batch", type=int, default=8, help="with --clock: images at a time")
+    parser.add_argument("--evaluations", type=int, default=60, help="plans tried for the target")
+    parser.add_argument("--front-evaluations", type=int, default=20, help="plans tried for each further speed-up")
+    parser.add_argument("--devices", default="auto", help="devices to use (default: all GPUs, or one CPU process)")
+    parser.add_argument("--keep-plan", action="store_true", help="write the front only, and leave plan.json as it is")
+    args = parser.parse_args(arguments)
+    if args.target_ms is not None and (args.clock is None or args.target_ms <= 0):
+        raise RunError(f"--target-ms {args.target_ms:g} needs --clock, and must be above 0.")
+    if args.batch < 1:
+        raise RunError(f"--batch is {args.batch}: give 1 or more.")
+    return args
