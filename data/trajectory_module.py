@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, cast
 
+import torch
 from lightning import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -108,6 +110,11 @@ class TrajectoryDataModule(LightningDataModule):
     def train_endpoints(self) -> Endpoints:
         """Noise, labels and final latents of the training samples."""
         return self.trajectories.endpoints(self.train_indices)
+
+    def train_latents(self, most: int) -> Tensor:
+        """Latents of at most so many training samples before every step, [S, T, C, H, W]."""
+        steps, found = range(self.trajectories.recipe.num_steps), self.train_indices[:most]
+        return torch.stack([torch.stack([self.trajectories.latent(index, step) for step in steps]) for index in found])
 
     def train_dataloader(self) -> DataLoader[Pair]:
         """Shuffled training pairs, another order in each epoch."""

@@ -86,6 +86,10 @@ class Selector:
         """From tokens of x_t [B, N, D] to scores [B, L, N], at times [B]."""
         return lambda z_BND: self.predictor(z_BND, self.predictor.modulation(model, t_B))
 
+    def to(self, device: torch.device | str) -> Selector:
+        """The same on a device."""
+        return Selector(copy.deepcopy(self.predictor).to(device), self.digest)
+
     def save(self, path: Path) -> None:
         """Write `.safetensors` atomically; shape and digest are in its metadata."""
         from safetensors.torch import save
@@ -120,6 +124,18 @@ class Selector:
             raise RunError(f"{path} is damaged: its contents do not match its digest. Make it again with `lightning fit`.")
         predictor.load_state_dict(state)
         return cls.of(predictor)
+
+
+def selector_for(plan: CachePlan, path: Path | None, config: DiTConfig) -> Selector | None:
+    """The content predictor that a plan needs, from the file of its run; None if it needs none.
+
+    Raises:
+        PlanError: if the run has none, or has another one.
+        RunError: if the file is missing or damaged.
+    """
+    selector = Selector.load(path, config) if plan.selector and path is not None else None
+    require_selector(plan, selector)
+    return selector
 
 
 def selector_digest(state: Mapping[str, Tensor]) -> str:

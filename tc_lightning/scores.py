@@ -38,6 +38,7 @@ class Scores:
         teacher: sha256 of the teacher's weights.
         sampler: `sampler_digest` of the sampler.
         router_TL2: a router's w in [0, 1] of each branch, 1 meaning compute; row 0 is all ones. None if no router was trained.
+        selector: sha256 of the content predictor whose mean scores the importances are; empty if they do not depend on the image.
 
     Raises:
         RunError: if shapes disagree, a value is not finite or out of range.
@@ -48,6 +49,7 @@ class Scores:
     teacher: str
     sampler: str
     router_TL2: np.ndarray | None = None
+    selector: str = ""
 
     def __post_init__(self) -> None:
         for name, given in self.arrays.items():
@@ -64,7 +66,7 @@ class Scores:
     @functools.cached_property
     def digest(self) -> str:
         """sha256 of all arrays and of what they belong to."""
-        hasher = hashlib.sha256(f"{self.teacher} {self.sampler}".encode())
+        hasher = hashlib.sha256(" ".join(filter(None, (self.teacher, self.sampler, self.selector))).encode())
         for name, array in self.arrays.items():
             hasher.update(f"\n{name} {array.shape}\n".encode() + array.tobytes())
         return hasher.hexdigest()
@@ -73,7 +75,7 @@ class Scores:
         """Write `.safetensors` atomically: a reader sees the old file or the new one."""
         from safetensors.numpy import save
 
-        content = save(self.arrays, {"teacher": self.teacher, "sampler": self.sampler})
+        content = save(self.arrays, {"teacher": self.teacher, "sampler": self.sampler, "selector": self.selector})
         write_atomically(path, content)
 
     @classmethod
@@ -94,7 +96,7 @@ class Scores:
         if not set(_REQUIRED) <= set(arrays) <= {*_REQUIRED, *_OPTIONAL} or not {"teacher", "sampler"} <= set(metadata):
             raise RunError(f"{path} does not hold scores: found {', '.join(sorted(arrays)) or 'nothing'}.")
         try:
-            return cls(**arrays, teacher=metadata["teacher"], sampler=metadata["sampler"])
+            return cls(**arrays, teacher=metadata["teacher"], sampler=metadata["sampler"], selector=metadata.get("selector", ""))
         except RunError as error:
             raise RunError(f"{path}: {error}") from error
 

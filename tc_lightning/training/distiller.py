@@ -17,6 +17,7 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from tc_lightning.content_predictor import Selector
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import RunError, TeacherError
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, teacher_digest
@@ -27,6 +28,7 @@ from tc_lightning.policies.tprr import TPRRPolicy
 from tc_lightning.sampling import model_signature
 from tc_lightning.scores import sampler_digest
 from tc_lightning.training.objectives.base import Batch, Objective, Task
+from tc_lightning.training.objectives.content import ContentSuperposition
 from tc_lightning.training.objectives.routers import RouterObjective
 from tc_lightning.training.objectives.superposition import PairBatch, TokenSuperposition
 from tc_lightning.training.planning import PlanningJob
@@ -46,6 +48,7 @@ class TokenCacheDistiller(LightningModule):
         guidance_channels: guided latent channels, the first ones; None for all (the original DiT release guides 3 of 4).
         policy: what turns scores into a plan; None for Two-Phase Round-Robin.
         train_tokens: train the Cache Predictor (`TokenSuperposition`, whose arguments the next four and `predictor_hidden_size` are).
+        content: how to train version 2's predictor, which looks at the image, in its place; None for the Cache Predictor.
         router: how to train a router of branches, which Learning-to-Cache and HarmoniCa plan with; None for no router.
         predictor_hidden_size: width of the Cache Predictor.
         lr: peak learning rate of Adam, annealed to a tenth by a cosine.
@@ -71,6 +74,7 @@ class TokenCacheDistiller(LightningModule):
         policy: Policy | None = None,
         train_tokens: bool = True,
         router: RouterObjective | None = None,
+        content: ContentSuperposition | None = None,
         predictor_hidden_size: int = 64,
         lr: float = 1e-2,
         target_share: float = 0.5,
@@ -86,7 +90,9 @@ class TokenCacheDistiller(LightningModule):
             raise RunError("sensitivity_samples and sensitivity_probes must be at least 1.")
         if not (lr > 0.0 and math.isfinite(lr)):
             raise RunError(f"lr is {lr:g}; it must be above 0.")
-        tokens = TokenSuperposition(target_share, budget_rate, budget_penalty, predictor_hidden_size) if train_tokens else None
+        tokens: Objective | None = content
+        if train_tokens and content is None:
+            tokens = TokenSuperposition(target_share, budget_rate, budget_penalty, predictor_hidden_size)
         _check_objectives(tokens, router)
         self.teacher: DiT
         object.__setattr__(self, "teacher", load_teacher(teacher))  # past nn.Module: not a submodule
@@ -108,6 +114,10 @@ class TokenCacheDistiller(LightningModule):
     def objectives(self) -> list[Objective]:
         """What is trained."""
         return [objective for objective in (self.tokens, self.router) if objective is not None]
+
+    def selector(self) -> Selector | None:
+        """The content predictor that plans may name, if one is trained."""
+        return None if self.tokens is None else self.tokens.selector()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Sum of the objectives' losses; they share no parameters."""
@@ -164,7 +174,8 @@ class TokenCacheDistiller(LightningModule):
         if missing := [name for name in self.policy.needs if name not in {objective.learns for objective in self.objectives}]:
             raise RunError(f"{type(self.policy).__name__} needs {missing[0]}, which nothing trains: set `model.init_args.router`.")
         self.policy.check(self.signature, self.sampler)
-        missing = [n for n in ("heldout", "train_endpoints") if not hasattr(self.trainer.datamodule, n)]  # type: ignore[attr-defined]
+        wanted = ("heldout", "train_endpoints", *(["train_latents"] if isinstance(self.tokens, ContentSuperposition) else []))
+        missing = [n for n in wanted if not hasattr(self.trainer.datamodule, n)]  # type: ignore[attr-defined]
         if missing and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise RunError(
                 f"planning needs trajectories: use data.trajectory_module.TrajectoryDataModule, or one that has {', '.join(missing)}."

@@ -1,7 +1,7 @@
 """The end of a distillation run: sensitivities, scores, plan, and the files that tell of them.
 
-The run's folder gets scores.safetensors, figures/*.png, plan.json, candidates.csv, calibration.safetensors if the policy asked for
-it, and run.json when all others are there.
+The run's folder gets scores.safetensors, content.safetensors if the predictor looks at the image, figures/*.png, plan.json,
+candidates.csv, calibration.safetensors if the policy asked for it, and run.json when all others are there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tc_lightning.figures import importance_figure, router_figure, sensitivity_f
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
 from tc_lightning.policies.base import PlanChoice, PlanningContext
-from tc_lightning.runs import write_run
+from tc_lightning.runs import CONTENT, write_run
 from tc_lightning.sampling import full_plan, sample_steps
 from tc_lightning.scores import Scores, sampler_digest
 from tc_lightning.sensitivity import branch_sensitivity, probes_for
@@ -68,6 +68,7 @@ class PlanningJob:
         self.device = self.trainer.strategy.root_device  # Lightning has moved the module to the CPU by now
         self.teacher = module.teacher.to(self.device)
         self.signature = module.signature
+        self.selector = None if (selector := module.selector()) is None else selector.to(self.device)
         self.folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asks all ranks
 
     def run(self) -> None:
@@ -77,15 +78,25 @@ class PlanningJob:
             self.folder.mkdir(parents=True, exist_ok=True)
             scores.save(self.folder / "scores.safetensors")
             write_figures(scores, self.folder / "figures")
+            if self.selector is not None:
+                self.selector.save(self.folder / CONTENT)
             self._write(scores, self._choose(scores))
 
     def scores(self) -> Scores:
         """What the objectives learned, and sensitivities over training trajectories."""
         module, signature = self.module, self.signature
+        for objective in module.objectives:
+            objective.finish(self.trainer)
         learned = {objective.learns: objective.cpu().scores().numpy() for objective in module.objectives}
-        learned.setdefault("importance_TLN", np.ones((len(module.sampler), signature.depth, signature.tokens)))
-        sensitivity_TL2 = self._sensitivity().numpy()
-        return Scores(sensitivity_TL2=sensitivity_TL2, teacher=module.teacher_digest, sampler=sampler_digest(module.sampler), **learned)
+        everything_TLN = np.ones((len(module.sampler), signature.depth, signature.tokens))
+        return Scores(
+            importance_TLN=learned.get("importance_TLN", everything_TLN),
+            sensitivity_TL2=self._sensitivity().numpy(),
+            teacher=module.teacher_digest,
+            sampler=sampler_digest(module.sampler),
+            router_TL2=learned.get("router_TL2"),
+            selector="" if self.selector is None else self.selector.digest,
+        )
 
     def _sensitivity(self) -> Tensor:
         """Mean over trajectories, [T, L, 2]. Ranks add zeros to what another computed: their number changes no sum."""
@@ -108,7 +119,8 @@ class PlanningJob:
 
     def _choose(self, scores: Scores) -> PlanChoice:
         module = self.module
-        evaluate = RolloutEvaluator(self.teacher, *self._endpoints("heldout"))
+        x_T, labels, x_0 = self._endpoints("heldout")
+        evaluate = RolloutEvaluator(self.teacher, x_T, labels, x_0, self.selector)
         endpoints = self._endpoints("train_endpoints", CALIBRATION_TRAJECTORIES)
         context = PlanningContext(
             self.signature, module.sampler, module.guidance, scores, evaluate, calibrate=functools.partial(self._calibrate, endpoints)
@@ -126,7 +138,7 @@ class PlanningJob:
         choice.plan.save(self.folder / "plan.json")
         write_candidates(choice.candidates, self.folder / "candidates.csv")
         name = self.folder.parent.name if self.folder.name.startswith("version_") else self.folder.name
-        write_run(self.folder, name, self.module.teacher_spec, self.module.teacher_digest)
+        write_run(self.folder, name, self.module.teacher_spec, self.module.teacher_digest, content=self.selector is not None)
         print(finalists_table(choice.candidates))
         print(f"plan {choice.plan.summary} written to {self.folder / 'plan.json'}")
 

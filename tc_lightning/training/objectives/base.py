@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from lightning import Trainer
 from torch import Tensor, nn
 
+from tc_lightning.content_predictor import Selector
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import RunError
 from tc_lightning.models.dit import DiT
@@ -102,6 +104,13 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def measure(self, batch: Batch) -> dict[str, Tensor]:
         """Figures of a batch of held-out pairs, when what was learned is taken as a plan would take it."""
+
+    def finish(self, trainer: Trainer) -> None:
+        """Called in all processes at the end of a fit, before `scores`, with the teacher on its device."""
+
+    def selector(self) -> Selector | None:
+        """The content predictor that plans may name; None if what is learned does not depend on the image."""
+        return None
 
     @abstractmethod
     def scores(self) -> Tensor:
