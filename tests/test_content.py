@@ -25,10 +25,11 @@ from export.symbolic import Graph, OnnxOps
 from export.verify import rebuild_selector
 from tc_lightning.cache import Step, TorchOps, choose_tokens, run_blocks
 from tc_lightning.content_predictor import ContentPredictor, Selector, selector_for
-from tc_lightning.costs import block_macs, selector_macs, step_macs
+from tc_lightning.costs import block_macs, plan_macs, selector_macs, step_macs
 from tc_lightning.dataflow import Entry, entries_read
 from tc_lightning.errors import PlanError, RunError
 from tc_lightning.evaluation import RolloutEvaluator
+from tc_lightning.guidance import BOTH, GuidanceMode
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan, Guidance, Segment, compute, content, partial, skip
 from tc_lightning.sampling import noise_for, sample, sample_steps
@@ -324,6 +325,17 @@ def test_exported_tokens_are_those_of_torch(exported: Path, teacher: DiT, select
     with torch.no_grad():
         theirs = sample(teacher, content_plan(teacher, other), x, torch.tensor(labels), selector=other).numpy()
     assert relative_l2(theirs, expected) > 1e-3  # which tokens are chosen is not so harmless that parity would not notice
+
+
+@pytest.mark.parametrize("mode", [GuidanceMode("forecast", 1), GuidanceMode("cond")])
+def test_steps_of_one_half_choose_tokens_too(tmp_path: Path, teacher: DiT, selector: Selector, mode: GuidanceMode) -> None:
+    modes = (BOTH, BOTH, BOTH, mode, mode, BOTH)
+    plan = dataclasses.replace(content_plan(teacher, selector), guidance_modes=modes)
+    check_export(teacher, plan, tmp_path / "a", selector)
+    halves = [1, 1, 1, 0.5, 0.5, 1]
+    runs = [0.5 * any(s.is_content for s in segments) for segments in plan.steps]  # once an image, of two samples
+    blocks = sum(h * step_macs(plan.model, segments, 0) for h, segments in zip(halves, plan.steps, strict=True))
+    assert plan_macs(plan) == pytest.approx(blocks + sum(runs) * selector_macs(plan.model))
 
 
 def test_only_programs_with_content_run_the_predictor(exported: Path, teacher: DiT, selector: Selector) -> None:

@@ -74,7 +74,7 @@ def test_plan_of_the_paper() -> None:
     assert (plan.selector, plan.provenance["policy"]) == (selector, "tokencache_v2")
     everything = full_step_macs(SIGNATURE)
     cheap = step_macs(SIGNATURE, (skip(0, 1), partial(1, 2, range(4)), partial(2, 3, range(8)), compute(3, 4)))
-    assert macs_speedup(plan) == pytest.approx(T * everything / (3 * everything + 7 * (cheap + selector_macs(SIGNATURE))))
+    assert macs_speedup(plan) == pytest.approx(T * everything / (3 * everything + 7 * (cheap + selector_macs(SIGNATURE) / 2)))
 
 
 def test_no_token_is_chosen_where_none_is_left() -> None:
