@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, cast
 
+import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from data.recording import prepare, record
@@ -109,6 +111,11 @@ class TrajectoryDataModule(LightningDataModule):
         """Noise, labels and final latents of the training samples."""
         return self.trajectories.endpoints(self.train_indices)
 
+    def train_latents(self, most: int) -> Tensor:
+        """Latents of at most so many training samples before every step, [S, T, C, H, W]."""
+        steps, found = range(self.trajectories.recipe.num_steps), self.train_indices[:most]
+        return torch.stack([torch.stack([self.trajectories.latent(index, step) for step in steps]) for index in found])
+
     def train_dataloader(self) -> DataLoader[Pair]:
         """Shuffled training pairs, another order in each epoch."""
         return self._loader(self.pairs, shuffle=True)
@@ -121,11 +128,11 @@ class TrajectoryDataModule(LightningDataModule):
         """As in validation."""
         return self.val_dataloader()
 
-    def _loader(self, pairs: PairDataset, shuffle: bool) -> DataLoader[Pair]:
+    def _loader(self, items: Dataset, shuffle: bool) -> DataLoader:
         # Used with one process too, so that it and eight see the same order.
         world, rank = self._processes()
-        sampler: DistributedSampler[Pair] = DistributedSampler(pairs, world, rank, shuffle=shuffle, seed=self.seed, drop_last=True)
-        return DataLoader(pairs, self.batch_size // world, sampler=sampler, drop_last=True, num_workers=self.num_workers)
+        sampler: DistributedSampler = DistributedSampler(items, world, rank, shuffle=shuffle, seed=self.seed, drop_last=True)
+        return DataLoader(items, self.batch_size // world, sampler=sampler, drop_last=True, num_workers=self.num_workers)
 
     def _processes(self) -> tuple[int, int]:
         """Number of processes, and which one this is."""

@@ -37,6 +37,7 @@ from export.parity import relative_l2
 from export.programs import lower
 from export.runtime import CachedSampler
 from export.timing import TORCH_TYPES, compiled, in_turns, operator_ms, product_tflops, torch_latents
+from tc_lightning.content_predictor import selector_for
 from tc_lightning.costs import cache_bytes_per_image, plan_macs
 from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.models.checkpoints import load_teacher
@@ -177,8 +178,9 @@ def _subjects(args: argparse.Namespace) -> Iterator[tuple[str, DiT, dict[str, Ca
 def _export(model: DiT, plan: CachePlan, folder: Path, precision: str, args: argparse.Namespace) -> Exported:
     """Write and load an artefact without the proof, which would take longer than the benchmark."""
     folder.mkdir()
+    selector = selector_for(plan, read_run(args.run).content if args.run else None, model.config)
     started = time.perf_counter()
-    write_manifest(folder, write_unproved(model, plan, lower(plan), folder, precision))
+    write_manifest(folder, write_unproved(model, plan, lower(plan), folder, precision, selector))
     written = time.perf_counter()
     sampler = CachedSampler(folder, args.provider, args.threads, max_batch=max(args.batch), memory=args.memory)
     return Exported(plan, folder, sampler, written - started, time.perf_counter() - written)

@@ -13,16 +13,18 @@ from typing import Any
 import onnx
 import onnxruntime
 import torch
+from torch import Tensor
 
 from export.emit import Emitter, condition_times
 from export.fidelity import Fidelity, measure
 from export.manifest import NAME, ArtefactError, read_manifest, write_manifest
-from export.onnx_dit import with_thirds
+from export.onnx_dit import MODULATION_TABLE, SELECTOR, with_thirds
 from export.parity import Check, prove, require_parity, trajectory_error
 from export.programs import LoweredPlan, Program, computed_tokens, lower
 from export.runtime import CachedSampler
 from export.symbolic import External
 from export.weights import write_weights
+from tc_lightning.content_predictor import Selector, require_selector
 from tc_lightning.costs import cache_bytes_per_image, entry_dtype, entry_rows, entry_shape, halves_share, macs_speedup
 from tc_lightning.dataflow import Entry
 from tc_lightning.errors import TokenCacheError
@@ -37,7 +39,14 @@ Report = Callable[[str], None]
 
 
 def export_artefact(
-    model: DiT, plan: CachePlan, out: Path, precision: str, provider: str, images: int, report: Report = print
+    model: DiT,
+    plan: CachePlan,
+    out: Path,
+    precision: str,
+    provider: str,
+    images: int,
+    report: Report = print,
+    selector: Selector | None = None,
 ) -> dict[str, Any]:
     """Write the artefact `out`, replacing an older one only when the new one is proved and complete.
 
@@ -49,16 +58,18 @@ def export_artefact(
         provider: provider that the proof runs on.
         images: images in the proof.
         report: called with a line for each stage.
+        selector: the content predictor that the plan names, if it does.
 
     Returns:
         The manifest.
 
     Raises:
-        PlanError: if the plan is for another model.
+        PlanError: if the plan is for another model or content predictor.
         TokenCacheError: if `out` exists and is something else, the sampler is stochastic, or a weight does not fit the precision.
         ParityError: if the artefact disagrees with the torch reference; nothing is left under `out`.
     """
     plan.require_model(model_signature(model))
+    require_selector(plan, selector)
     for table in (plan.sampler, plan.baseline):
         if table.stochastic:
             raise TokenCacheError(f"the sampler {table.name} adds noise at every step and cannot be exported: plan with ddim.")
@@ -72,7 +83,7 @@ def export_artefact(
     _clear_up(out)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}-", suffix=".partial", dir=out.parent))
     try:
-        manifest = _compile(model, plan, folder, precision, provider, images, report)
+        manifest = _compile(model, plan, folder, precision, provider, images, report, selector)
         _replace(folder, out)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -80,14 +91,23 @@ def export_artefact(
     return manifest
 
 
-def _compile(model: DiT, plan: CachePlan, folder: Path, precision: str, provider: str, images: int, report: Report) -> dict[str, Any]:
+def _compile(
+    model: DiT,
+    plan: CachePlan,
+    folder: Path,
+    precision: str,
+    provider: str,
+    images: int,
+    report: Report,
+    selector: Selector | None,
+) -> dict[str, Any]:
     lowered = lower(plan)
     report(f"writing {WEIGHTS} and {len(lowered.programs) + 1} graphs in {precision}")
-    manifest = write_unproved(model, plan, lowered, folder, precision)
+    manifest = write_unproved(model, plan, lowered, folder, precision, selector)
     sampler = CachedSampler(folder, provider, preload=False, manifest=manifest)
     sampler.session("condition")  # says at once if the provider cannot be used
     report(f"proving parity with torch on {images} images ({provider})")
-    checks = prove(model, plan, lowered, sampler, images)
+    checks = prove(model, plan, lowered, sampler, images, selector=selector)
     require_parity(checks, precision, "No manifest was written. Try --precision fp32; if it fails there too, report it with the plan.")
     report(f"comparing with full compute on {images} images")
     fidelity = measure(sampler, images, max(1, images // 2), seed=1)
@@ -97,12 +117,24 @@ def _compile(model: DiT, plan: CachePlan, folder: Path, precision: str, provider
     return manifest
 
 
-def write_unproved(model: DiT, plan: CachePlan, lowered: LoweredPlan, folder: Path, precision: str) -> dict[str, Any]:
+def write_unproved(
+    model: DiT, plan: CachePlan, lowered: LoweredPlan, folder: Path, precision: str, selector: Selector | None = None
+) -> dict[str, Any]:
     """Write everything but the proof, and return what the manifest will say so far; nobody but the exporter should run this."""
-    index = with_thirds(write_weights(model.state_dict().items(), folder / WEIGHTS, precision))
+    require_selector(plan, selector)
+    tensors = model.state_dict() | (selector_tensors(model, plan, selector) if plan.selector and selector else {})
+    index = with_thirds(write_weights(tensors.items(), folder / WEIGHTS, precision))
     graphs = _write_graphs(model, plan, lowered, folder, precision, index)
     plan.save(folder / "plan.json")
     return _describe(model, plan, lowered, index, precision, graphs)
+
+
+@torch.no_grad()
+def selector_tensors(model: DiT, plan: CachePlan, selector: Selector) -> dict[str, Tensor]:
+    """What a weights file holds of a content predictor: all of it, and its adaLN terms at every step, which is what the graphs read."""
+    terms = selector.predictor.modulation(model, torch.tensor([row.t for row in plan.sampler.steps]))
+    weights = {f"{SELECTOR}.{name}": tensor for name, tensor in selector.predictor.state_dict().items()}
+    return weights | {MODULATION_TABLE: torch.cat(terms, 1)}
 
 
 def _write_graphs(
@@ -130,6 +162,7 @@ def _describe(
     return {
         "plan_digest": plan.digest,
         "plan_summary": plan.summary,
+        "selector": plan.selector,
         "teacher": plan.model.teacher,
         "model": dataclasses.asdict(plan.model),
         "dit_config": dataclasses.asdict(model.config),

@@ -18,7 +18,7 @@ import dataclasses
 import numpy as np
 import onnx
 
-from export.onnx_dit import OnnxDiT
+from export.onnx_dit import OnnxDiT, OnnxSelector
 from export.programs import FULL, Program, merge
 from export.symbolic import External, Graph, OnnxOps, Sym
 from tc_lightning.cache import Guided, Step, forecast, predict
@@ -76,7 +76,8 @@ class Emitter:
 
         model = OnnxDiT(g, self.config, self.dtype)
         block_mods, final = model.unpack(mods, [b for s in program.segments if s.mode != "skip" for b in s.blocks])
-        todo = Step(program.segments, self._kept(g, ops, step, program), self._cached(g, step, program), program.writes)
+        scorer = OnnxSelector(g, self.config, step).scores
+        todo = Step(program.segments, self._kept(g, ops, step, program), self._cached(g, step, program), program.writes, scorer)
         eps, writes = predict(todo, guided, x, model, block_mods, final, signature.in_channels, ops)
         x_next, m = advance(x, eps, past, self._coefficients(g, step, table))
         g.output("x_next", x_next, latent)
@@ -113,15 +114,16 @@ class Emitter:
         return ["batch" if entry.half or entry.kind == "guidance" else "rows", *entry_shape(self.plan, entry)]
 
     def _kept(self, g: Graph, ops: OnnxOps, step: Sym, program: Program) -> tuple[Sym | None, ...]:
-        """Kept tokens [K] of every partial segment, looked up by step, and registered with their places in [M, N, D]."""
+        """Kept tokens [K] of static segments, looked up by step, and registered with their places in [M, N, D]."""
         if not any(s.mode == "partial" for s in program.segments):
             return (None,) * len(program.segments)
         row_pair = g.constant(np.array([1, 0]), "int64")
         row_M12 = g.reshape(g.input("numbers", "int64", ["rows"]), -1, 1, 1) * row_pair
+        ops.number_rows(row_M12)
         token = g.constant(1, "int64")
         kept: list[Sym | None] = []
         for j, segment in enumerate(program.segments):
-            if segment.mode == "partial":
+            if segment.mode == "partial" and not segment.is_content:
                 token_K2 = self._token_pairs(g, step, program.steps, [merge(self.plan.steps[i])[j].tokens for i in program.steps])
                 kept.append(ops.register(g.op("Gather", token_K2, token, axis=1), row_M12 + token_K2))
             else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from export.programs import FULL, LoweredPlan
-from tc_lightning.costs import cache_bytes_per_image, entry_bytes, full_step_macs, halves_share, macs_speedup, step_macs
+from tc_lightning.costs import cache_bytes_per_image, entry_bytes, full_step_macs, halves_share, macs_speedup, selector_runs, step_macs
 from tc_lightning.dataflow import Entry, trace
 from tc_lightning.plan import MODES, CachePlan, Segment
 
@@ -30,7 +30,7 @@ def explain(plan: CachePlan, lowered: LoweredPlan, bytes_per_value: int = 4) -> 
         f"cache {cache / 1e6:.2f} MB an image"
     ]
     for program in lowered.programs:
-        macs = step_macs(plan.model, program.segments)
+        macs = step_macs(plan.model, program.segments, selector_runs(plan.guidance, program.guidance))
         share = halves_share(program.guidance) * macs / full
         lines.append(
             f"  {program.name}: {len(program.steps)} steps, {macs / 1e6:.1f} MMACs a sample, {share:.3f} of a full step"
@@ -134,5 +134,6 @@ def _listing(counts: dict[Entry, int]) -> str:
 
 
 def _describe(s: Segment) -> str:
-    what = {"partial": f"partial {len(s.tokens)} tokens", "reuse": f"reuse {'+'.join(s.branches)}"}.get(s.mode, s.mode)
+    partial = f"partial {s.keep} {'content ' if s.is_content else ''}tokens"
+    what = {"partial": partial, "reuse": f"reuse {'+'.join(s.branches)}"}.get(s.mode, s.mode)
     return f"[{s.start},{s.stop}) {what}" + (f" order {s.order}" if s.mode != "compute" else "")

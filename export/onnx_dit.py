@@ -10,8 +10,11 @@ import numpy as np
 
 from export.symbolic import CONTRIB, External, Graph, Sym
 from tc_lightning.models.dit import NORM_EPS, DiTConfig, FinalModulation, KeyValue, Modulation
+from tc_lightning.predictor import LOGIT_BOUND
 
 MODULATIONS = 6  # adaLN terms of a block
+SELECTOR = "selector"  # what the names of the content predictor's weights begin with
+MODULATION_TABLE = f"{SELECTOR}.modulations"  # its adaLN terms [T, 6, D]: they depend on the step alone
 
 
 def with_thirds(index: dict[str, External]) -> dict[str, External]:
@@ -26,10 +29,10 @@ def with_thirds(index: dict[str, External]) -> dict[str, External]:
 
 
 class OnnxBlock:
-    """Branches of one block; see `DiTBlock`."""
+    """Branches of one block, whose weights' names begin with `stem`; see `DiTBlock`."""
 
-    def __init__(self, graph: Graph, config: DiTConfig, index: int) -> None:
-        self._graph, self._config, self._stem = graph, config, f"blocks.{index}"
+    def __init__(self, graph: Graph, config: DiTConfig, stem: str) -> None:
+        self._graph, self._config, self._stem = graph, config, stem
 
     def qkv(self, z_MnD: Sym, mod: Modulation) -> tuple[Sym, Sym, Sym]:
         """Queries, keys and values, each [M, n, D]: the Attention node splits the heads."""
@@ -62,24 +65,24 @@ class OnnxDiT:
     """Embedding, blocks and readout of a DiT; see `DiT`."""
 
     def __init__(self, graph: Graph, config: DiTConfig, dtype: str) -> None:
-        self._graph, self._config, self._dtype = graph, config, dtype
-        self.blocks = [OnnxBlock(graph, config, b) for b in range(config.depth)]
+        self._graph, self.config, self._dtype = graph, config, dtype
+        self.blocks = [OnnxBlock(graph, config, f"blocks.{b}") for b in range(config.depth)]
 
     def embed(self, x_MCHW: Sym) -> Sym:
         """Latents (fp32) -> tokens [M, N, D] in the working precision."""
-        g, D, P = self._graph, self._config.hidden_size, self._config.patch_size
+        g, D, P = self._graph, self.config.hidden_size, self.config.patch_size
         weight, bias = g.weight("x_embedder.proj.weight"), g.weight("x_embedder.proj.bias")
         with g.scope("x_embedder"):
             maps = g.op("Conv", x_MCHW.cast(self._dtype), weight, bias, kernel_shape=[P, P], strides=[P, P])
-            z = g.op("Transpose", g.reshape(maps, 0, D, self._config.num_tokens), perm=[0, 2, 1])
+            z = g.op("Transpose", g.reshape(maps, 0, D, self.config.num_tokens), perm=[0, 2, 1])
             return z + g.weight("pos_embed")
 
     def readout(self, z_MND: Sym, mod: FinalModulation) -> Sym:
         """Tokens -> raw output [M, out_channels, H, W] in fp32."""
-        g, P, C = self._graph, self._config.patch_size, self._config.out_channels
-        grid = self._config.input_size // P
+        g, P, C = self._graph, self.config.patch_size, self.config.out_channels
+        grid = self.config.input_size // P
         with g.scope("final_layer"):
-            h = linear(g, modulated_norm(g, z_MND, mod.shift, mod.scale, self._config.hidden_size), "final_layer.linear").cast("fp32")
+            h = linear(g, modulated_norm(g, z_MND, mod.shift, mod.scale, self.config.hidden_size), "final_layer.linear").cast("fp32")
             patches = g.op("Transpose", g.reshape(h, 0, grid, grid, P, P, C), perm=[0, 5, 1, 3, 2, 4])
             return g.reshape(patches, 0, C, grid * P, grid * P)
 
@@ -88,7 +91,7 @@ class OnnxDiT:
 
         `mods_MRD` holds 6 rows a block and 2 for the final layer, as the condition graph writes them.
         """
-        g, depth = self._graph, self._config.depth
+        g, depth = self._graph, self.config.depth
         rows = [MODULATIONS * b + j for b in used for j in range(MODULATIONS)] + [MODULATIONS * depth, MODULATIONS * depth + 1]
         if len(used) < depth:
             mods_MRD = g.op("Gather", mods_MRD, g.constant(np.array(rows), "int64"), axis=1)
@@ -100,7 +103,7 @@ class OnnxDiT:
 
     def modulation_table(self, features_SF: Sym, labels_U: Sym) -> Sym:
         """adaLN terms of all blocks for S times and U labels, [S, U, 6 L + 2, D]; scales already hold 1 + scale."""
-        g, c, D = self._graph, self._config, self._config.hidden_size
+        g, c, D = self._graph, self.config, self.config.hidden_size
         t_SD = linear(g, silu(g, linear(g, features_SF, "t_embedder.mlp.0")), "t_embedder.mlp.2")
         y_UD = g.op("Gather", g.weight("y_embedder.embedding_table.weight"), labels_U, axis=0)
         axes = g.constant(np.array([1]), "int64")
@@ -112,6 +115,29 @@ class OnnxDiT:
             bias = g.weight(f"{stem}.adaLN_modulation.1.bias") + ones
             parts.append(g.reshape(product(g, c_SUD, f"{stem}.adaLN_modulation.1") + bias, 0, 0, rows, D))
         return g.op("Concat", *parts, axis=2)
+
+
+class OnnxSelector:
+    """The content predictor at a step; see `tc_lightning.content_predictor`."""
+
+    def __init__(self, graph: Graph, config: DiTConfig, step: Sym) -> None:
+        self._graph, self._config, self._step = graph, config, step
+        self._block = OnnxBlock(graph, config, f"{SELECTOR}.block")
+
+    def scores(self, z_BND: Sym) -> Sym:
+        """Scores [B, L, N] in fp32 of the teacher's tokens of x_t; the head is in fp32 in any precision, so that few of them tie."""
+        g, D = self._graph, self._config.hidden_size
+        terms_6D = g.op("Gather", g.weight(MODULATION_TABLE), self._step, axis=0)
+        mod = Modulation(*g.multi("Split", MODULATIONS, terms_6D, axis=0, num_outputs=MODULATIONS))
+        a_BND, _ = self._block.attn_branch(z_BND, mod)
+        z_BND = z_BND + mod.gate_attn * a_BND
+        z_BND = z_BND + mod.gate_mlp * self._block.mlp_branch(z_BND, mod)
+        with g.scope(SELECTOR):
+            ones = g.constant(np.ones(D), "fp32")
+            h_BND = g.op("LayerNormalization", z_BND.cast("fp32"), ones, axis=-1, epsilon=NORM_EPS)
+            weight_LD, bias_L = (g.weight(f"{SELECTOR}.head.{kind}").cast("fp32") for kind in ("weight", "bias"))
+            logits_BLN = g.op("FusedMatMul", weight_LD, h_BND, transB=1, domain=CONTRIB) + g.reshape(bias_L, -1, 1)
+            return g.op("Sigmoid", g.op("Tanh", logits_BLN * (1.0 / LOGIT_BOUND)) * LOGIT_BOUND)
 
 
 def linear(g: Graph, x: Sym, stem: str) -> Sym:

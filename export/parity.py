@@ -17,6 +17,7 @@ from torch import Tensor
 from export.emit import PAST
 from export.programs import FULL, LoweredPlan, Program
 from export.runtime import CachedSampler
+from tc_lightning.content_predictor import Selector
 from tc_lightning.costs import entry_dtype
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT
@@ -51,7 +52,15 @@ def relative_l2(actual: np.ndarray, expected: np.ndarray) -> float:
     return value if np.isfinite(value) else float("inf")
 
 
-def prove(model: DiT, plan: CachePlan, lowered: LoweredPlan, sampler: CachedSampler, images: int, seed: int = SEED) -> list[Check]:
+def prove(
+    model: DiT,
+    plan: CachePlan,
+    lowered: LoweredPlan,
+    sampler: CachedSampler,
+    images: int,
+    seed: int = SEED,
+    selector: Selector | None = None,
+) -> list[Check]:
     """Run the reference once and compare the artefact with it.
 
     Args:
@@ -61,6 +70,7 @@ def prove(model: DiT, plan: CachePlan, lowered: LoweredPlan, sampler: CachedSamp
         sampler: the artefact.
         images: images in the proof.
         seed: their seed.
+        selector: the content predictor that the plan names, if it does.
 
     Returns:
         One check for each output of each program at its first and last step (of `step_full`, at the first of the reference), and one
@@ -71,7 +81,7 @@ def prove(model: DiT, plan: CachePlan, lowered: LoweredPlan, sampler: CachedSamp
     x_T = noise_for(seed, range(images), model)
     checks: list[Check] = []
     final: Tensor | None = None
-    for state in sample_steps(model, plan, x_T, labels):
+    for state in sample_steps(model, plan, x_T, labels, selector=selector):
         if state.step in chosen:
             checks += _check_program(plan, chosen[state.step], sampler, state, labels)
         final = state.x_next

@@ -94,7 +94,7 @@ def computed_tokens(segment: Segment, num_tokens: int) -> int:
     """Blocks x tokens in which a segment computes a branch at least."""
     if segment.mode == "compute" or (segment.mode == "reuse" and len(segment.branches) < 2):
         return len(segment.blocks) * num_tokens
-    return len(segment.blocks) * len(segment.tokens)
+    return len(segment.blocks) * segment.keep
 
 
 def merge(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
@@ -110,7 +110,7 @@ def merge(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
 
 def _shapes(segments: tuple[Segment, ...]) -> tuple[object, ...]:
     """What two steps must have in common to share a program: all but which tokens."""
-    return tuple((s.start, s.stop, s.mode, s.order, s.branches, len(s.tokens)) for s in segments)
+    return tuple((s.start, s.stop, s.mode, s.order, s.branches, s.choice, s.keep) for s in segments)
 
 
 def _read_counts(segments: tuple[Segment, ...], flow: StepFlow, mode: GuidanceMode) -> tuple[tuple[Entry, int], ...]:

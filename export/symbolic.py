@@ -151,19 +151,56 @@ class OnnxOps:
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
         self._places: dict[str, Sym] = {}
+        self._row_M12: Sym | None = None
+        self._own: dict[str, Sym] = {}
 
     def register(self, kept_K: Sym, places_MK2: Sym) -> Sym:
         """Remember, for `put`, where the tokens `kept_K` are in a tensor [M, N, D]: pairs of row and token."""
         self._places[kept_K.name] = places_MK2
         return kept_K
 
-    def take(self, x: Sym, index_K: Sym, axis: int) -> Sym:
-        """See `Ops`."""
-        return self._graph.op("Gather", x, index_K, axis=axis)
+    def number_rows(self, row_M12: Sym) -> None:
+        """Say which row is which, as pairs (row, 0), for tokens of which each row has its own."""
+        self._row_M12 = row_M12
 
-    def put(self, x_BND: Sym, index_K: Sym, rows_BKD: Sym) -> Sym:
+    def take(self, x_BND: Sym, index: Sym) -> Sym:
+        """See `Ops`."""
+        if index.name in self._places:
+            return self._graph.op("Gather", x_BND, index, axis=1)
+        return self._graph.op("GatherND", x_BND, self._own_places(index))
+
+    def put(self, x_BND: Sym, index: Sym, rows_BKD: Sym) -> Sym:
         """See `Ops`. ONNX Runtime scatters in place where it may, and where input and output are bound to one buffer."""
-        return self._graph.op("ScatterND", x_BND, self._places[index_K.name], rows_BKD)
+        return self._graph.op("ScatterND", x_BND, self._places.get(index.name) or self._own_places(index), rows_BKD)
+
+    def _own_places(self, index_MK: Sym) -> Sym:
+        """Pairs of row and token [M, K, 2]."""
+        assert self._row_M12 is not None, "number_rows comes first"
+        if index_MK.name not in self._own:
+            token_MK1 = self._graph.op("Unsqueeze", index_MK, self._graph.constant(np.array([2]), "int64"))
+            self._own[index_MK.name] = self._row_M12 + token_MK1 * self._graph.constant(np.array([0, 1]), "int64")
+        return self._own[index_MK.name]
+
+    def block_mean(self, a_BLN: Sym, start: int, stop: int) -> Sym:
+        """See `Ops`."""
+        if stop == start + 1:
+            return self._graph.op("Gather", a_BLN, self._graph.constant(start, "int64"), axis=1)
+        axis = self._graph.constant(np.array([1]), "int64")
+        return self._graph.op("ReduceMean", self._slice(a_BLN, start, stop), axis, keepdims=0)
+
+    def floor(self, x: Sym) -> Sym:
+        """See `Ops`."""
+        return self._graph.op("Floor", x)
+
+    def constant(self, values: np.ndarray, like: Sym) -> Sym:
+        """See `Ops`."""
+        return self._graph.constant(values, like.dtype)
+
+    def top(self, x_BN: Sym, keep: int) -> Sym:
+        """See `Ops`."""
+        count = self._graph.constant(np.array([keep]), "int64")
+        _, index_BK = self._graph.multi("TopK", 2, x_BN, count, axis=1, largest=1, sorted=0)
+        return Sym(self._graph, index_BK.name, "int64")
 
     def concat(self, parts: Sequence[Sym], axis: int) -> Sym:
         """See `Ops`."""
@@ -176,5 +213,9 @@ class OnnxOps:
 
     def channels(self, x_BCHW: Sym, start: int, stop: int) -> Sym:
         """See `Ops`."""
+        return self._slice(x_BCHW, start, stop)
+
+    def _slice(self, x: Sym, start: int, stop: int) -> Sym:
+        """A range of axis 1."""
         bounds = [self._graph.constant(np.array([value]), "int64") for value in (start, stop, 1)]
-        return self._graph.op("Slice", x_BCHW, *bounds)
+        return self._graph.op("Slice", x, *bounds)

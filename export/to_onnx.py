@@ -16,6 +16,7 @@ from export.command import positive, run
 from export.compiler import export_artefact
 from export.explain import explain, plan_figure
 from export.programs import lower
+from tc_lightning.content_predictor import selector_for
 from tc_lightning.costs import cache_bytes_per_image, full_step_macs, macs_speedup
 from tc_lightning.models.checkpoints import load_teacher
 from tc_lightning.plan import CachePlan
@@ -37,11 +38,12 @@ def main() -> None:
             print(f"wrote {args.figure}")
         return
     model = load_teacher(run_info.teacher)
+    selector = selector_for(plan, run_info.content, model.config)
     out = args.out or Path("artefacts") / (run_info.name + ("" if args.precision == "fp32" else f"-{args.precision}"))
     images = args.images or (1 if full_step_macs(plan.model) > FEW_IMAGES_ABOVE else 4)
     cache = cache_bytes_per_image(plan, 4 if args.precision == "fp32" else 2)
     print(f"plan {plan.summary}: {macs_speedup(plan):.2f}x fewer MACs, cache {cache / 1e6:.2f} MB an image")
-    manifest = export_artefact(model, plan, out, args.precision, args.provider, images)
+    manifest = export_artefact(model, plan, out, args.precision, args.provider, images, selector=selector)
     parity, fidelity = manifest["parity"], manifest["fidelity"]
     print(f"export error  {parity['trajectory_rel_l2']:.1e} relative L2 over whole trajectories, ONNX Runtime against torch")
     print(f"method error  {fidelity['psnr_db']:.1f} dB PSNR, cached against full compute")

@@ -19,17 +19,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from export.command import positive, run
 from export.fidelity import measure, psnr
 from export.manifest import ArtefactError
+from export.onnx_dit import SELECTOR
 from export.parity import prove, require_parity, trajectory_error
 from export.programs import lower
 from export.runtime import CachedSampler
 from export.symbolic import External
 from export.weights import read_weights
+from tc_lightning.content_predictor import ContentPredictor, Selector
 from tc_lightning.costs import full_step_macs, macs_speedup, plan_macs
 from tc_lightning.diffusion.samplers import SAMPLERS
 from tc_lightning.models.dit import DiT, DiTConfig
@@ -70,7 +72,7 @@ def verify(path: Path, provider: str, images: int, batch: int, seed: int | None,
         raise ArtefactError(f"{path / 'plan.json'} is not the plan that the manifest names: export it again.")
     model = rebuild_teacher(sampler)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    checks = prove(model, plan, lower(plan), sampler, min(images, 4), seed=seed + 1)
+    checks = prove(model, plan, lower(plan), sampler, min(images, 4), seed=seed + 1, selector=rebuild_selector(sampler, plan))
     require_parity(
         checks, sampler.manifest["precision"], "Do not serve this artefact: export it again, with --precision fp32 if it fails."
     )
@@ -101,13 +103,28 @@ def verify(path: Path, provider: str, images: int, batch: int, seed: int | None,
 
 def rebuild_teacher(sampler: CachedSampler) -> DiT:
     """The teacher in torch, from the artefact's weights."""
-    manifest = sampler.manifest
     with torch.device("meta"):
-        model = DiT(DiTConfig(**manifest["dit_config"]))
-    index = {name: External(*manifest["weights"][name]) for name in model.state_dict()}
+        model = DiT(DiTConfig(**sampler.manifest["dit_config"]))
+    _fill(model, sampler)
+    return model
+
+
+def rebuild_selector(sampler: CachedSampler, plan: CachePlan) -> Selector | None:
+    """The content predictor in torch, from the artefact's weights; None if its plan needs none."""
+    if not plan.selector:
+        return None
+    with torch.device("meta"):
+        predictor = ContentPredictor(DiTConfig(**sampler.manifest["dit_config"]))
+    _fill(predictor, sampler, f"{SELECTOR}.")
+    return Selector(predictor, plan.selector)
+
+
+def _fill(module: nn.Module, sampler: CachedSampler, stem: str = "") -> None:
+    """Give a module the weights that the artefact holds under names that begin with `stem`, and freeze it."""
+    index = {name: External(*sampler.manifest["weights"][stem + name]) for name in module.state_dict()}
     tensors = read_weights(sampler.path / "weights.data", index)
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors}, assign=True)
-    return model.eval().requires_grad_(False)
+    module.load_state_dict({name: tensor.float() for name, tensor in tensors}, assign=True)
+    module.eval().requires_grad_(False)
 
 
 def _baselines(plan: CachePlan) -> dict[str, CachePlan]:

@@ -1,17 +1,18 @@
 """What caching means: pure functions in which the cache is an argument and a return value.
 
 The one definition of compute, recompute-some-tokens, reuse and skip. The reference sampler calls these functions with torch tensors
-(`TorchOps`), the exporter with symbolic values that write ONNX nodes, and training calls their soft form, `mixed_block`, which
-equals the hard form wherever its weights are 0 or 1.
+(`TorchOps`), the exporter with symbolic values that write ONNX nodes, and training calls their soft forms, `mixed_block` (partial
+steps) and `mixed_branches` (reuse), which equal the hard forms wherever their weights are 0 or 1.
 
-Shape suffixes: B batch (both halves of guidance), N tokens, K kept tokens, D width.
+Shape suffixes: B batch (both halves of guidance), L blocks, N tokens, K kept tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,16 +23,32 @@ from tc_lightning.plan import Segment
 
 Array = Any  # a torch.Tensor, or the exporter's symbolic value: both have + - *
 Cache = Mapping[Entry, Array]
+EXACT = 1 << 24  # fp32 holds every integer up to here
 
 
 class Ops(Protocol):
-    """The few operations beyond + - * that caching and sampling need."""
+    """The few operations beyond + - * that caching and sampling need.
 
-    def take(self, x: Array, index_K: Array, axis: int) -> Array:
-        """Rows `index_K` of `x` along `axis`."""
+    An index of tokens is [K], the same for every row of the batch, or [B, K], each row's own.
+    """
 
-    def put(self, x_BND: Array, index_K: Array, rows_BKD: Array) -> Array:
-        """`x` with the tokens `index_K` replaced."""
+    def take(self, x_BND: Array, index: Array) -> Array:
+        """The tokens `index` of `x`, [B, K, D]."""
+
+    def put(self, x_BND: Array, index: Array, rows_BKD: Array) -> Array:
+        """`x` with the tokens `index` replaced."""
+
+    def block_mean(self, a_BLN: Array, start: int, stop: int) -> Array:
+        """Mean over blocks `start` to `stop` (exclusive), [B, N]."""
+
+    def floor(self, x: Array) -> Array:
+        """Largest integers that are not above, in the same type."""
+
+    def constant(self, values: np.ndarray, like: Array) -> Array:
+        """Constant of the type of `like`."""
+
+    def top(self, x_BN: Array, keep: int) -> Array:
+        """Indices [B, keep] of the largest values, in any order; no two values of a row are equal."""
 
     def concat(self, parts: Sequence[Array], axis: int) -> Array:
         """Concatenation."""
@@ -46,13 +63,33 @@ class Ops(Protocol):
 class TorchOps:
     """`Ops` on torch tensors."""
 
-    def take(self, x: Tensor, index_K: Tensor, axis: int) -> Tensor:
+    def take(self, x_BND: Tensor, index: Tensor) -> Tensor:
         """See `Ops`."""
-        return x.index_select(axis, index_K)
+        if index.ndim == 1:
+            return x_BND.index_select(1, index)
+        return x_BND.gather(1, index[:, :, None].expand(-1, -1, x_BND.shape[2]))
 
-    def put(self, x_BND: Tensor, index_K: Tensor, rows_BKD: Tensor) -> Tensor:
+    def put(self, x_BND: Tensor, index: Tensor, rows_BKD: Tensor) -> Tensor:
         """See `Ops`."""
-        return x_BND.index_copy(1, index_K, rows_BKD)
+        if index.ndim == 1:
+            return x_BND.index_copy(1, index, rows_BKD)
+        return x_BND.scatter(1, index[:, :, None].expand_as(rows_BKD), rows_BKD)
+
+    def block_mean(self, a_BLN: Tensor, start: int, stop: int) -> Tensor:
+        """See `Ops`."""
+        return a_BLN[:, start:stop].mean(1)
+
+    def floor(self, x: Tensor) -> Tensor:
+        """See `Ops`."""
+        return x.floor()
+
+    def constant(self, values: np.ndarray, like: Tensor) -> Tensor:
+        """See `Ops`."""
+        return torch.as_tensor(values, dtype=like.dtype, device=like.device)
+
+    def top(self, x_BN: Tensor, keep: int) -> Tensor:
+        """See `Ops`."""
+        return x_BN.topk(keep, dim=1, sorted=False).indices
 
     def concat(self, parts: Sequence[Tensor], axis: int) -> Tensor:
         """See `Ops`."""
@@ -69,12 +106,15 @@ class TorchOps:
 
 
 class Step(NamedTuple):
-    """What one step does: its segments, the kept tokens [K] of each partial one, the values it reads, the entries it must return."""
+    """What one step does: its segments, the kept tokens of each partial one ([K], or [B, K] if each row of the batch has its own;
+    None if they are still to be chosen by content), the values it reads, the entries it must return, and what scores the tokens of
+    one half of guidance for content segments."""
 
     segments: tuple[Segment, ...]
     kept: tuple[Array | None, ...]
     cached: Cache
     wanted: Collection[Entry]
+    scorer: Callable[[Array], Array] | None = None
 
 
 def forecast(values: Sequence[Array], weights: Sequence[Any]) -> Array:
@@ -85,6 +125,38 @@ def forecast(values: Sequence[Array], weights: Sequence[Any]) -> Array:
     for value, weight in zip(values[1:], weights[1:], strict=True):
         total = total + value * weight
     return total
+
+
+def choose_tokens(segment: Segment, a_BLN: Array, num_tokens: int, ops: Ops) -> Array:
+    """Tokens [B, K] of a content segment: those with the highest mean score over its blocks; of equals, the first (TokenCache v2).
+
+    Which of several equal values a TopK takes differs between torch, and ONNX Runtime's kernels for small and for long rows. So
+    they are made distinct: scores become levels of a grid, and the token's number breaks a tie, in integers that fp32 holds exactly.
+
+    Args:
+        segment: a content segment.
+        a_BLN: scores in [0, 1] in fp32, 1 meaning recompute.
+        num_tokens: tokens N.
+        ops: array operations.
+    """
+    levels = EXACT // num_tokens - 1
+    level_BN = ops.floor(ops.block_mean(a_BLN, segment.start, segment.stop) * float(levels))
+    first_wins_N = ops.constant(np.arange(num_tokens)[::-1].copy(), a_BLN)
+    return ops.top(level_BN * float(num_tokens) + first_wins_N, segment.keep)
+
+
+def _choose_all(step: Step, z_BND: Array, both: bool, num_tokens: int, ops: Ops) -> Step:
+    """The step with the tokens of its content segments chosen, by one half of guidance for both."""
+    if not any(s.is_content for s in step.segments):
+        return step
+    assert step.scorer is not None, "content segments need a scorer"
+    a_BLN = step.scorer(ops.halves(z_BND)[0] if both else z_BND)
+    kept = list(step.kept)
+    for j, segment in enumerate(step.segments):
+        if segment.is_content:
+            own = choose_tokens(segment, a_BLN, num_tokens, ops)
+            kept[j] = ops.concat([own, own], 0) if both else own
+    return step._replace(kept=tuple(kept))
 
 
 def run_blocks(step: Step, z_BND: Array, blocks: Sequence[Any], mods: Sequence[Any], ops: Ops) -> tuple[Array, dict[Entry, Array]]:
@@ -152,7 +224,7 @@ def _run_block(
 
 def _run_partial(
     segment: Segment,
-    kept_K: Array,
+    kept: Array,
     z_BND: Array,
     blocks: Sequence[Any],
     mods: Sequence[Any],
@@ -166,20 +238,30 @@ def _run_partial(
     single tensor, the segment's summed residual. The kept tokens' keys and values take their places in the cache: attention then
     reads one tensor, and later steps find the latest known key and value of every token.
     """
-    span = cached.get(Entry("span", segment.start, segment.stop))  # absent when every token is kept
-    z_BKD = ops.take(z_BND, kept_K, 1)
+    span = cached.get(Entry("span", segment.start, segment.stop))
+    if span is None:  # every token is kept, and in its place
+        return _run_every_token(segment, z_BND, blocks, mods, cached)
+    z_BKD = ops.take(z_BND, kept)
     for b in segment.blocks:
         if "attn" in segment.branches:
             q, k, v = blocks[b].qkv(z_BKD, mods[b])
-            if span is not None:
-                k, v = (ops.put(cached[Entry(kind, b, b + 1)], kept_K, new) for kind, new in (("k", k), ("v", v)))
-                writes |= {Entry("k", b, b + 1): k, Entry("v", b, b + 1): v}
+            k, v = (ops.put(cached[Entry(kind, b, b + 1)], kept, new) for kind, new in (("k", k), ("v", v)))
+            writes |= {Entry("k", b, b + 1): k, Entry("v", b, b + 1): v}
             a_BKD = blocks[b].attention(q, k, v)
         else:
-            a_BKD = ops.take(cached[Entry("attn", b, b + 1)], kept_K, 1)
+            a_BKD = ops.take(cached[Entry("attn", b, b + 1)], kept)
         z_BKD = z_BKD + mods[b].gate_attn * a_BKD
         z_BKD = z_BKD + mods[b].gate_mlp * blocks[b].mlp_branch(z_BKD, mods[b])
-    return z_BKD if span is None else ops.put(z_BND + span, kept_K, z_BKD)
+    return ops.put(z_BND + span, kept, z_BKD)
+
+
+def _run_every_token(segment: Segment, z_BND: Array, blocks: Sequence[Any], mods: Sequence[Any], cached: Cache) -> Array:
+    """A partial segment that keeps all tokens; with the MLP alone recomputed, attention still comes from the cache."""
+    for b in segment.blocks:
+        a_BND = blocks[b].attn_branch(z_BND, mods[b])[0] if "attn" in segment.branches else cached[Entry("attn", b, b + 1)]
+        z_BND = z_BND + mods[b].gate_attn * a_BND
+        z_BND = z_BND + mods[b].gate_mlp * blocks[b].mlp_branch(z_BND, mods[b])
+    return z_BND
 
 
 class Guided(NamedTuple):
@@ -215,6 +297,7 @@ def predict(
     wanted = dict.fromkeys(entry.whole for entry in step.wanted if entry.kind != "guidance")
     inner = step._replace(cached=join_halves(step.cached, ops), wanted=tuple(wanted))
     z_BND = model.embed(ops.concat([x_BCHW, x_BCHW], 0) if both else x_BCHW)
+    inner = _choose_all(inner, z_BND, both, model.config.num_tokens, ops)
     z_BND, found = run_blocks(inner, z_BND, model.blocks, mods, ops)
     eps = ops.channels(model.readout(z_BND, final), 0, channels)
     writes = split_halves(found, step.wanted, both, ops)
@@ -253,12 +336,20 @@ class BlockCache(NamedTuple):
     kv: KeyValue
 
 
-def full_block(block: DiTBlock, z_BND: Tensor, mod: Modulation) -> tuple[Tensor, BlockCache]:
-    """Compute a block and return its tokens and what `mixed_block` needs of it."""
+class BranchCache(NamedTuple):
+    """What the soft form of reuse takes from the step before: both branches before their gates, each [B, N, D]."""
+
+    attn: Tensor
+    mlp: Tensor
+
+
+def full_block(block: DiTBlock, z_BND: Tensor, mod: Modulation) -> tuple[Tensor, BlockCache, BranchCache]:
+    """Compute a block and return its tokens, and what `mixed_block` and `mixed_branches` need of it."""
     a_BND, kv = block.attn_branch(z_BND, mod)
     h_BND = z_BND + mod.gate_attn * a_BND
-    out_BND = h_BND + mod.gate_mlp * block.mlp_branch(h_BND, mod)
-    return out_BND, BlockCache(out_BND - z_BND, kv)
+    m_BND = block.mlp_branch(h_BND, mod)
+    out_BND = h_BND + mod.gate_mlp * m_BND
+    return out_BND, BlockCache(out_BND - z_BND, kv), BranchCache(a_BND, m_BND)
 
 
 def mixed_block(block: DiTBlock, z_BND: Tensor, mod: Modulation, w_BN: Tensor, cached: BlockCache) -> Tensor:
@@ -273,3 +364,29 @@ def mixed_block(block: DiTBlock, z_BND: Tensor, mod: Modulation, w_BN: Tensor, c
     h_BND = z_BND + mod.gate_attn * block.attention(q, k, v)
     f_BND = h_BND + mod.gate_mlp * block.mlp_branch(h_BND, mod) - z_BND
     return z_BND + w_BN1 * f_BND + (1 - w_BN1) * cached.residual
+
+
+def mixed_branches(
+    block: DiTBlock, z_BND: Tensor, mod: Modulation, w_attn: Tensor, w_mlp: Tensor, cached: BranchCache
+) -> tuple[Tensor, BranchCache]:
+    """Superposition of computing and reusing, branch by branch (routers: Learning-to-Cache, arXiv 2406.01733; HarmoniCa, 2410.01723).
+
+    A branch is w b(z) + (1 - w) cached, before the current gate. What it leaves for the next step is that mixture, so that with w in
+    {0, 1} this is, bit for bit, compute or a reuse segment of order 0: an entry keeps the value that was last computed.
+
+    Args:
+        block: the block.
+        z_BND: its tokens.
+        mod: its adaLN terms.
+        w_attn: weight of computing attention, of any shape that broadcasts to [B, N, D]: [B, 1, 1] for each image, [B, N, 1] for
+            each token.
+        w_mlp: the same for the MLP.
+        cached: branches of the step before.
+
+    Returns:
+        Tokens [B, N, D], and both mixtures.
+    """
+    a_BND = w_attn * block.attn_branch(z_BND, mod)[0] + (1 - w_attn) * cached.attn
+    h_BND = z_BND + mod.gate_attn * a_BND
+    m_BND = w_mlp * block.mlp_branch(h_BND, mod) + (1 - w_mlp) * cached.mlp
+    return h_BND + mod.gate_mlp * m_BND, BranchCache(a_BND, m_BND)

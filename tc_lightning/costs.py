@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from tc_lightning.dataflow import Entry, assign_slots, trace
-from tc_lightning.guidance import GuidanceMode
+from tc_lightning.guidance import Guidance, GuidanceMode
 from tc_lightning.plan import CachePlan, ModelSignature, Segment
 
 TIME_FEATURES = 256  # width of the sinusoidal timestep features
@@ -32,16 +32,22 @@ def segment_macs(model: ModelSignature, segment: Segment) -> int:
     if segment.mode == "compute":
         return depth * block_macs(model, model.tokens)
     if segment.mode == "partial":
-        return depth * block_macs(model, len(segment.tokens), segment.branches)
+        return depth * block_macs(model, segment.keep, segment.branches)
     if segment.mode == "reuse":
         computed = tuple(b for b in ("attn", "mlp") if b not in segment.branches)
         return depth * block_macs(model, model.tokens, computed)
     return 0
 
 
-def step_macs(model: ModelSignature, segments: tuple[Segment, ...]) -> int:
-    """MACs of one step for one sample."""
-    return fixed_macs(model) + sum(segment_macs(model, s) for s in segments)
+def selector_macs(model: ModelSignature) -> int:
+    """MACs of the content predictor for one image: a block over all tokens, and L scores for each. Its adaLN terms are constants."""
+    return block_macs(model, model.tokens) + model.tokens * model.width * model.depth
+
+
+def step_macs(model: ModelSignature, segments: tuple[Segment, ...], selector_runs: float = 1) -> float:
+    """MACs of one step for one sample; the content predictor, where segments need one, runs so many times for it."""
+    chosen = any(s.is_content for s in segments)
+    return fixed_macs(model) + sum(segment_macs(model, s) for s in segments) + chosen * selector_runs * selector_macs(model)
 
 
 def full_step_macs(model: ModelSignature) -> int:
@@ -54,9 +60,18 @@ def halves_share(mode: GuidanceMode) -> float:
     return 0.5 if mode.single else 1
 
 
+def selector_runs(guidance: Guidance, mode: GuidanceMode) -> float:
+    """Runs of the content predictor for one sample: it runs once for both halves of guidance."""
+    return 0.5 if guidance.doubles_batch and not mode.single else 1
+
+
 def plan_macs(plan: CachePlan) -> float:
     """MACs of the whole plan for one sample (one half of guidance): the mean of the halves, where a step computes only one."""
-    return sum(halves_share(plan.guidance_mode(i)) * step_macs(plan.model, segments) for i, segments in enumerate(plan.steps))
+    modes = [plan.guidance_mode(i) for i in range(plan.num_steps)]
+    return sum(
+        halves_share(mode) * step_macs(plan.model, segments, selector_runs(plan.guidance, mode))
+        for mode, segments in zip(modes, plan.steps, strict=True)
+    )
 
 
 def macs_speedup(plan: CachePlan) -> float:

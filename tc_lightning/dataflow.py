@@ -86,11 +86,11 @@ def entries_read(segment: Segment, num_tokens: int) -> dict[Entry, int]:
         return {Entry(branch, b, b + 1): order for b in segment.blocks for branch in segment.branches}
     if segment.mode == "compute":
         return {}
-    reads = {} if len(segment.tokens) == num_tokens else {Entry("span", start, stop): order}
+    reads = {} if segment.keep == num_tokens else {Entry("span", start, stop): order}
     for b in segment.blocks:
         if "attn" not in segment.branches:
             reads[Entry("attn", b, b + 1)] = order
-        elif len(segment.tokens) < num_tokens:
+        elif segment.keep < num_tokens:
             reads |= {Entry("k", b, b + 1): 0, Entry("v", b, b + 1): 0}
     return reads
 

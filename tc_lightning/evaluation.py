@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tc_lightning.content_predictor import Selector
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
@@ -33,12 +34,13 @@ class RolloutEvaluator:
         x_T: initial noise [B, C, H, W].
         labels: class of each image [B].
         x_0: final latents of full compute from that noise [B, C, H, W].
+        selector: content predictor for plans that have content segments.
 
     Raises:
         TokenCacheError: if the numbers of images differ or are zero, a label is out of range, or `x_0` is not finite.
     """
 
-    def __init__(self, model: DiT, x_T: Tensor, labels: Tensor, x_0: Tensor) -> None:
+    def __init__(self, model: DiT, x_T: Tensor, labels: Tensor, x_0: Tensor, selector: Selector | None = None) -> None:
         if not len(x_T) or x_T.shape != x_0.shape or len(labels) != len(x_T):
             raise TokenCacheError(
                 f"cannot evaluate: noise {tuple(x_T.shape)}, labels {tuple(labels.shape)} and final latents "
@@ -47,7 +49,7 @@ class RolloutEvaluator:
         if not torch.isfinite(x_0).all():
             raise TokenCacheError("cannot evaluate: the final latents of full compute hold NaN or infinite values.")
         check_labels(labels, model.config.num_classes)
-        self.model, self.x_T, self.labels, self.x_0 = model, x_T, labels, x_0
+        self.model, self.x_T, self.labels, self.x_0, self.selector = model, x_T, labels, x_0, selector
 
     def __call__(self, plan: CachePlan, num_images: int | None = None) -> float:
         """Mean squared error over the first images (None, or more than there are: all); infinite if the plan diverges."""
@@ -59,7 +61,7 @@ class RolloutEvaluator:
 
         Raises:
             TokenCacheError: if the number of images is out of range, or the sampler is stochastic.
-            PlanError: if the plan is for another model.
+            PlanError: if the plan is for another model or content predictor.
         """
         count = len(self.x_T) if num_images is None else num_images
         if not 1 <= count <= len(self.x_T):
@@ -76,5 +78,5 @@ class RolloutEvaluator:
 
     def _batch(self, plan: CachePlan, images: range) -> Tensor:
         part = slice(images.start, images.stop)
-        x = sample(self.model, plan, self.x_T[part], self.labels[part])
+        x = sample(self.model, plan, self.x_T[part], self.labels[part], selector=self.selector)
         return (x - self.x_0[part]).square().flatten(1).mean(1)

@@ -3,15 +3,17 @@
     {"step": 7, "segments": [
         {"blocks": [0, 3],   "mode": "compute"},
         {"blocks": [3, 20],  "mode": "skip",    "order": 2},
-        {"blocks": [20, 27], "mode": "partial", "keep": 4, "tokens": [3, 17, 18, 40], "order": 1},
+        {"blocks": [20, 25], "mode": "partial", "keep": 4, "tokens": [3, 17, 18, 40], "order": 1},
+        {"blocks": [25, 27], "mode": "partial", "keep": 64, "choice": "content", "order": 1},
         {"blocks": [27, 28], "mode": "reuse",   "branches": ["attn"], "order": 1}]}
 
-compute: everything. partial: the listed tokens are recomputed and attend to all tokens; the keys and values of the others come
-from the cache, and those of the listed ones take their places in it; for the others the segment's summed residual comes from the
-cache. With branches ["mlp"] only the MLP is recomputed, and attention comes from the cache. reuse: the named branches come from
-the cache before their gate, the current gate is applied; other branches are computed. skip: the segment's summed residual comes
-from the cache as one tensor. order: 0 repeats the cached value, 1 and 2 extrapolate it from the last 2 and 3 times that it was
-computed (keys and values are always repeated).
+compute: everything. partial: some tokens are recomputed and attend to all tokens; the keys and values of the others come from the
+cache, and those of the recomputed ones take their places in it; for the others the segment's summed residual comes from the
+cache. Static tokens are listed; content tokens are the `keep` ones that the content predictor, named by the plan's `selector`,
+scores highest, image by image. With branches ["mlp"] only the MLP is recomputed, and attention comes from the cache. reuse: the
+named branches come from the cache before their gate, the current gate is applied; other branches are computed. skip: the
+segment's summed residual comes from the cache as one tensor. order: 0 repeats the cached value, 1 and 2 extrapolate it from the
+last 2 and 3 times that it was computed (keys and values are always repeated).
 
 A step may compute the conditional half of a guided batch alone (`tc_lightning.guidance`): it then has a further key,
 "guidance": {"mode": "forecast", "order": 1}. Each half of the batch has its own cache, and such a step touches only the conditional
@@ -37,6 +39,7 @@ from tc_lightning.guidance import BOTH, GUIDANCE_MODES, Guidance, GuidanceMode
 FORMAT_VERSION = 2
 MODES = ("compute", "partial", "reuse", "skip")
 BRANCHES = ("attn", "mlp")
+CHOICES = ("static", "content")
 MAX_ORDER = 2
 
 
@@ -50,7 +53,9 @@ class Segment:
         mode: compute, partial, reuse or skip.
         order: forecast order of what comes from the cache, 0 to 2.
         branches: reuse: the branches that come from the cache; partial: those recomputed for the kept tokens.
-        tokens: partial: the tokens that are recomputed, ascending.
+        tokens: partial, static: the tokens that are recomputed, ascending.
+        choice: partial: static (the listed tokens) or content (those that the content predictor scores highest).
+        keep: partial: how many tokens are recomputed; of static ones, always as many as are listed.
     """
 
     start: int
@@ -59,6 +64,17 @@ class Segment:
     order: int = 0
     branches: tuple[str, ...] = ()
     tokens: tuple[int, ...] = ()
+    choice: str = "static"
+    keep: int = 0
+
+    def __post_init__(self) -> None:
+        if self.choice == "static":
+            object.__setattr__(self, "keep", len(self.tokens))
+
+    @property
+    def is_content(self) -> bool:
+        """Whether its tokens depend on the image."""
+        return self.choice == "content"
 
     @property
     def blocks(self) -> range:
@@ -69,7 +85,7 @@ class Segment:
         """The fields that the mode uses."""
         raw: dict[str, Any] = {"blocks": [self.start, self.stop], "mode": self.mode}
         if self.mode == "partial":
-            raw |= {"keep": len(self.tokens), "tokens": list(self.tokens)}
+            raw |= {"keep": self.keep} | ({"choice": "content"} if self.is_content else {"tokens": list(self.tokens)})
         if self.mode in ("partial", "reuse"):
             raw["branches"] = list(self.branches)
         if self.mode != "compute":
@@ -83,16 +99,17 @@ class Segment:
         Raises:
             PlanError: if a key is missing or unknown, or a value has the wrong type.
         """
-        _check_keys(raw, {"blocks", "mode"}, {"keep", "tokens", "branches", "order"}, where)
+        _check_keys(raw, {"blocks", "mode"}, {"choice", "keep", "tokens", "branches", "order"}, where)
         blocks, tokens = raw["blocks"], raw.get("tokens", [])
-        if not (_is_ints(blocks) and len(blocks) == 2 and _is_ints(tokens) and type(raw.get("order", 0)) is int):
-            raise PlanError(f"{where}: blocks must be two integers, tokens a list of integers and order an integer.")
-        if raw.get("keep", len(tokens)) != len(tokens):
-            raise PlanError(f"{where}: keep is {raw['keep']}, but {len(tokens)} tokens are listed.")
+        choice, keep = raw.get("choice", "static"), raw.get("keep", len(tokens))
+        if not (_is_ints(blocks) and len(blocks) == 2 and _is_ints(tokens) and _is_ints([keep, raw.get("order", 0)])):
+            raise PlanError(f"{where}: blocks must be two integers, tokens a list of integers, keep and order an integer each.")
+        if choice == "static" and keep != len(tokens):
+            raise PlanError(f"{where}: keep is {keep}, but {len(tokens)} tokens are listed.")
         branches = raw.get("branches", list(BRANCHES) if raw["mode"] == "partial" else [])
         if not (isinstance(branches, list) and all(isinstance(branch, str) for branch in branches)):
             raise PlanError(f"{where}: branches must be a list of names.")
-        return cls(blocks[0], blocks[1], raw["mode"], raw.get("order", 0), tuple(branches), tuple(tokens))
+        return cls(blocks[0], blocks[1], raw["mode"], raw.get("order", 0), tuple(branches), tuple(tokens), choice, keep)
 
 
 def compute(start: int, stop: int) -> Segment:
@@ -108,6 +125,11 @@ def skip(start: int, stop: int, order: int = 0) -> Segment:
 def partial(start: int, stop: int, tokens: tuple[int, ...], order: int = 0, branches: tuple[str, ...] = BRANCHES) -> Segment:
     """Segment that recomputes the given tokens."""
     return Segment(start, stop, "partial", order, branches, tuple(sorted(tokens)))
+
+
+def content(start: int, stop: int, keep: int, order: int = 0, branches: tuple[str, ...] = BRANCHES) -> Segment:
+    """Segment that recomputes the `keep` tokens which the content predictor scores highest."""
+    return Segment(start, stop, "partial", order, branches, choice="content", keep=keep)
 
 
 def reuse(start: int, stop: int, branches: tuple[str, ...], order: int = 0) -> Segment:
@@ -148,11 +170,12 @@ class CachePlan:
         eps_scale: one factor a step by which the guided eps is multiplied (EB-Cache, arXiv 2503.07120: caching amplifies exposure
             bias, and a factor a little below 1 makes up for it); empty for none. The reference run has none.
         guidance_modes: which halves of the guided batch each step computes; empty: both at every step, as in the reference run.
+        selector: sha256 of the content predictor that chooses the tokens of content segments; empty if there are none.
 
     Raises:
         PlanError: if segments do not cover the blocks, a token or block does not exist, something is reused that was never
-            computed, the number of steps is not the sampler's, a factor of eps is not positive and finite, or a step leaves out
-            a half that there is not.
+            computed, the number of steps is not the sampler's, a factor of eps is not positive and finite, a step leaves out
+            a half that there is not, or a selector is missing or not needed.
     """
 
     model: ModelSignature
@@ -163,6 +186,7 @@ class CachePlan:
     reference: SamplerTable | None = None
     eps_scale: tuple[float, ...] = ()
     guidance_modes: tuple[GuidanceMode, ...] = ()
+    selector: str = ""
 
     def __post_init__(self) -> None:
         if set(self.guidance_modes) == {BOTH} and len(self.guidance_modes) == self.num_steps:
@@ -211,6 +235,7 @@ class CachePlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` inverts it exactly."""
+        optional = {"eps_scale": list(self.eps_scale), "selector": self.selector}
         return {
             "format_version": FORMAT_VERSION,
             "model": dataclasses.asdict(self.model),
@@ -219,7 +244,7 @@ class CachePlan:
             "steps": [self._step_to_json(i) for i in range(self.num_steps)],
             "provenance": dict(self.provenance),
             "reference": None if self.reference is None else self.reference.to_json(),
-        } | ({"eps_scale": list(self.eps_scale)} if self.eps_scale else {})
+        } | {name: value for name, value in optional.items() if value}
 
     def _step_to_json(self, i: int) -> dict[str, Any]:
         mode = self.guidance_mode(i)
@@ -236,12 +261,14 @@ class CachePlan:
         if isinstance(raw, dict) and (version := raw.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
             raise PlanError(f"plan format version {version} is not {FORMAT_VERSION}: make the plan again.")
         keys = {"format_version", "model", "sampler", "guidance", "steps", "provenance", "reference"}
-        _check_keys(raw, keys, {"eps_scale"}, "plan")
+        _check_keys(raw, keys, {"eps_scale", "selector"}, "plan")
         eps_scale = _as_list(raw.get("eps_scale", []), "eps_scale")
         if not isinstance(raw["provenance"], dict):
             raise PlanError(f"provenance: expected an object, found {type(raw['provenance']).__name__}.")
         if not all(type(factor) in (int, float) for factor in eps_scale):
             raise PlanError(f"eps_scale: expected a list of numbers, found {eps_scale}.")
+        if not isinstance(raw.get("selector", ""), str):
+            raise PlanError(f"selector: expected a sha256, found {raw['selector']!r}.")
         steps = _as_list(raw["steps"], "steps")
         return cls(
             _from_fields(ModelSignature, raw["model"], "model"),
@@ -252,6 +279,7 @@ class CachePlan:
             None if raw["reference"] is None else SamplerTable.from_json(raw["reference"]),
             tuple(eps_scale),
             tuple(GuidanceMode.from_json(step.get("guidance", {"mode": "both"}), f"step {i}") for i, step in enumerate(steps)),
+            raw.get("selector", ""),
         )
 
     def save(self, path: Path) -> None:
@@ -316,6 +344,13 @@ def _validate(plan: CachePlan) -> None:
             reached = segment.stop
         if reached != plan.model.depth:
             raise PlanError(f"step {i} covers {reached} of {plan.model.depth} blocks: the plan is for another depth, or a gap.")
+    chosen = any(s.is_content for segments in plan.steps for s in segments)
+    if chosen != bool(plan.selector):
+        raise PlanError(
+            "the plan has content segments, but names no content predictor that chooses their tokens: set selector to its digest."
+            if chosen
+            else f"the plan names the content predictor {plan.selector[:8]}, but no segment needs one: leave selector empty."
+        )
     trace(plan)  # raises if something is read that was never computed
 
 
@@ -340,7 +375,11 @@ def _validate_segment(segment: Segment, reached: int, model: ModelSignature, whe
         fail(f"order {segment.order} is not 0, 1 or 2")
     if len(set(segment.branches)) != len(segment.branches) or not set(segment.branches) <= set(BRANCHES):
         fail(f"branches {list(segment.branches)} must be distinct and of {list(BRANCHES)}")
-    if (segment.mode == "partial") != bool(segment.tokens):
+    if segment.choice not in CHOICES or (segment.is_content and segment.mode != "partial"):
+        fail(f"choice {segment.choice!r} must be of {list(CHOICES)}, and content only where the mode is partial")
+    if segment.is_content and (segment.tokens or not 1 <= segment.keep <= model.tokens):
+        fail(f"content keeps 1 to {model.tokens} tokens and lists none; found keep {segment.keep}, {len(segment.tokens)} listed")
+    if not segment.is_content and (segment.mode == "partial") != bool(segment.tokens):
         fail("tokens are listed if and only if the mode is partial, and at least one must be")
     if segment.tokens and (segment.tokens[0] < 0 or segment.tokens[-1] >= model.tokens):
         fail(f"tokens must lie in 0 to {model.tokens - 1}; the plan is for another token count")

@@ -14,6 +14,7 @@ from tc_lightning.models.dit import DiTConfig
 
 FORMAT_VERSION = 1
 NAME = "run.json"
+CONTENT = "content.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Run:
         teacher_digest: sha256 of that teacher's weights.
         plan: path of the plan.
         scores: path of the scores.
+        content: path of the content predictor; None if there is none.
     """
 
     folder: Path
@@ -35,19 +37,20 @@ class Run:
     teacher_digest: str
     plan: Path
     scores: Path
+    content: Path | None = None
 
 
-def write_run(folder: Path, name: str, teacher: TeacherSpec, teacher_digest: str) -> None:
-    """Write `run.json`, atomically and last: a folder that has one is complete."""
-    content = {
+def write_run(folder: Path, name: str, teacher: TeacherSpec, teacher_digest: str, content: bool = False) -> None:
+    """Write `run.json`, atomically and last: a folder that has one is complete; `content` says that it holds a content predictor."""
+    listing = {
         "format_version": FORMAT_VERSION,
         "name": name,
         "teacher": dataclasses.asdict(teacher),
         "teacher_digest": teacher_digest,
         "plan": "plan.json",
         "scores": "scores.safetensors",
-    }
-    write_atomically(folder / NAME, json.dumps(content, indent=1).encode())
+    } | ({"content": CONTENT} if content else {})
+    write_atomically(folder / NAME, json.dumps(listing, indent=1).encode())
 
 
 def find_run(root: Path) -> Path:
@@ -84,6 +87,7 @@ def read_run(folder: Path) -> Run:
         spec = TeacherSpec(**teacher)
         if not isinstance(spec.weights, str | Path) or Path(raw["name"]).name != raw["name"]:
             raise ValueError("teacher.weights must be a path, and name a plain name")
-        return Run(folder, raw["name"], spec, raw["teacher_digest"], folder / raw["plan"], folder / raw["scores"])
+        content = folder / raw["content"] if "content" in raw else None
+        return Run(folder, raw["name"], spec, raw["teacher_digest"], folder / raw["plan"], folder / raw["scores"], content)
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error!r}): run `lightning fit` again.") from error

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tc_lightning.cache import Guided, Step, TorchOps, forecast, predict
+from tc_lightning.content_predictor import Selector, require_selector
 from tc_lightning.dataflow import Entry, StepFlow, trace
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.diffusion.update import advance, coefficients
@@ -91,6 +92,7 @@ def sample_steps(
     seed: int = 0,
     first_index: int = 0,
     solver: Solver | None = None,
+    selector: Selector | None = None,
 ) -> Iterator[SamplingStep]:
     """Run a plan from noise, yielding every step.
 
@@ -102,17 +104,20 @@ def sample_steps(
         seed: seed of what a stochastic sampler adds.
         first_index: global index of the first image, which keys that noise.
         solver: takes the place of the plan's sampler, whose times and history still count; None for the plan's own.
+        selector: the content predictor that the plan names, on the device of the latents; not looked at by plans without one.
 
     Raises:
         TokenCacheError: if a label is out of range, or the latents become NaN.
+        PlanError: if the plan is for another model or content predictor.
     """
     check_labels(labels_B, plan.model.num_classes)
     plan.require_model(model_signature(model, plan.model.teacher))
+    require_selector(plan, selector)
     flows = trace(plan)
     store: Store = {}
     past: tuple[Tensor, ...] = ()
     for i, (flow, row) in enumerate(zip(flows, plan.scaled_sampler.steps, strict=True)):
-        eps, writes = _predict(model, plan, i, flow, x_BCHW, labels_B, store)
+        eps, writes = _predict(model, plan, i, flow, x_BCHW, labels_B, store, selector)
         x_next, m = solver(i, x_BCHW, eps, past) if solver else advance(x_BCHW, eps, past, coefficients(row))
         if row.noise:
             x_next = x_next + row.noise * noise_for(
@@ -125,9 +130,9 @@ def sample_steps(
         x_BCHW, past = x_next, (m, *past)[: plan.sampler.history]
 
 
-def sample(model: DiT, plan: CachePlan, x_BCHW: Tensor, labels_B: Tensor, seed: int = 0) -> Tensor:
+def sample(model: DiT, plan: CachePlan, x_BCHW: Tensor, labels_B: Tensor, seed: int = 0, selector: Selector | None = None) -> Tensor:
     """Final latents [B, C, H, W] of a plan; arguments and errors of `sample_steps`."""
-    for state in sample_steps(model, plan, x_BCHW, labels_B, seed):
+    for state in sample_steps(model, plan, x_BCHW, labels_B, seed, selector=selector):
         x_BCHW = state.x_next
     return x_BCHW
 
@@ -144,16 +149,25 @@ def check_labels(labels_B: Tensor, num_classes: int) -> None:
 
 
 def _predict(
-    model: DiT, plan: CachePlan, i: int, flow: StepFlow, x_BCHW: Tensor, labels_B: Tensor, store: Store
+    model: DiT,
+    plan: CachePlan,
+    i: int,
+    flow: StepFlow,
+    x_BCHW: Tensor,
+    labels_B: Tensor,
+    store: Store,
+    selector: Selector | None,
 ) -> tuple[Tensor, dict[Entry, Tensor]]:
     """Guided eps of step i, and what it writes."""
     cached = {r.entry: forecast([store[r.entry, s] for s in r.sources], r.weights) for r in flow.reads}
     kept = tuple(kept_tokens(s, x_BCHW.device) for s in plan.steps[i])
     y = _rows(plan, i, labels_B)
-    mods, final = model.modulations(model.condition(torch.full((len(y),), plan.sampler.steps[i].t, device=x_BCHW.device), y))
+    t_M = torch.full((len(y),), plan.sampler.steps[i].t, device=x_BCHW.device)
+    mods, final = model.modulations(model.condition(t_M, y))
     guidance = plan.guidance
     guided = Guided(plan.guidance_mode(i).mode, guidance.scale, guidance.channels) if guidance.doubles_batch else None
-    return predict(Step(plan.steps[i], kept, cached, flow.writes), guided, x_BCHW, model, mods, final, plan.model.in_channels, OPS)
+    step = Step(plan.steps[i], kept, cached, flow.writes, None if selector is None else selector.scorer(model, t_M[: len(x_BCHW)]))
+    return predict(step, guided, x_BCHW, model, mods, final, plan.model.in_channels, OPS)
 
 
 def _rows(plan: CachePlan, i: int, labels_B: Tensor) -> Tensor:
@@ -164,8 +178,8 @@ def _rows(plan: CachePlan, i: int, labels_B: Tensor) -> Tensor:
 
 
 def kept_tokens(segment: Segment, device: torch.device | str = "cpu") -> Tensor | None:
-    """Index tensor [K] of a partial segment; None for other modes."""
-    return torch.tensor(segment.tokens, device=device) if segment.mode == "partial" else None
+    """Index tensor [K] of a static partial segment; None for others."""
+    return torch.tensor(segment.tokens, device=device) if segment.tokens else None
 
 
 def _updated(store: Store, writes: dict[Entry, Tensor], flows: list[StepFlow], i: int) -> Store:

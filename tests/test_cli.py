@@ -10,10 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
+from export import to_onnx
+from export.manifest import read_manifest
+from export.verify import verify
 from tc_lightning.cli import main
 from tc_lightning.models.checkpoints import save_teacher
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
+from tc_lightning.plan import CachePlan
 from tc_lightning.runs import find_run, read_run
+from tc_lightning.scores import Scores
 from tc_lightning.training.checkpointing import newest_valid_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -48,14 +53,35 @@ def distil(config: str, *extra: str) -> list[str]:
     return ["fit", "-c", str(CONFIGS / config), "-c", "tiny.yaml", *SHORT, *extra]
 
 
-@pytest.mark.parametrize("config", ["digits.yaml", "dit_xl2_256.yaml"])
+TOKENS, ROUTER = {"importance_TLN": "importance.png"}, {"router_TL2": "router.png"}
+LEARNED = {"digits.yaml": TOKENS | ROUTER, "digits_router.yaml": ROUTER, "digits_l2c.yaml": ROUTER, "dit_xl2_256.yaml": TOKENS}
+
+
+@pytest.mark.parametrize("config", LEARNED)
 def test_distillation_configs_run_to_a_plan(config: str, workplace: Path) -> None:
     main(distil(config))
     run = read_run(find_run(Path("runs")))
     assert run.plan.exists()
     assert run.scores.exists()
     assert run.name == Path(config).stem
-    assert {p.name for p in (run.folder / "figures").iterdir()} == {"importance.png", "sensitivity.png"}
+    assert {p.name for p in (run.folder / "figures").iterdir()} == {"sensitivity.png", *LEARNED[config].values()}
+    scores = Scores.load(run.scores)
+    assert (scores.router_TL2 is not None) == ("router_TL2" in LEARNED[config])
+    assert (scores.importance_TLN.min() < 1) == ("importance_TLN" in LEARNED[config])
+
+
+def test_a_run_with_a_content_predictor_is_found_and_exported(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main(distil("digits_v2.yaml", "--model.init_args.policy.init_args.target_speedup", "1.15"))
+    run = read_run(find_run(Path("runs")))
+    plan = CachePlan.load(run.plan)
+    assert run.name == "digits_v2"
+    assert run.content == run.folder / "content.safetensors"
+    assert plan.selector == Scores.load(run.scores).selector != ""
+    monkeypatch.setattr(sys, "argv", ["to_onnx", "--images", "2"])
+    to_onnx.main()
+    assert read_manifest(Path("artefacts/digits_v2"))["selector"] == plan.selector
+    report = verify(Path("artefacts/digits_v2"), "cpu", 2, 2, seed=1, quiet=True)
+    assert report["rel_l2_export"] < 1e-4
 
 
 def test_overlays_apply(workplace: Path) -> None:

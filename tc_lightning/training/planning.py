@@ -1,7 +1,7 @@
 """The end of a distillation run: sensitivities, scores, plan, and the files that tell of them.
 
-The run's folder gets scores.safetensors, figures/*.png, plan.json, candidates.csv, calibration.safetensors if the policy asked for
-it, and run.json when all others are there.
+The run's folder gets scores.safetensors, content.safetensors if the predictor looks at the image, figures/*.png, plan.json,
+candidates.csv, calibration.safetensors if the policy asked for it, and run.json when all others are there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,11 +19,11 @@ from tqdm import tqdm
 from tc_lightning.calibrate import calibrate
 from tc_lightning.calibration import Calibration
 from tc_lightning.evaluation import RolloutEvaluator
-from tc_lightning.figures import importance_figure, sensitivity_figure
+from tc_lightning.figures import importance_figure, router_figure, sensitivity_figure
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
 from tc_lightning.policies.base import PlanChoice, PlanningContext
-from tc_lightning.runs import write_run
+from tc_lightning.runs import CONTENT, write_run
 from tc_lightning.sampling import full_plan, sample_steps
 from tc_lightning.scores import Scores, sampler_digest
 from tc_lightning.sensitivity import branch_sensitivity, probes_for
@@ -67,6 +68,7 @@ class PlanningJob:
         self.device = self.trainer.strategy.root_device  # Lightning has moved the module to the CPU by now
         self.teacher = module.teacher.to(self.device)
         self.signature = module.signature
+        self.selector = None if (selector := module.selector()) is None else selector.to(self.device)
         self.folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asks all ranks
 
     def run(self) -> None:
@@ -76,24 +78,25 @@ class PlanningJob:
             self.folder.mkdir(parents=True, exist_ok=True)
             scores.save(self.folder / "scores.safetensors")
             write_figures(scores, self.folder / "figures")
+            if self.selector is not None:
+                self.selector.save(self.folder / CONTENT)
             self._write(scores, self._choose(scores))
 
     def scores(self) -> Scores:
-        """Importances of the predictor, and sensitivities over training trajectories."""
-        module = self.module
+        """What the objectives learned, and sensitivities over training trajectories."""
+        module, signature = self.module, self.signature
+        for objective in module.objectives:
+            objective.finish(self.trainer)
+        learned = {objective.learns: objective.cpu().scores().numpy() for objective in module.objectives}
+        everything_TLN = np.ones((len(module.sampler), signature.depth, signature.tokens))
         return Scores(
-            importance_TLN=self._importance().numpy(),
+            importance_TLN=learned.get("importance_TLN", everything_TLN),
             sensitivity_TL2=self._sensitivity().numpy(),
             teacher=module.teacher_digest,
             sampler=sampler_digest(module.sampler),
+            router_TL2=learned.get("router_TL2"),
+            selector="" if self.selector is None else self.selector.digest,
         )
-
-    @torch.no_grad()
-    def _importance(self) -> Tensor:
-        predictor, times = self.module.predictor.cpu(), self.module.times.cpu()
-        w_TLN = predictor(times).float()
-        w_TLN[0] = 1.0
-        return w_TLN
 
     def _sensitivity(self) -> Tensor:
         """Mean over trajectories, [T, L, 2]. Ranks add zeros to what another computed: their number changes no sum."""
@@ -116,7 +119,8 @@ class PlanningJob:
 
     def _choose(self, scores: Scores) -> PlanChoice:
         module = self.module
-        evaluate = RolloutEvaluator(self.teacher, *self._endpoints("heldout"))
+        x_T, labels, x_0 = self._endpoints("heldout")
+        evaluate = RolloutEvaluator(self.teacher, x_T, labels, x_0, self.selector)
         endpoints = self._endpoints("train_endpoints", CALIBRATION_TRAJECTORIES)
         context = PlanningContext(
             self.signature, module.sampler, module.guidance, scores, evaluate, calibrate=functools.partial(self._calibrate, endpoints)
@@ -134,16 +138,19 @@ class PlanningJob:
         choice.plan.save(self.folder / "plan.json")
         write_candidates(choice.candidates, self.folder / "candidates.csv")
         name = self.folder.parent.name if self.folder.name.startswith("version_") else self.folder.name
-        write_run(self.folder, name, self.module.teacher_spec, self.module.teacher_digest)
+        write_run(self.folder, name, self.module.teacher_spec, self.module.teacher_digest, content=self.selector is not None)
         print(finalists_table(choice.candidates))
         print(f"plan {choice.plan.summary} written to {self.folder / 'plan.json'}")
 
 
 def write_figures(scores: Scores, folder: Path) -> None:
-    """Write `importance.png` and `sensitivity.png`."""
+    """Write `sensitivity.png`, and of what was learned `importance.png` and `router.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    importance_figure(scores).savefig(folder / "importance.png", dpi=120)
     sensitivity_figure(scores).savefig(folder / "sensitivity.png", dpi=120)
+    if scores.importance_TLN.min() < 1.0:
+        importance_figure(scores).savefig(folder / "importance.png", dpi=120)
+    if scores.router_TL2 is not None:
+        router_figure(scores.router_TL2).savefig(folder / "router.png", dpi=120)
 
 
 def finalists_table(rows: list[dict[str, Any]], most: int = 6) -> str:

@@ -1,0 +1,379 @@
+"""Tokens chosen by content: identities with full compute and with static tokens, ties, files, and the exported graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import CONFIG, FULL, SIGNATURE, Steps, make_plan, make_teacher
+from torch import Tensor
+
+from export.compiler import export_artefact
+from export.explain import explain
+from export.manifest import read_manifest
+from export.parity import relative_l2
+from export.programs import computed_tokens, lower
+from export.runtime import CachedSampler
+from export.symbolic import Graph, OnnxOps
+from export.verify import rebuild_selector
+from tc_lightning.cache import Step, TorchOps, choose_tokens, run_blocks
+from tc_lightning.content_predictor import ContentPredictor, Selector, selector_for
+from tc_lightning.costs import block_macs, plan_macs, selector_macs, step_macs
+from tc_lightning.dataflow import Entry, entries_read
+from tc_lightning.errors import PlanError, RunError
+from tc_lightning.evaluation import RolloutEvaluator
+from tc_lightning.guidance import BOTH, GuidanceMode
+from tc_lightning.models.dit import DiT
+from tc_lightning.plan import CachePlan, Guidance, Segment, compute, content, partial, skip
+from tc_lightning.sampling import noise_for, sample, sample_steps
+
+OPS = TorchOps()
+LABELS = torch.tensor([0, 3])
+# Several segments in a step, the MLP alone, more than one block in a segment, forecasts, and all tokens kept.
+STEPS: Steps = (
+    FULL,
+    (content(0, 1, 5, 1), content(1, 3, 7), skip(3, 4)),
+    FULL,
+    (content(0, 1, 5, 1), content(1, 3, 7), skip(3, 4)),
+    (content(0, 2, 9, 0, ("mlp",)), partial(2, 4, (0, 3, 4, 9))),
+    (content(0, 4, 16),),
+)
+
+
+def make_selector(model: DiT, seed: int = 0) -> Selector:
+    """A predictor whose scores differ from token to token and from block to block."""
+    predictor = ContentPredictor.from_teacher(model)
+    with torch.no_grad():
+        predictor.head.weight.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(seed))
+    return Selector.of(predictor)
+
+
+def content_plan(model: DiT, selector: Selector, steps: Steps = STEPS, guidance: Guidance | None = None) -> CachePlan:
+    chosen = any(s.is_content for segments in steps for s in segments)
+    whole = tuple((compute(0, 4),) for _ in steps)
+    return dataclasses.replace(make_plan(model, whole, guidance), steps=steps, selector=selector.digest if chosen else "")
+
+
+@pytest.fixture(scope="module")
+def selector(teacher: DiT) -> Selector:
+    return make_selector(teacher)
+
+
+# The plan
+
+
+def test_json_round_trip(teacher: DiT, selector: Selector) -> None:
+    plan = content_plan(teacher, selector)
+    raw = plan.to_json()
+    assert CachePlan.from_json(raw) == plan
+    assert raw["selector"] == selector.digest
+    assert raw["steps"][1]["segments"][0] == {
+        "blocks": [0, 1],
+        "mode": "partial",
+        "keep": 5,
+        "choice": "content",
+        "branches": ["attn", "mlp"],
+        "order": 1,
+    }
+    other = dataclasses.replace(plan, selector="0" * 64)
+    assert other.digest != plan.digest
+    assert "selector" not in make_plan(SIGNATURE).to_json()
+
+
+@pytest.mark.parametrize(
+    ("segment", "selector", "message"),
+    [
+        (content(0, 4, 5), "", "names no content predictor"),
+        (compute(0, 4), "1" * 64, "names the content predictor 11111111, but no segment needs one"),
+        (content(0, 4, 0), "1" * 64, "content keeps 1 to 16 tokens"),
+        (content(0, 4, 17), "1" * 64, "content keeps 1 to 16 tokens"),
+        (Segment(0, 4, "partial", 0, ("attn", "mlp"), (1,), "content", 1), "1" * 64, "lists none; found keep 1, 1 listed"),
+        (Segment(0, 4, "skip", choice="content", keep=3), "1" * 64, "content only where the mode is partial"),
+        (Segment(0, 4, "partial", 0, ("attn", "mlp"), (1,), "dice"), "", r"choice 'dice' must be of \['static', 'content'\]"),
+    ],
+)
+def test_plans_that_are_refused(segment: Segment, selector: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        dataclasses.replace(make_plan(SIGNATURE, (FULL, FULL)), steps=(FULL, (segment,)), selector=selector)
+
+
+def test_json_that_is_refused(teacher: DiT, selector: Selector) -> None:
+    raw = content_plan(teacher, selector).to_json()
+    with pytest.raises(PlanError, match="selector: expected a sha256, found 3"):
+        CachePlan.from_json(raw | {"selector": 3})
+    raw["steps"][1]["segments"][0]["keep"] = 5.0
+    with pytest.raises(PlanError, match="keep and order an integer each"):
+        CachePlan.from_json(raw)
+
+
+def test_static_segments_count_their_tokens() -> None:
+    segment = partial(0, 2, (1, 5))
+    assert (segment.keep, segment.is_content) == (2, False)
+    assert dataclasses.replace(segment, tokens=(1, 5, 6)).keep == 3
+
+
+def test_content_reads_and_costs_what_static_does() -> None:
+    static, chosen = partial(1, 3, (0, 1, 2), 1), content(1, 3, 3, 1)
+    assert entries_read(chosen, 16) == entries_read(static, 16)
+    assert entries_read(content(1, 3, 16, 1), 16) == {}
+    assert computed_tokens(chosen, 16) == computed_tokens(static, 16) == 6
+    rest = (skip(0, 1), skip(3, 4))
+    extra = step_macs(SIGNATURE, (rest[0], chosen, rest[1])) - step_macs(SIGNATURE, (rest[0], static, rest[1]))
+    assert extra == selector_macs(SIGNATURE) == block_macs(SIGNATURE, 16) + 16 * 32 * 4
+
+
+def test_equal_content_steps_share_a_program(teacher: DiT, selector: Selector) -> None:
+    plan = content_plan(teacher, selector)
+    assert lower(plan).bindings[1].program == lower(plan).bindings[3].program != lower(plan).bindings[4].program
+    assert "[0,1) partial 5 content tokens order 1" in explain(plan, lower(plan))
+
+
+# Choosing
+
+
+def test_tokens_by_hand() -> None:
+    a_BLN = torch.zeros(2, 4, 6)
+    a_BLN[0, 1] = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 0.4])
+    a_BLN[0, 2] = torch.tensor([0.1, 0.0, 0.2, 0.1, 0.3, 0.4])  # means with block 1: 0.1 0.45 0.2 0.45 0.3 0.4
+    a_BLN[1, 1:3, 5] = 1.0
+
+    def chosen(segment: Segment) -> list[list[int]]:
+        return [sorted(row) for row in choose_tokens(segment, a_BLN, 6, OPS).tolist()]
+
+    assert chosen(content(1, 2, 2)) == [[1, 3], [0, 5]]
+    assert chosen(content(1, 3, 3)) == [[1, 3, 5], [0, 1, 5]]
+    assert chosen(content(0, 1, 4)) == [[0, 1, 2, 3]] * 2  # all equal: the first
+
+
+@pytest.mark.parametrize(("N", "keep"), [(16, 5), (64, 64), (300, 77), (4096, 1000)])
+def test_torch_and_onnxruntime_break_ties_alike(N: int, keep: int) -> None:
+    """Scores of few different values, ties in every row, and scores that differ by less than the grid."""
+    import onnxruntime as ort
+
+    g = Graph("ties", "", {})
+    ops, segment = OnnxOps(g), content(1, 3, keep)
+    g.output("tokens", choose_tokens(segment, g.input("a", "fp32", ["batch", 4, N]), N, ops), ["batch", keep])
+    session = ort.InferenceSession(g.model().SerializeToString(), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(N)
+    few = rng.integers(0, 3, (3, 4, N)) / 2
+    near = 0.5 + rng.integers(0, 2, (3, 4, N)) * 1e-9
+    for a_BLN in (few.astype(np.float32), near.astype(np.float32), np.ones((3, 4, N), np.float32)):
+        ours = choose_tokens(segment, torch.from_numpy(a_BLN), N, OPS).sort(1).values.numpy()
+        (theirs,) = session.run(None, {"a": a_BLN})
+        assert np.array_equal(np.sort(theirs, 1), ours)
+        stable = np.argsort(-a_BLN[:, 1:3].mean(1), axis=1, kind="stable")[:, :keep]
+        assert np.array_equal(ours, np.sort(stable, 1))
+
+
+# The predictor
+
+
+def test_predictor_starts_as_block_0_and_scores_everything_alike(teacher: DiT) -> None:
+    predictor = ContentPredictor.from_teacher(teacher)
+    assert all(torch.equal(value, teacher.blocks[0].state_dict()[name]) for name, value in predictor.block.state_dict().items())
+    x, t = noise_for(0, range(2), teacher), torch.tensor([900.0, 20.0])
+    a_BLN = predictor.scores(teacher, x, t)
+    assert a_BLN.shape == (2, 4, 16)
+    torch.testing.assert_close(a_BLN, torch.full_like(a_BLN, 0.75))
+    assert {name for name, p in predictor.named_parameters() if p.requires_grad} == set(predictor.state_dict())
+    assert not any(p.requires_grad for p in Selector.of(predictor).predictor.parameters())
+    a_BLN.sum().backward()
+    assert predictor.head.weight.grad is not None
+
+
+@torch.no_grad()
+def test_scores_look_at_image_and_time_but_not_at_the_label(teacher: DiT, selector: Selector) -> None:
+    x, t = noise_for(0, range(2), teacher), torch.tensor([500.0, 500.0])
+    a_BLN = selector.predictor.scores(teacher, x, t)
+    assert (a_BLN[0] - a_BLN[1]).abs().max() > 1e-3
+    assert (selector.predictor.scores(teacher, x, t - 300) - a_BLN).abs().max() > 1e-3
+    plan = content_plan(teacher, selector, (FULL, STEPS[1]), Guidance(2.0, 4))
+    half = [state.writes for state in sample_steps(teacher, plan, x[:1], torch.tensor([1]), selector=selector)]
+    k = Entry("k", 0, 1)
+    same = [bool((half[1][k][row, n] == half[0][k][row, n]).all()) for row in (0, 1) for n in range(16)]
+    assert same[:16] == same[16:]  # both halves recompute the same tokens
+    assert same[:16].count(False) == 5
+
+
+def test_file_round_trip_and_what_is_refused(tmp_path: Path, teacher: DiT, selector: Selector) -> None:
+    path = tmp_path / "content.safetensors"
+    selector.save(path)
+    loaded = Selector.load(path, CONFIG)
+    assert loaded.digest == selector.digest != make_selector(teacher, 1).digest
+    plan = content_plan(teacher, selector)
+    assert selector_for(plan, path, CONFIG).digest == plan.selector
+    assert selector_for(make_plan(teacher), None, CONFIG) is None
+    with pytest.raises(PlanError, match=r"none was given: load the `content\.safetensors`"):
+        selector_for(plan, None, CONFIG)
+    with pytest.raises(RunError, match="not hold a content predictor of this teacher's shape"):
+        Selector.load(path, dataclasses.replace(CONFIG, depth=5))
+    with pytest.raises(RunError, match="cannot read the content predictor"):
+        Selector.load(tmp_path / "absent.safetensors", CONFIG)
+    damaged = bytearray(path.read_bytes())
+    damaged[-2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(RunError, match="is damaged"):
+        Selector.load(path, CONFIG)
+
+
+# The reference sampler
+
+
+def final(model: DiT, plan: CachePlan, selector: Selector | None) -> Tensor:
+    with torch.no_grad():
+        return sample(model, plan, noise_for(4, range(2), model), LABELS, selector=selector)
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(1.5, 3)])
+def test_keeping_every_token_is_full_compute_bit_for_bit(teacher: DiT, selector: Selector, guidance: Guidance) -> None:
+    full = final(teacher, content_plan(teacher, selector, (FULL,) * 4, guidance), None)
+    kept = (content(0, 1, 16), content(1, 4, 16))
+    assert torch.equal(final(teacher, content_plan(teacher, selector, (FULL, *(kept,) * 3), guidance), selector), full)
+    fewer = (content(0, 1, 15), content(1, 4, 16))
+    other = final(teacher, content_plan(teacher, selector, (FULL, *(fewer,) * 3), guidance), selector)
+    assert (other - full).abs().max() > 1e-4 * full.abs().max()
+
+
+@pytest.mark.parametrize("branches", [("attn", "mlp"), ("mlp",)])
+def test_scores_that_favour_a_list_give_the_static_segment(teacher: DiT, branches: tuple[str, ...]) -> None:
+    """The content path with each row's own index, and the static path with one for all, are the same arithmetic."""
+    kept = (1, 2, 7, 11, 14)
+    z = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
+    mods, _ = teacher.modulations(teacher.condition(torch.tensor([500.0, 500.0]), LABELS))
+    entries = [Entry("span", 1, 3), *(Entry(kind, b, b + 1) for b in (1, 2) for kind in ("k", "v", "attn"))]
+    blocks = list(teacher.blocks)
+    with torch.no_grad():
+        _, cached = run_blocks(Step(FULL, (None,), {}, entries), z + 0.1, blocks, mods, OPS)
+        a_BLN = torch.zeros(2, 4, 16)
+        a_BLN[:, 1:3, list(kept)] = 1.0
+        chosen = content(1, 3, 5, 0, branches)
+        segments = [(partial(1, 3, kept, 0, branches), torch.tensor(kept)), (chosen, choose_tokens(chosen, a_BLN, 16, OPS))]
+        results = [run_blocks(Step((s,), (index,), cached, ()), z, blocks, mods, OPS) for s, index in segments]
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
+    assert set(results[1][1]) == set(results[0][1])
+    for entry, value in results[0][1].items():
+        torch.testing.assert_close(results[1][1][entry], value, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_each_image_has_its_own_tokens(teacher: DiT, selector: Selector) -> None:
+    plan = content_plan(teacher, selector)
+    x, labels = noise_for(0, range(3), teacher), torch.tensor([0, 3, 3])
+    together = sample(teacher, plan, x, labels, selector=selector)
+    for i in range(3):
+        alone = sample(teacher, plan, x[i : i + 1], labels[i : i + 1], selector=selector)
+        assert (together[i] - alone[0]).norm() < 1e-5 * alone.norm()
+    k = Entry("k", 0, 1)
+    first, second = [state.writes[k] for state in list(sample_steps(teacher, plan, x, labels, selector=selector))[:2]]
+    changed = (first != second).any(-1)
+    assert (changed.sum(1) == 5).all()
+    assert not torch.equal(changed[0], changed[1])
+
+
+def test_missing_and_other_predictors_are_refused(teacher: DiT, selector: Selector) -> None:
+    plan, x = content_plan(teacher, selector), noise_for(0, range(2), teacher)
+    with pytest.raises(PlanError, match="but none was given"):
+        sample(teacher, plan, x, LABELS)
+    other = make_selector(teacher, 1)
+    with pytest.raises(PlanError, match=f"{selector.digest[:8]}, but {other.digest[:8]} was given"):
+        sample(teacher, plan, x, LABELS, selector=other)
+    with pytest.raises(PlanError, match="but none was given"):
+        RolloutEvaluator(teacher, x, LABELS, x)(plan)
+    assert RolloutEvaluator(teacher, x, LABELS, final(teacher, plan, selector), selector)(plan, 1) > 0
+
+
+# Export
+
+
+@pytest.fixture(scope="module")
+def exported(teacher: DiT, selector: Selector, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("content") / "artefact"
+    export_artefact(teacher, content_plan(teacher, selector), out, "fp32", "cpu", 2, lambda _: None, selector)
+    return out
+
+
+def check_export(model: DiT, plan: CachePlan, out: Path, selector: Selector, precision: str = "fp32", tolerance: float = 1e-5) -> Any:
+    manifest = export_artefact(model, plan, out, precision, "cpu", 2, lambda _: None, selector)
+    assert manifest["parity"]["trajectory_rel_l2"] < tolerance
+    assert max(row["rel_l2"] for row in manifest["parity"]["programs"]) < tolerance
+    return manifest
+
+
+def test_export_agrees_with_torch(tmp_path: Path) -> None:
+    model = make_teacher(2, in_channels=1)
+    selector = make_selector(model, 3)
+    check_export(model, content_plan(model, selector, guidance=Guidance()), tmp_path / "plain", selector)
+    check_export(model, content_plan(model, selector), tmp_path / "half", selector, "fp16", 3e-2)
+
+
+def test_exported_tokens_are_those_of_torch(exported: Path, teacher: DiT, selector: Selector) -> None:
+    plan, sampler = content_plan(teacher, selector), CachedSampler(exported)
+    for labels in ([4], [0, 3, 1], [2, 2, 0, 4, 1]):  # one artefact, any batch
+        with torch.no_grad():
+            x = noise_for(11, range(len(labels)), teacher)
+            expected = sample(teacher, plan, x, torch.tensor(labels), selector=selector).numpy()
+        actual = sampler.sample(labels, seed=11).latents
+        assert max(relative_l2(a, e) for a, e in zip(actual, expected, strict=True)) < 1e-5
+    other = make_selector(teacher, 1)
+    with torch.no_grad():
+        theirs = sample(teacher, content_plan(teacher, other), x, torch.tensor(labels), selector=other).numpy()
+    assert relative_l2(theirs, expected) > 1e-3  # which tokens are chosen is not so harmless that parity would not notice
+
+
+@pytest.mark.parametrize("mode", [GuidanceMode("forecast", 1), GuidanceMode("cond")])
+def test_steps_of_one_half_choose_tokens_too(tmp_path: Path, teacher: DiT, selector: Selector, mode: GuidanceMode) -> None:
+    modes = (BOTH, BOTH, BOTH, mode, mode, BOTH)
+    plan = dataclasses.replace(content_plan(teacher, selector), guidance_modes=modes)
+    check_export(teacher, plan, tmp_path / "a", selector)
+    halves = [1, 1, 1, 0.5, 0.5, 1]
+    runs = [0.5 * any(s.is_content for s in segments) for segments in plan.steps]  # once an image, of two samples
+    blocks = sum(h * step_macs(plan.model, segments, 0) for h, segments in zip(halves, plan.steps, strict=True))
+    assert plan_macs(plan) == pytest.approx(blocks + sum(runs) * selector_macs(plan.model))
+
+
+def test_only_programs_with_content_run_the_predictor(exported: Path, teacher: DiT, selector: Selector) -> None:
+    programs = {p.name: p for p in lower(content_plan(teacher, selector)).programs}
+    weights = read_manifest(exported)["weights"]
+    held = {name.removeprefix("selector.") for name in weights if name.startswith("selector.")}
+    thirds = {name for name in held if any(f".{letter}." in name for letter in "qkv")}  # views of qkv
+    assert set(selector.predictor.state_dict()) == held - thirds - {"modulations"}
+    for name, program in programs.items():
+        graph = onnx.load(str(exported / f"{name}.onnx"), load_external_data=False).graph
+        ops = Counter(node.op_type for node in graph.node)
+        chosen = [s for s in program.segments if s.is_content]
+        assert ops["TopK"] == len(chosen)
+        assert any(node.name.startswith("selector.block/") for node in graph.node) == bool(chosen)
+        reads = {tensor.name for tensor in graph.initializer if tensor.name.startswith("selector.")}
+        assert not any("adaLN" in tensor for tensor in reads)
+        assert bool(reads) == bool(chosen)
+
+
+def test_predictor_can_be_rebuilt_bit_for_bit(exported: Path, teacher: DiT, selector: Selector) -> None:
+    plan = CachePlan.load(exported / "plan.json")
+    rebuilt = rebuild_selector(CachedSampler(exported, preload=False), plan)
+    assert rebuilt is not None
+    assert Selector.of(rebuilt.predictor).digest == rebuilt.digest == selector.digest
+    assert rebuild_selector(CachedSampler(exported, preload=False), make_plan(teacher)) is None
+
+
+def test_export_without_the_predictor_leaves_nothing(tmp_path: Path, teacher: DiT, selector: Selector) -> None:
+    with pytest.raises(PlanError, match="but none was given"):
+        export_artefact(teacher, content_plan(teacher, selector), tmp_path / "a", "fp32", "cpu", 1, lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_predictor_is_refused_by_the_manifest(exported: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    _, _, offset, _ = read_manifest(copy)["weights"]["selector.head.weight"]
+    content = bytearray((copy / "weights.data").read_bytes())
+    content[offset] ^= 1
+    (copy / "weights.data").write_bytes(content)
+    with pytest.raises(Exception, match=r"weights\.data is damaged"):
+        CachedSampler(copy)
