@@ -1,8 +1,8 @@
 """What caching means: pure functions in which the cache is an argument and a return value.
 
 The one definition of compute, recompute-some-tokens, reuse and skip. The reference sampler calls these functions with torch tensors
-(`TorchOps`), the exporter with symbolic values that write ONNX nodes, and training calls their soft form, `mixed_block`, which
-equals the hard form wherever its weights are 0 or 1.
+(`TorchOps`), the exporter with symbolic values that write ONNX nodes, and training calls their soft forms, `mixed_block` (partial
+steps) and `mixed_branches` (reuse), which equal the hard forms wherever their weights are 0 or 1.
 
 Shape suffixes: B batch (both halves of guidance), N tokens, K kept tokens, D width.
 """
@@ -253,12 +253,20 @@ class BlockCache(NamedTuple):
     kv: KeyValue
 
 
-def full_block(block: DiTBlock, z_BND: Tensor, mod: Modulation) -> tuple[Tensor, BlockCache]:
-    """Compute a block and return its tokens and what `mixed_block` needs of it."""
+class BranchCache(NamedTuple):
+    """What the soft form of reuse takes from the step before: both branches before their gates, each [B, N, D]."""
+
+    attn: Tensor
+    mlp: Tensor
+
+
+def full_block(block: DiTBlock, z_BND: Tensor, mod: Modulation) -> tuple[Tensor, BlockCache, BranchCache]:
+    """Compute a block and return its tokens, and what `mixed_block` and `mixed_branches` need of it."""
     a_BND, kv = block.attn_branch(z_BND, mod)
     h_BND = z_BND + mod.gate_attn * a_BND
-    out_BND = h_BND + mod.gate_mlp * block.mlp_branch(h_BND, mod)
-    return out_BND, BlockCache(out_BND - z_BND, kv)
+    m_BND = block.mlp_branch(h_BND, mod)
+    out_BND = h_BND + mod.gate_mlp * m_BND
+    return out_BND, BlockCache(out_BND - z_BND, kv), BranchCache(a_BND, m_BND)
 
 
 def mixed_block(block: DiTBlock, z_BND: Tensor, mod: Modulation, w_BN: Tensor, cached: BlockCache) -> Tensor:
@@ -273,3 +281,29 @@ def mixed_block(block: DiTBlock, z_BND: Tensor, mod: Modulation, w_BN: Tensor, c
     h_BND = z_BND + mod.gate_attn * block.attention(q, k, v)
     f_BND = h_BND + mod.gate_mlp * block.mlp_branch(h_BND, mod) - z_BND
     return z_BND + w_BN1 * f_BND + (1 - w_BN1) * cached.residual
+
+
+def mixed_branches(
+    block: DiTBlock, z_BND: Tensor, mod: Modulation, w_attn: Tensor, w_mlp: Tensor, cached: BranchCache
+) -> tuple[Tensor, BranchCache]:
+    """Superposition of computing and reusing, branch by branch (routers: Learning-to-Cache, arXiv 2406.01733; HarmoniCa, 2410.01723).
+
+    A branch is w b(z) + (1 - w) cached, before the current gate. What it leaves for the next step is that mixture, so that with w in
+    {0, 1} this is, bit for bit, compute or a reuse segment of order 0: an entry keeps the value that was last computed.
+
+    Args:
+        block: the block.
+        z_BND: its tokens.
+        mod: its adaLN terms.
+        w_attn: weight of computing attention, of any shape that broadcasts to [B, N, D]: [B, 1, 1] for each image, [B, N, 1] for
+            each token.
+        w_mlp: the same for the MLP.
+        cached: branches of the step before.
+
+    Returns:
+        Tokens [B, N, D], and both mixtures.
+    """
+    a_BND = w_attn * block.attn_branch(z_BND, mod)[0] + (1 - w_attn) * cached.attn
+    h_BND = z_BND + mod.gate_attn * a_BND
+    m_BND = w_mlp * block.mlp_branch(h_BND, mod) + (1 - w_mlp) * cached.mlp
+    return h_BND + mod.gate_mlp * m_BND, BranchCache(a_BND, m_BND)

@@ -1,8 +1,8 @@
-"""The Cache Predictor of TokenCache v1 (Lou et al., arXiv 2409.18523): which tokens to recompute, by block and time.
+"""Predictors of what to recompute, by block and time: of tokens (the Cache Predictor of TokenCache v1, arXiv 2409.18523), and routers.
 
-Its input is block and time only: it knows nothing of the sample, so that what it chooses can be baked into a static graph.
+Their input is block and time only: they know nothing of the sample, so that what they choose can be baked into a static graph.
 
-Shape suffixes: B batch, L blocks, N tokens, H hidden width.
+Shape suffixes: B batch, T sampling steps, L blocks, N tokens, 2 branches (0 attn, 1 mlp), H hidden width.
 """
 
 from __future__ import annotations
@@ -43,7 +43,38 @@ class CachePredictor(nn.Module):
 
     def forward(self, t_B: Tensor) -> Tensor:
         """Importances [B, L, N], in fp32 also under autocast, of every block at times [B] in training steps."""
+        return _bounded_sigmoid(self._logits(t_B))
+
+    def _logits(self, t_B: Tensor) -> Tensor:
         h_BLH = F.silu(self.time(t_B)[:, None] + self.block_LH)
         h_BLH = F.silu(self.hidden(h_BLH))
-        logits_BLN = self.logits(h_BLH).float() + self.bias_LN
-        return torch.sigmoid(LOGIT_BOUND * torch.tanh(logits_BLN / LOGIT_BOUND))
+        return self.logits(h_BLH).float() + self.bias_LN
+
+
+class RouterPredictor(CachePredictor):
+    """w in [0, 1] of each (step, block, branch): the Cache Predictor with one token for each branch, and a table over the steps.
+
+    What neighbouring steps have in common is learned by the network, in few optimiser steps; the table lets a step differ from
+    its neighbours, as it must where one step refreshes what the next one reuses. Learning-to-Cache and HarmoniCa have the table
+    alone, and train it for 10,000 optimiser steps and more.
+
+    Args:
+        times_T: times of the sampling steps, in training steps.
+        depth: blocks L.
+        hidden_size: width H.
+    """
+
+    def __init__(self, times_T: Tensor, depth: int, hidden_size: int = 64) -> None:
+        super().__init__(depth, 2, hidden_size)
+        self.table_TL2 = nn.Parameter(torch.zeros(len(times_T), depth, 2))
+        self.times_T: Tensor
+        self.register_buffer("times_T", times_T, persistent=False)
+
+    def forward(self, steps_B: Tensor | None = None) -> Tensor:
+        """Weights [B, L, 2] at sampling steps [B], or [T, L, 2] of all; in fp32 also under autocast."""
+        rows = slice(None) if steps_B is None else steps_B
+        return _bounded_sigmoid(self._logits(self.times_T[rows]) + self.table_TL2[rows])
+
+
+def _bounded_sigmoid(logits: Tensor) -> Tensor:
+    return torch.sigmoid(LOGIT_BOUND * torch.tanh(logits / LOGIT_BOUND))

@@ -20,7 +20,7 @@ from torch import Tensor
 from tc_lightning.models.dit import DiT
 from tc_lightning.noise import initial_noise
 from tc_lightning.plan import Guidance
-from tc_lightning.superposition import enter, guided_eps
+from tc_lightning.superposition import enter, full_eps, guided_eps
 
 PROBE_SEED = 0x70726F6265  # apart from any seed that a person would choose for images
 
@@ -98,15 +98,8 @@ def _probe_shifts(
 @torch.no_grad()
 def _branches(model: DiT, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor) -> list[Tensor]:
     """Branch outputs before the gate, [B, N, D] each, in the order attn 0, mlp 0, attn 1, ..."""
-    z_BND, mods, _ = enter(model, guidance, x, t, labels)
-    values = []
-    for block, mod in zip(model.blocks, mods, strict=True):
-        a_BND, _ = block.attn_branch(z_BND, mod)  # type: ignore[operator]
-        z_BND = z_BND + mod.gate_attn * a_BND
-        m_BND = block.mlp_branch(z_BND, mod)  # type: ignore[operator]
-        z_BND = z_BND + mod.gate_mlp * m_BND
-        values += [a_BND, m_BND]
-    return values
+    _, caches = full_eps(model, guidance, x, t, labels)
+    return [branch for block in caches.branches for branch in block]
 
 
 @torch.enable_grad()

@@ -318,7 +318,7 @@ def test_soft_form_at_zero_and_one_is_the_partial_step(teacher, kept):
 def test_soft_weights_mix_per_sample_and_token(teacher):
     """With the block's own cache every weight gives full compute: nothing is there to differ."""
     z, mods, _ = tokens_of(teacher)
-    full, cache = full_block(teacher.blocks[0], z, mods[0])
+    full, cache, _ = full_block(teacher.blocks[0], z, mods[0])
     assert torch.equal(full, teacher.blocks[0](z, mods[0]))
     w = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(mixed_block(teacher.blocks[0], z, mods[0], w, cache), full, rtol=1e-5, atol=1e-5)
