@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from data.recording import prepare, record
@@ -121,11 +121,11 @@ class TrajectoryDataModule(LightningDataModule):
         """As in validation."""
         return self.val_dataloader()
 
-    def _loader(self, pairs: PairDataset, shuffle: bool) -> DataLoader[Pair]:
+    def _loader(self, items: Dataset, shuffle: bool) -> DataLoader:
         # Used with one process too, so that it and eight see the same order.
         world, rank = self._processes()
-        sampler: DistributedSampler[Pair] = DistributedSampler(pairs, world, rank, shuffle=shuffle, seed=self.seed, drop_last=True)
-        return DataLoader(pairs, self.batch_size // world, sampler=sampler, drop_last=True, num_workers=self.num_workers)
+        sampler: DistributedSampler = DistributedSampler(items, world, rank, shuffle=shuffle, seed=self.seed, drop_last=True)
+        return DataLoader(items, self.batch_size // world, sampler=sampler, drop_last=True, num_workers=self.num_workers)
 
     def _processes(self) -> tuple[int, int]:
         """Number of processes, and which one this is."""

@@ -183,7 +183,7 @@ def test_teacher_is_frozen_and_in_neither_optimiser_nor_checkpoint(teacher: Teac
     assert checkpoint["teacher_digest"] == module.teacher_digest
     assert "hyper_parameters" not in checkpoint
     optimised = {id(p) for group in module.trainer.optimizers[0].param_groups for p in group["params"]}
-    assert optimised == {id(p) for p in module.predictor.parameters()} == {id(p) for p in module.parameters()}
+    assert optimised == {id(p) for p in module.tokens.predictor.parameters()} == {id(p) for p in module.parameters()}
     reloaded = make_distiller(teacher).teacher.state_dict()
     assert all(torch.equal(value, reloaded[name]) for name, value in module.teacher.state_dict().items())
 

@@ -79,6 +79,8 @@ class PlanChoice:
 class Policy(ABC):
     """A caching method: anything that turns a `PlanningContext` into a plan."""
 
+    needs: tuple[str, ...] = ()  # optional arrays of the scores that it cannot do without
+
     def check(self, signature: ModelSignature, sampler: SamplerTable) -> None:  # noqa: B027 (a hook that may be left empty)
         """Say before training what could only fail after it.
 

@@ -1,27 +1,22 @@
-"""Distilling a cache plan: trains the Cache Predictor against a frozen teacher, then measures, plans and writes the results.
+"""Distilling a cache plan: trains predictors against a frozen teacher, then measures, plans and writes the results.
 
     lightning fit -c lightning_configs/digits.yaml
 
-Loss of a pair of neighbouring steps (arXiv 2409.18523): the error of eps when every token is the superposition of computing and
-reusing. It is divided by the error of reusing everything, which varies by orders of magnitude along the trajectory: each pair
-then says what share of the damage of reuse is left (0 at w = 1, 1 at w = 0), and every step counts. Alone, this loss is least
-at w = 1: the mean of w over all steps, blocks and tokens is held at `target_share` by an augmented Lagrangian.
-
-Shape suffixes: B images, C H W latent, T steps, L blocks, N tokens.
+What is trained, and by which loss, are objectives (`tc_lightning.training.objectives`): the predictor of tokens on recorded pairs of
+neighbouring steps, a router on the same pairs or on its own rollouts, or both at once. This module is what they share: teacher,
+optimiser, checkpoints, and the planning at the end.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from tc_lightning.cache import BlockCache
-from tc_lightning.costs import block_macs, full_step_macs
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import RunError, TeacherError
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, teacher_digest
@@ -29,28 +24,18 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.plan import Guidance
 from tc_lightning.policies.base import Policy
 from tc_lightning.policies.tprr import TPRRPolicy
-from tc_lightning.predictor import CachePredictor
 from tc_lightning.sampling import model_signature
 from tc_lightning.scores import sampler_digest
-from tc_lightning.superposition import mixed_eps, record_caches, reused_eps
+from tc_lightning.training.objectives.base import Batch, Objective, Task
+from tc_lightning.training.objectives.routers import RouterObjective
+from tc_lightning.training.objectives.superposition import PairBatch, TokenSuperposition
 from tc_lightning.training.planning import PlanningJob
 
-FLOOR = 1e-12  # mean squared eps below which reuse does no damage worth dividing by
-
-
-class PairBatch(TypedDict):
-    """Neighbouring steps of recorded trajectories; steps may differ within a batch."""
-
-    x_prev: Tensor  # [B, C, H, W] latents of step - 1
-    x: Tensor  # [B, C, H, W] latents of step
-    eps: Tensor  # [B, C, H, W] guided eps of step at full compute
-    label: Tensor  # [B]
-    step: Tensor  # [B] 1 to T - 1
-    index: Tensor  # [B] which trajectory
+SHOWN = ("loss", "distil_mse", "mean_w", "router_mse", "router_mean_w")  # beside the progress bar
 
 
 class TokenCacheDistiller(LightningModule):
-    """Trains the Cache Predictor; at the end of `fit` the run's folder holds scores, figures, candidates and `plan.json`.
+    """Trains predictors; at the end of `fit` the run's folder holds scores, figures, candidates and `plan.json`.
 
     Args:
         teacher: which teacher to load; it stays frozen, out of the optimiser and out of the checkpoint.
@@ -60,7 +45,9 @@ class TokenCacheDistiller(LightningModule):
         guidance_scale: classifier-free guidance; 1 switches it off.
         guidance_channels: guided latent channels, the first ones; None for all (the original DiT release guides 3 of 4).
         policy: what turns scores into a plan; None for Two-Phase Round-Robin.
-        predictor_hidden_size: width of the predictor.
+        train_tokens: train the Cache Predictor (`TokenSuperposition`, whose arguments the next four and `predictor_hidden_size` are).
+        router: how to train a router of branches, which Learning-to-Cache and HarmoniCa plan with; None for no router.
+        predictor_hidden_size: width of the Cache Predictor.
         lr: peak learning rate of Adam, annealed to a tenth by a cosine.
         target_share: mean of w over steps, blocks and tokens that training holds.
         budget_rate: step of the multiplier's dual ascent, for each optimiser step.
@@ -82,6 +69,8 @@ class TokenCacheDistiller(LightningModule):
         guidance_scale: float = 1.5,
         guidance_channels: int | None = None,
         policy: Policy | None = None,
+        train_tokens: bool = True,
+        router: RouterObjective | None = None,
         predictor_hidden_size: int = 64,
         lr: float = 1e-2,
         target_share: float = 0.5,
@@ -93,12 +82,12 @@ class TokenCacheDistiller(LightningModule):
         super().__init__()
         if num_steps < 2:
             raise RunError(f"num_steps is {num_steps}: with fewer than 2 there is nothing to reuse.")
-        if not 0.0 < target_share < 1.0:
-            raise RunError(f"target_share is {target_share:g}; it must lie between 0 and 1.")
         if min(sensitivity_samples, sensitivity_probes) < 1:
             raise RunError("sensitivity_samples and sensitivity_probes must be at least 1.")
         if not (lr > 0.0 and math.isfinite(lr)):
             raise RunError(f"lr is {lr:g}; it must be above 0.")
+        tokens = TokenSuperposition(target_share, budget_rate, budget_penalty, predictor_hidden_size) if train_tokens else None
+        _check_objectives(tokens, router)
         self.teacher: DiT
         object.__setattr__(self, "teacher", load_teacher(teacher))  # past nn.Module: not a submodule
         c = self.teacher.config
@@ -108,44 +97,55 @@ class TokenCacheDistiller(LightningModule):
         self.guidance = Guidance(guidance_scale, c.in_channels if guidance_channels is None else guidance_channels)
         _check_guidance(self.guidance, c.in_channels)
         self.policy = policy or TPRRPolicy()
-        self.lr, self.target_share = lr, target_share
-        self.budget_rate, self.budget_penalty = budget_rate, budget_penalty
+        self.lr = lr
         self.sensitivity_samples, self.sensitivity_probes = sensitivity_samples, sensitivity_probes
-        self.predictor = CachePredictor(c.depth, c.num_tokens, predictor_hidden_size)
-        self.multiplier: Tensor
-        self.register_buffer("multiplier", torch.zeros(()))
-        self.times: Tensor
-        self.register_buffer("times", torch.tensor([s.t for s in self.sampler.steps]), persistent=False)
-        self._excess = torch.zeros(())
+        self.task = Task(self.teacher, self.signature, self.sampler, self.guidance)
+        self.tokens, self.router = tokens, router
+        for objective in self.objectives:  # the tokens' first: whether there is a router does not change where they start
+            objective.prepare(self.task)
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """What is trained."""
+        return [objective for objective in (self.tokens, self.router) if objective is not None]
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Relative distillation error plus the budget's Lagrangian."""
-        w_TLN = self.predictor(self.times[1:])  # all steps, so that the mean, and the multiplier, are the same on every rank
-        caches = self._caches(batch)
-        error_B = self._error(batch, caches, w_TLN[batch["step"] - 1])
-        reuse_B = self._reuse_error(batch, caches)
-        distil = (error_B / reuse_B.clamp(min=FLOOR)).mean()
-        excess = w_TLN.mean() - self.target_share
-        self._excess = excess.detach()
-        loss = distil + self.multiplier * excess + 0.5 * self.budget_penalty * excess.square()
-        self._log_training(loss.detach(), distil.detach(), error_B.detach().mean(), w_TLN.detach().mean())
-        return loss
+        """Sum of the objectives' losses; they share no parameters."""
+        shared = Batch(self.task, batch)
+        losses = [objective.loss(shared, batch_idx) for objective in self.objectives]
+        total = torch.stack([loss.total for loss in losses]).sum()
+        self._log_training({"loss": total.detach()} | {name: value for loss in losses for name, value in loss.logs.items()})
+        return total
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Dual ascent on the budget's multiplier, once for each optimiser step."""
-        self.multiplier += self.budget_rate * self._excess
+        """Tell the objectives."""
+        for objective in self.objectives:
+            objective.before_step()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each objective's gradients for themselves, so that one does not slow down the other."""
+        for objective in self.objectives if gradient_clip_val else []:
+            if gradient_clip_algorithm == "value":
+                torch.nn.utils.clip_grad_value_(objective.parameters(), gradient_clip_val or 0.0)
+            else:
+                torch.nn.utils.clip_grad_norm_(objective.parameters(), gradient_clip_val or 0.0)
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Error when the most important tokens of each block, `target_share` of them, are recomputed and the others reused."""
-        self._log_hard_error(batch, "val")
+        """Errors of what was learned, taken as a plan would take it."""
+        self._log_measures(batch, "val")
 
     def test_step(self, batch: PairBatch, batch_idx: int) -> None:
         """As in validation."""
-        self._log_hard_error(batch, "test")
+        self._log_measures(batch, "test")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam over the predictor alone, with a cosine to a tenth of the rate."""
-        optimiser = torch.optim.Adam(self.predictor.parameters(), self.lr)
+        """Adam over the predictors alone, with a cosine to a tenth of the rate."""
+        optimiser = torch.optim.Adam(self.parameters(), self.lr)
         total = float(self.trainer.estimated_stepping_batches)  # infinite if nothing ends the run
 
         def factor(step: int) -> float:
@@ -158,9 +158,11 @@ class TokenCacheDistiller(LightningModule):
         """Move the teacher, which Lightning does not know of.
 
         Raises:
-            RunError: if the data cannot tell what planning will need at the end.
+            RunError: if the data cannot tell what planning will need at the end, or the policy needs what is not trained.
             PlanError: if the policy could not reach its target, whatever the scores.
         """
+        if missing := [name for name in self.policy.needs if name not in {objective.learns for objective in self.objectives}]:
+            raise RunError(f"{type(self.policy).__name__} needs {missing[0]}, which nothing trains: set `model.init_args.router`.")
         self.policy.check(self.signature, self.sampler)
         missing = [n for n in ("heldout", "train_endpoints") if not hasattr(self.trainer.datamodule, n)]  # type: ignore[attr-defined]
         if missing and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -168,6 +170,8 @@ class TokenCacheDistiller(LightningModule):
                 f"planning needs trajectories: use data.trajectory_module.TrajectoryDataModule, or one that has {', '.join(missing)}."
             )
         self.teacher.to(self.device)
+        for objective in self.objectives:
+            objective.start(self.device)
 
     def on_validation_start(self) -> None:
         """See `on_fit_start`."""
@@ -178,8 +182,9 @@ class TokenCacheDistiller(LightningModule):
         self.teacher.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name what the predictor was trained for."""
+        """Name what the predictors were trained for. Those of tokens keep the names that they had when there were no others."""
         checkpoint["teacher_digest"], checkpoint["sampler_digest"] = self.teacher_digest, sampler_digest(self.sampler)
+        checkpoint["state_dict"] = {name.removeprefix("tokens."): v for name, v in checkpoint.get("state_dict", {}).items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a predictor that was trained for something else.
@@ -198,10 +203,13 @@ class TokenCacheDistiller(LightningModule):
                 f"the checkpoint was trained for the sampler {theirs}, and the configured one is {ours}. "
                 "Restore sampler, num_steps and spacing, or start a new run without `--ckpt_path`."
             )
-
-        shapes = {name: value.shape for name, value in self.state_dict().items()}
-        if {name: value.shape for name, value in checkpoint["state_dict"].items()} != shapes:
-            raise RunError("the checkpoint holds a predictor of another size: restore predictor_hidden_size, or start a new run.")
+        state = {_state_name(name): value for name, value in checkpoint["state_dict"].items()}
+        if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in self.state_dict().items()}:
+            raise RunError(
+                "the checkpoint holds predictors of another size, or others: restore predictor_hidden_size, train_tokens and router, "
+                "or start a new run."
+            )
+        checkpoint["state_dict"] = state
 
     def on_fit_end(self) -> None:
         """Measure sensitivities on all ranks, then plan and write on rank 0.
@@ -212,37 +220,33 @@ class TokenCacheDistiller(LightningModule):
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             PlanningJob(self).run()
 
-    def _caches(self, batch: PairBatch) -> list[BlockCache]:
-        return record_caches(self.teacher, self.guidance, batch["x_prev"], self.times[batch["step"] - 1], batch["label"])
-
-    def _error(self, batch: PairBatch, caches: list[BlockCache], w_BLN: Tensor) -> Tensor:
-        """Mean squared error of eps with importances w, by image."""
-        t_B = self.times[batch["step"]]
-        eps = mixed_eps(self.teacher, self.guidance, caches, batch["x"], t_B, batch["label"], w_BLN)
-        return (eps - batch["eps"]).square().flatten(1).mean(1)
-
-    def _reuse_error(self, batch: PairBatch, caches: list[BlockCache]) -> Tensor:
-        """The same with everything reused."""
-        eps = reused_eps(self.teacher, self.guidance, caches, batch["x"], self.times[batch["step"]], batch["label"])
-        return (eps - batch["eps"]).square().flatten(1).mean(1)
-
-    def _log_training(self, loss: Tensor, distil: Tensor, mse: Tensor, mean_w: Tensor) -> None:
-        full, blocks = full_step_macs(self.signature), self.signature.depth * block_macs(self.signature, self.signature.tokens)
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/distil_relative", distil)
-        self.log("train/distil_mse", mse, prog_bar=True)
-        self.log("train/mean_w", mean_w, prog_bar=True)
-        self.log("train/macs_share", 1 - (1 - mean_w) * blocks / full)
+    def _log_training(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.log(f"train/{name}", value, prog_bar=name in SHOWN)
         self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
 
-    def _log_hard_error(self, batch: PairBatch, stage: str) -> None:
-        w_TLN, caches = self.predictor(self.times[1:]), self._caches(batch)
-        keep = max(1, round(self.target_share * w_TLN.shape[-1]))
-        hard_TLN = torch.zeros_like(w_TLN).scatter_(-1, w_TLN.topk(keep, dim=-1).indices, 1.0)
-        error_B = self._error(batch, caches, hard_TLN[batch["step"] - 1])
-        size = len(error_B)
-        self.log(f"{stage}/distil_mse", error_B.mean(), prog_bar=True, sync_dist=True, batch_size=size)
-        self.log(f"{stage}/reuse_mse", self._reuse_error(batch, caches).mean(), sync_dist=True, batch_size=size)
+    def _log_measures(self, batch: PairBatch, stage: str) -> None:
+        shared, size = Batch(self.task, batch), len(batch["step"])
+        for objective in self.objectives:
+            for name, value in objective.measure(shared).items():
+                self.log(f"{stage}/{name}", value, prog_bar=name in SHOWN, sync_dist=True, batch_size=size)
+
+
+def _state_name(name: str) -> str:
+    """Name in a module's state of one in a checkpoint."""
+    return name if name.startswith(("tokens.", "router.")) else f"tokens.{name}"
+
+
+def _check_objectives(tokens: Objective | None, router: Objective | None) -> None:
+    """Refuse what no batch could train.
+
+    Raises:
+        RunError: naming the settings.
+    """
+    if tokens is None and router is None:
+        raise RunError("nothing is trained: set train_tokens to true, or name a router.")
+    if tokens is not None and router is not None and tokens.batches != router.batches:
+        raise RunError(f"{type(router).__name__} trains on {router.batches}, tokens on {tokens.batches}: set train_tokens to false.")
 
 
 def _check_guidance(guidance: Guidance, in_channels: int) -> None:

@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from tc_lightning.calibrate import calibrate
 from tc_lightning.calibration import Calibration
 from tc_lightning.evaluation import RolloutEvaluator
-from tc_lightning.figures import importance_figure, sensitivity_figure
+from tc_lightning.figures import importance_figure, router_figure, sensitivity_figure
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
 from tc_lightning.policies.base import PlanChoice, PlanningContext
@@ -79,21 +80,12 @@ class PlanningJob:
             self._write(scores, self._choose(scores))
 
     def scores(self) -> Scores:
-        """Importances of the predictor, and sensitivities over training trajectories."""
-        module = self.module
-        return Scores(
-            importance_TLN=self._importance().numpy(),
-            sensitivity_TL2=self._sensitivity().numpy(),
-            teacher=module.teacher_digest,
-            sampler=sampler_digest(module.sampler),
-        )
-
-    @torch.no_grad()
-    def _importance(self) -> Tensor:
-        predictor, times = self.module.predictor.cpu(), self.module.times.cpu()
-        w_TLN = predictor(times).float()
-        w_TLN[0] = 1.0
-        return w_TLN
+        """What the objectives learned, and sensitivities over training trajectories."""
+        module, signature = self.module, self.signature
+        learned = {objective.learns: objective.cpu().scores().numpy() for objective in module.objectives}
+        learned.setdefault("importance_TLN", np.ones((len(module.sampler), signature.depth, signature.tokens)))
+        sensitivity_TL2 = self._sensitivity().numpy()
+        return Scores(sensitivity_TL2=sensitivity_TL2, teacher=module.teacher_digest, sampler=sampler_digest(module.sampler), **learned)
 
     def _sensitivity(self) -> Tensor:
         """Mean over trajectories, [T, L, 2]. Ranks add zeros to what another computed: their number changes no sum."""
@@ -140,10 +132,13 @@ class PlanningJob:
 
 
 def write_figures(scores: Scores, folder: Path) -> None:
-    """Write `importance.png` and `sensitivity.png`."""
+    """Write `sensitivity.png`, and of what was learned `importance.png` and `router.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    importance_figure(scores).savefig(folder / "importance.png", dpi=120)
     sensitivity_figure(scores).savefig(folder / "sensitivity.png", dpi=120)
+    if scores.importance_TLN.min() < 1.0:
+        importance_figure(scores).savefig(folder / "importance.png", dpi=120)
+    if scores.router_TL2 is not None:
+        router_figure(scores.router_TL2).savefig(folder / "router.png", dpi=120)
 
 
 def finalists_table(rows: list[dict[str, Any]], most: int = 6) -> str:

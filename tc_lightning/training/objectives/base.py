@@ -1,0 +1,107 @@
+"""What an objective is given, and what it must answer. A distiller trains one or several of them on the same batches.
+
+Shape suffixes: B images, C H W latent, T steps, L blocks, N tokens, 2 branches.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tc_lightning.diffusion.table import SamplerTable
+from tc_lightning.models.dit import DiT
+from tc_lightning.plan import Guidance, ModelSignature
+from tc_lightning.superposition import StepCaches, full_eps, reused_eps
+
+
+class Task(NamedTuple):
+    """What is distilled: a frozen teacher, sampled in one way."""
+
+    teacher: DiT
+    signature: ModelSignature
+    sampler: SamplerTable
+    guidance: Guidance
+
+    @property
+    def times(self) -> Tensor:
+        """Times of the sampling steps, [T]."""
+        return torch.tensor([step.t for step in self.sampler.steps])
+
+
+class Loss(NamedTuple):
+    """A scalar to minimise, and scalars to log."""
+
+    total: Tensor
+    logs: dict[str, Tensor]
+
+
+class Batch:
+    """A batch, with what several objectives want of it computed once.
+
+    Args:
+        task: what is distilled.
+        content: neighbouring steps (`PairBatch`), or one step of rollouts (`RolloutBatch`).
+    """
+
+    def __init__(self, task: Task, content: Mapping[str, Any]) -> None:
+        self.task, self.content = task, content
+
+    @property
+    def step(self) -> Tensor:
+        """Sampling step of each image, [B]."""
+        return self.content["step"]
+
+    def times(self, steps_B: Tensor) -> Tensor:
+        """Times of sampling steps, [B]."""
+        return self.task.times.to(steps_B.device)[steps_B]
+
+    @functools.cached_property
+    @torch.no_grad()
+    def caches(self) -> StepCaches:
+        """What the step before each pair's step leaves, computed in full."""
+        b = self.content
+        return full_eps(self.task.teacher, self.task.guidance, b["x_prev"], self.times(self.step - 1), b["label"])[1]
+
+    @functools.cached_property
+    def reuse_error_B(self) -> Tensor:
+        """Mean squared error of eps with everything reused, by image."""
+        b, task = self.content, self.task
+        return self.error_B(reused_eps(task.teacher, task.guidance, self.caches.blocks, b["x"], self.times(self.step), b["label"]))
+
+    def error_B(self, eps_BCHW: Tensor) -> Tensor:
+        """Mean squared error against the recorded eps, by image."""
+        return (eps_BCHW - self.content["eps"]).square().flatten(1).mean(1)
+
+
+class Objective(nn.Module, ABC):
+    """A predictor and its loss. Its parameters are trained, and its parameters and buffers are kept in the run's checkpoints."""
+
+    batches = "pairs"  # what it is trained on: pairs of a TrajectoryDataModule, or rollouts of a RolloutDataModule
+    learns: str  # the array of `tc_lightning.scores.Scores` that it fills
+
+    @abstractmethod
+    def prepare(self, task: Task) -> None:
+        """Create the predictor."""
+
+    def start(self, device: torch.device) -> None:
+        """Measure what the loss needs, with the teacher on its device, before the first step of a fit."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, batch_idx: int) -> Loss:
+        """Loss of a training batch; the mean over processes is that of one process with all their images."""
+
+    def before_step(self) -> None:
+        """Called once for each optimiser step, with the gradients in place."""
+
+    @abstractmethod
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """Figures of a batch of held-out pairs, when what was learned is taken as a plan would take it."""
+
+    @abstractmethod
+    def scores(self) -> Tensor:
+        """The array named by `learns`."""

@@ -1,0 +1,132 @@
+"""Training on the student's own trajectory from noise (HarmoniCa, arXiv 2410.01723): what it reuses is what it left itself.
+
+Shape suffixes: B images, C H W latent, L blocks, 2 branches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from tc_lightning.cache import BranchCache
+from tc_lightning.diffusion.update import Coefficients, advance
+from tc_lightning.errors import RunError
+from tc_lightning.superposition import full_eps, mixed_branches_eps
+from tc_lightning.training.objectives.base import Batch, Loss
+from tc_lightning.training.objectives.routers import RouterObjective
+
+
+class RolloutBatch(TypedDict):
+    """One sampling step of rollouts; batches follow the trajectory, from step 1 to the last one."""
+
+    noise: Tensor  # [B, C, H, W] where the rollouts start
+    label: Tensor  # [B]
+    step: Tensor  # [B] 1 to T - 1, the same for all
+    index: Tensor  # [B] which noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """Where a student is: rollouts, the step to be taken next, latents and last m of the solver, and what it left in its cache."""
+
+    index: Tensor
+    step: int
+    x: Tensor
+    m: Tensor
+    caches: list[BranchCache]
+
+
+class RouterRollout(RouterObjective):
+    """Step-wise denoising training (SDT): one optimiser step for each denoising step, error weighted by step (IEPO); no images.
+
+    At step i the student superposes each branch with its own cache, and its eps is compared with that of full compute from the
+    student's own latents: lambda_i MSE + beta mean(r_i). Then it goes on from its own eps. Gradients stay within the step.
+
+    The student's state lives between batches, and follows from noise and weights: where it is missing, as after a resume, the
+    steps before are run again.
+
+    Args:
+        beta: see `RouterObjective`.
+        weighting: see `RouterObjective`.
+        hidden_size: width of the predictor.
+        samples: see `RouterObjective`.
+        threshold: None superposes, as the paper describes it; a number computes branches with w above it and reuses the others
+            already in training, with straight-through gradients (`--ste-threshold 0.1` of the paper's release).
+
+    Raises:
+        RunError: if an argument is out of range.
+    """
+
+    batches = "rollouts"
+
+    def __init__(
+        self,
+        beta: float = 1.0,
+        weighting: str = "image_error",
+        hidden_size: int = 64,
+        samples: int = 2,
+        threshold: float | None = None,
+    ) -> None:
+        super().__init__(beta, weighting, hidden_size, samples)
+        if threshold is not None and not 0.0 < threshold < 1.0:
+            raise RunError(f"router: threshold is {threshold:g}; it must lie between 0 and 1, or be null.")
+        self.threshold = threshold
+        self._student: Student | None = None
+
+    def loss(self, batch: Batch, batch_idx: int) -> Loss:
+        """Weighted error of one denoising step plus the cost of computing; moves the student on."""
+        if "noise" not in batch.content:
+            raise RunError("a rollout starts from noise: use data.rollouts.RolloutDataModule with RouterRollout.")
+        step, label_B = int(batch.step[0]), batch.content["label"]
+        student = self._before(step, batch)
+        w_L2 = self._weights(step)
+        eps, caches = self._eps(student, label_B, w_L2)
+        with torch.no_grad():
+            target, _ = full_eps(self.task.teacher, self.task.guidance, student.x, self._time(student), label_B)
+            self._student = self._moved(student, eps, caches)
+        error, cost = (eps - target).square().mean(), w_L2.mean()
+        total = self.weight_T[step] * error + self.beta * cost
+        return Loss(total, {"router_mse": error.detach(), "router_mean_w": cost.detach()})
+
+    def _before(self, step: int, batch: Batch) -> Student:
+        """The student before a step."""
+        student, index_B = self._student, batch.content["index"]
+        if student is None or student.step != step or not torch.equal(student.index, index_B):
+            student = self._replay(step, batch)
+        return student
+
+    @torch.no_grad()
+    def _replay(self, step: int, batch: Batch) -> Student:
+        """Run the rollouts from noise to before a step: step 0 in full, the others with the present weights."""
+        x, label_B = batch.content["noise"], batch.content["label"]
+        first = Student(batch.content["index"], 0, x, torch.zeros_like(x), [])
+        eps, caches = full_eps(self.task.teacher, self.task.guidance, x, self._time(first), label_B)
+        student = self._moved(first, eps, caches.branches)
+        while student.step < step:
+            student = self._moved(student, *self._eps(student, label_B, self._weights(student.step)))
+        return student
+
+    def _weights(self, step: int) -> Tensor:
+        w_L2 = self.predictor(torch.tensor([step], device=self.weight_T.device))[0]
+        if self.threshold is None:
+            return w_L2
+        return (w_L2 > self.threshold).to(w_L2) + (w_L2 - w_L2.detach())
+
+    def _time(self, student: Student) -> Tensor:
+        return torch.full((len(student.x),), self.task.sampler.steps[student.step].t, device=student.x.device)
+
+    def _eps(self, student: Student, label_B: Tensor, w_L2: Tensor) -> tuple[Tensor, list[BranchCache]]:
+        """Guided eps of the student's step, and what it leaves."""
+        w_BL2 = w_L2.expand(len(label_B), -1, -1)
+        args = student.caches, student.x, self._time(student), label_B, w_BL2
+        return mixed_branches_eps(self.task.teacher, self.task.guidance, *args)
+
+    def _moved(self, student: Student, eps: Tensor, caches: list[BranchCache]) -> Student:
+        row = self.task.sampler.steps[student.step]
+        c = Coefficients(row.m_x, row.m_eps, row.next_x, row.next_m, row.next_m_prev or None)
+        x, m = advance(student.x, eps.detach(), student.m, c)
+        kept = [BranchCache(cache.attn.detach(), cache.mlp.detach()) for cache in caches]
+        return Student(student.index, student.step + 1, x, m, kept)
