@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import FULL, make_plan, make_teacher
 from torch import Tensor
 
-from tc_lightning.cache import BlockCache, Cache, Step, TorchOps, forecast, full_block, mixed_block, run_blocks
+from tc_lightning.cache import BlockCache, Cache, Step, TorchOps, forecast, full_block, mixed_block, mixed_branches, run_blocks
 from tc_lightning.dataflow import Entry
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT, KeyValue, Modulation
@@ -325,6 +325,40 @@ def test_soft_weights_mix_per_sample_and_token(teacher):
     other = cache._replace(residual=torch.zeros_like(z))
     expected = z + w[:, :, None] * cache.residual
     torch.testing.assert_close(mixed_block(teacher.blocks[0], z, mods[0], w, other), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reused", [(), ("attn",), ("mlp",), ("attn", "mlp")])
+@torch.no_grad()
+def test_soft_branches_at_zero_and_one_are_the_reuse_step_bit_for_bit(teacher, reused):
+    b = 2
+    z_old, mods_old, _ = tokens_of(teacher, t=900.0)
+    _, _, old = full_block(teacher.blocks[b], z_old, mods_old[b])
+    z, mods, _ = tokens_of(teacher, t=300.0, seed=1)
+    w_attn, w_mlp = (torch.full((2, 1, 1), float(branch not in reused)) for branch in ("attn", "mlp"))
+    soft, left = mixed_branches(teacher.blocks[b], z, mods[b], w_attn, w_mlp, old)
+
+    entries = [Entry("attn", b, b + 1), Entry("mlp", b, b + 1)]
+    segment = reuse(b, b + 1, reused) if reused else compute(b, b + 1)
+    step = Step((segment,), (None,), dict(zip(entries, old, strict=True)), entries)
+    hard, writes = run_blocks(step, z, list(teacher.blocks), mods, OPS)
+    assert torch.equal(soft, hard)
+    for entry, before, value in zip(entries, old, left, strict=True):
+        assert torch.equal(value, writes.get(entry, before))  # an entry that is not written keeps its value
+
+
+@torch.no_grad()
+def test_soft_branches_mix_before_the_current_gate_per_image_or_token(teacher):
+    block, b = teacher.blocks[1], 1
+    z_old, mods_old, _ = tokens_of(teacher, t=900.0)
+    _, _, old = full_block(block, z_old, mods_old[b])
+    z, mods, _ = tokens_of(teacher, t=300.0, seed=1)
+    w_attn, w_mlp = torch.rand(2, 1, 1), torch.rand(2, 16, 1)
+    a = w_attn * block.attn_branch(z, mods[b])[0] + (1 - w_attn) * old.attn
+    h = z + mods[b].gate_attn * a
+    m = w_mlp * block.mlp_branch(h, mods[b]) + (1 - w_mlp) * old.mlp
+    out, left = mixed_branches(block, z, mods[b], w_attn, w_mlp, old)
+    torch.testing.assert_close(out, h + mods[b].gate_mlp * m)
+    torch.testing.assert_close(tuple(left), (a, m))
 
 
 # Isolation

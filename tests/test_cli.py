@@ -14,6 +14,7 @@ from tc_lightning.cli import main
 from tc_lightning.models.checkpoints import save_teacher
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.runs import find_run, read_run
+from tc_lightning.scores import Scores
 from tc_lightning.training.checkpointing import newest_valid_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -48,14 +49,21 @@ def distil(config: str, *extra: str) -> list[str]:
     return ["fit", "-c", str(CONFIGS / config), "-c", "tiny.yaml", *SHORT, *extra]
 
 
-@pytest.mark.parametrize("config", ["digits.yaml", "dit_xl2_256.yaml"])
+TOKENS, ROUTER = {"importance_TLN": "importance.png"}, {"router_TL2": "router.png"}
+LEARNED = {"digits.yaml": TOKENS | ROUTER, "digits_router.yaml": ROUTER, "digits_l2c.yaml": ROUTER, "dit_xl2_256.yaml": TOKENS}
+
+
+@pytest.mark.parametrize("config", LEARNED)
 def test_distillation_configs_run_to_a_plan(config: str, workplace: Path) -> None:
     main(distil(config))
     run = read_run(find_run(Path("runs")))
     assert run.plan.exists()
     assert run.scores.exists()
     assert run.name == Path(config).stem
-    assert {p.name for p in (run.folder / "figures").iterdir()} == {"importance.png", "sensitivity.png"}
+    assert {p.name for p in (run.folder / "figures").iterdir()} == {"sensitivity.png", *LEARNED[config].values()}
+    scores = Scores.load(run.scores)
+    assert (scores.router_TL2 is not None) == ("router_TL2" in LEARNED[config])
+    assert (scores.importance_TLN.min() < 1) == ("importance_TLN" in LEARNED[config])
 
 
 def test_overlays_apply(workplace: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
+from data.rollouts import RolloutDataModule
 from data.trajectory_module import TrajectoryDataModule
 from tc_lightning.cache import Step, TorchOps, run_blocks
 from tc_lightning.calibration import Calibration
@@ -26,13 +28,17 @@ from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan import CachePlan, compute, partial, skip
 from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
 from tc_lightning.policies.dp_placement import DPPlacementPolicy
+from tc_lightning.policies.harmonica import HarmoniCaPolicy
 from tc_lightning.policies.tprr import TPRRPolicy
+from tc_lightning.predictor import INITIAL_IMPORTANCE
 from tc_lightning.runs import read_run
 from tc_lightning.sampling import full_plan, kept_tokens
 from tc_lightning.scores import Scores, sampler_digest
 from tc_lightning.superposition import enter, guided_eps, mixed_eps, record_caches, reused_eps
 from tc_lightning.training.checkpointing import AtomicCheckpointIO
 from tc_lightning.training.distiller import TokenCacheDistiller
+from tc_lightning.training.objectives.rollout import RouterRollout
+from tc_lightning.training.objectives.superposition import RouterSuperposition
 from tc_lightning.training.planning import trajectory_sensitivity
 
 CONFIG = DiTConfig(input_size=8, in_channels=1, hidden_size=24, depth=3, num_heads=2, num_classes=3, learn_sigma=False)
@@ -280,6 +286,63 @@ def test_arguments_and_data_are_checked(teacher: TeacherSpec, tmp_path: Path) ->
         make_trainer(tmp_path, 1).fit(make_distiller(teacher), DataLoader(data.pairs, 2))
 
 
+def test_a_router_changes_nothing_for_the_tokens(teacher: TeacherSpec, tmp_path: Path) -> None:
+    fit(teacher, tmp_path / "alone", 4)
+    both, rows = fit(teacher, tmp_path / "both", 4, router=RouterSuperposition(every=2))
+    scores = [Scores.load(tmp_path / name / "run" / "scores.safetensors") for name in ("alone", "both")]
+    assert torch.equal(*(torch.tensor(s.importance_TLN) for s in scores))
+    assert scores[0].router_TL2 is None
+    assert scores[1].router_TL2 is not None
+    assert abs(scores[1].router_TL2[1:] - INITIAL_IMPORTANCE).max() > 0.01
+    assert {"train/router_error", "train/mean_w", "train/router_mean_w"} <= set(rows[0])
+
+    checkpoint = {"state_dict": both.state_dict()}
+    both.on_save_checkpoint(checkpoint)
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"predictor", "multiplier", "router"}
+    make_distiller(teacher, router=RouterSuperposition(every=2)).on_load_checkpoint(checkpoint)
+    with pytest.raises(RunError, match="or others: restore predictor_hidden_size, train_tokens and router"):
+        make_distiller(teacher).on_load_checkpoint(checkpoint)
+
+
+def test_gradients_are_clipped_objective_by_objective(teacher: TeacherSpec) -> None:
+    module = make_distiller(teacher, router=RouterSuperposition())
+    for kind, size in (("norm", 5.0), ("value", 5.0), (None, 5.0)):
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, size)
+        module.configure_gradient_clipping(torch.optim.SGD(module.parameters(), 1.0), 2.0 if kind else None, kind)
+        for objective in module.objectives:
+            gradients = [p.grad for p in objective.parameters() if p.grad is not None]
+            norm, largest = torch.cat([g.flatten() for g in gradients]).norm(), max(float(g.max()) for g in gradients)
+            assert (norm if kind == "norm" else largest) == pytest.approx(2.0 if kind else 5.0, rel=1e-4)
+
+
+def test_what_is_not_trained_is_refused_before_training(teacher: TeacherSpec, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="nothing is trained"):
+        make_distiller(teacher, train_tokens=False)
+    with pytest.raises(RunError, match="RouterRollout trains on rollouts, tokens on pairs: set train_tokens to false"):
+        make_distiller(teacher, router=RouterRollout())
+    with pytest.raises(RunError, match="HarmoniCaPolicy needs router_TL2, which nothing trains"):
+        fit(teacher, tmp_path, 1, policy=HarmoniCaPolicy())
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def roll_out(teacher: TeacherSpec, folder: Path, trainer: dict[str, Any] | None = None) -> None:
+    """Two groups of rollouts of which the second is cut short."""
+    data = RolloutDataModule(str(Path(teacher.weights).with_suffix(".trajectories")), 12, 4, batch_size=4, groups=2)
+    module = make_distiller(teacher, train_tokens=False, router=RouterRollout(), lr=0.1, policy=HarmoniCaPolicy(1.5))
+    make_trainer(folder, 8, **trainer or {}).fit(module, data)
+
+
+def test_rollouts_train_a_router_and_plan_with_it(teacher: TeacherSpec, tmp_path: Path) -> None:
+    roll_out(teacher, tmp_path)
+    scores, plan = Scores.load(tmp_path / "run" / "scores.safetensors"), CachePlan.load(tmp_path / "run" / "plan.json")
+    assert scores.router_TL2 is not None
+    assert abs(scores.router_TL2[1:] - INITIAL_IMPORTANCE).max() > 0
+    assert (scores.importance_TLN == 1).all()
+    assert plan.provenance["policy"] == "harmonica"
+    assert macs_speedup(plan) >= 1.5
+
+
 def test_the_signature_is_the_schema_of_a_config(teacher: TeacherSpec) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TokenCacheDistiller, "model")
@@ -322,18 +385,21 @@ import sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
 import torch
-from test_distiller import TeacherSpec, fit
+from test_distiller import RouterSuperposition, TeacherSpec, fit, roll_out
 
 if __name__ == "__main__":
-    module, _ = fit(TeacherSpec({weights!r}), Path({folder!r}), 4, trainer=dict(devices=2, strategy="ddp"))
+    both = dict(devices=2, strategy="ddp")
+    module, _ = fit(TeacherSpec({weights!r}), Path({folder!r}), 4, trainer=both, router=RouterSuperposition(every=2))
     if module.global_rank == 0:
         torch.save(module.state_dict(), Path({folder!r}) / "state.pt")
+    roll_out(TeacherSpec({weights!r}), Path({folder!r}) / "rollouts", trainer=both)
     torch.distributed.destroy_process_group()
 """
 
 
 def test_two_processes_equal_one(teacher: TeacherSpec, tmp_path: Path) -> None:
-    alone, _ = fit(teacher, tmp_path / "one", 4)
+    alone, _ = fit(teacher, tmp_path / "one", 4, router=RouterSuperposition(every=2))
+    roll_out(teacher, tmp_path / "one" / "rollouts")
     folder, tests = tmp_path / "two", Path(__file__).parent
     folder.mkdir()
     script = tmp_path / "run.py"
@@ -345,6 +411,9 @@ def test_two_processes_equal_one(teacher: TeacherSpec, tmp_path: Path) -> None:
     one, two = (Scores.load(path / "run" / "scores.safetensors") for path in (tmp_path / "one", folder))
     assert torch.allclose(torch.tensor(one.importance_TLN), torch.tensor(two.importance_TLN), atol=1e-4)
     assert torch.allclose(torch.tensor(one.sensitivity_TL2), torch.tensor(two.sensitivity_TL2), rtol=1e-4)
+    for path in ("run", "rollouts/run"):
+        routers = [Scores.load(root / path / "scores.safetensors").router_TL2 for root in (tmp_path / "one", folder)]
+        assert np.allclose(*routers, atol=1e-4), path
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from tc_lightning.predictor import INITIAL_IMPORTANCE, CachePredictor
+from tc_lightning.predictor import INITIAL_IMPORTANCE, CachePredictor, RouterPredictor
 
 
 def test_starts_between_computing_and_reusing() -> None:
@@ -28,3 +28,20 @@ def test_every_parameter_gets_a_gradient_and_can_tell_times_blocks_and_tokens_ap
 def test_is_fp32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert CachePredictor(2, 4)(torch.tensor([3.0])).dtype == torch.float32
+
+
+def test_router_has_a_weight_for_each_step_block_and_branch() -> None:
+    torch.manual_seed(0)
+    router = RouterPredictor(torch.linspace(999, 0, 6), 3, hidden_size=16)
+    assert torch.allclose(router(), torch.full((6, 3, 2), INITIAL_IMPORTANCE))
+    target_TL2 = torch.rand(6, 3, 2).round() * 0.8 + 0.1  # neighbouring steps have nothing in common
+    optimiser = torch.optim.Adam(router.parameters(), 0.05)
+    for _ in range(150):
+        optimiser.zero_grad()
+        loss = (router() - target_TL2).square().mean()
+        loss.backward()
+        optimiser.step()
+    assert loss < 0.01
+    steps_B = torch.tensor([4, 1, 4])
+    assert torch.allclose(router(steps_B), router()[steps_B])
+    assert all(p.grad is not None and p.grad.any() for p in router.parameters())

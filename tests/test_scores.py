@@ -7,7 +7,7 @@ import pytest
 
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import RunError
-from tc_lightning.figures import importance_figure, sensitivity_figure
+from tc_lightning.figures import importance_figure, router_figure, sensitivity_figure
 from tc_lightning.scores import Scores, sampler_digest
 
 
@@ -29,6 +29,27 @@ def test_round_trip_is_exact_and_digest_names_everything(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["scores.safetensors"]
     changed = [Scores(importance, 2 * sensitivity, "teacher", "sampler"), Scores(importance, sensitivity, "other", "sampler")]
     assert len({scores.digest, *(s.digest for s in changed)}) == 3
+
+
+def test_a_router_is_optional_and_part_of_the_digest(tmp_path: Path) -> None:
+    importance, sensitivity = arrays()
+    router = np.random.default_rng(1).random((5, 3, 2), dtype=np.float32)
+    router[0] = 1
+    without, scores = Scores(importance, sensitivity, "t", "s"), Scores(importance, sensitivity, "t", "s", router)
+    scores.save(tmp_path / "scores.safetensors")
+    loaded = Scores.load(tmp_path / "scores.safetensors")
+    assert loaded.router_TL2 is not None
+    assert np.array_equal(loaded.router_TL2, router)
+    assert loaded.digest == scores.digest != without.digest
+    without.save(tmp_path / "scores.safetensors")
+    assert Scores.load(tmp_path / "scores.safetensors").router_TL2 is None
+    with pytest.raises(RunError, match="router must be 1 at step 0"):
+        Scores(importance, sensitivity, "t", "s", 0.5 * router)
+    with pytest.raises(RunError, match=r"router has the shape \(5, 2, 2\)"):
+        Scores(importance, sensitivity, "t", "s", router[:, :2])
+    router[2, 1, 0] = np.nan
+    with pytest.raises(RunError, match="router is not finite at step 2, block 1"):
+        Scores(importance, sensitivity, "t", "s", router)
 
 
 def test_scores_are_frozen_copies() -> None:
@@ -89,4 +110,5 @@ def test_figures_can_be_drawn(tmp_path: Path, tokens: int) -> None:
     sensitivity_figure(scores).savefig(tmp_path / "b.png")
     nothing = Scores(scores.importance_TLN, np.zeros_like(scores.sensitivity_TL2), "", "")
     sensitivity_figure(nothing).savefig(tmp_path / "c.png")
-    assert all((tmp_path / name).stat().st_size for name in ("a.png", "b.png", "c.png"))
+    router_figure(nothing.importance_TLN[..., :2]).savefig(tmp_path / "d.png")
+    assert all((tmp_path / name).stat().st_size for name in ("a.png", "b.png", "c.png", "d.png"))

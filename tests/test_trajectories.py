@@ -19,6 +19,7 @@ from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from data.recording import labels_for, prepare, record, reproducible
+from data.rollouts import RolloutDataModule
 from data.shards import RECORD_BATCH, Recipe, shard_path, write_atomically
 from data.trajectories import Pair, PairDataset, TrajectorySet
 from data.trajectory_module import TrajectoryDataModule
@@ -53,7 +54,7 @@ class Distiller(LightningModule):
 
     def training_step(self, batch: Pair, batch_idx: int) -> Tensor:
         self.seen.append(torch.stack([torch.as_tensor(batch["index"]), torch.as_tensor(batch["step"])], 1).tolist())
-        return (self.weight * batch["x"]).square().mean()
+        return (self.weight * batch.get("x", batch.get("noise"))).square().mean()
 
     def validation_step(self, batch: Pair, batch_idx: int) -> None:
         pass
@@ -314,6 +315,21 @@ def test_two_processes_record_and_see_what_one_does(recorded: Path, tmp_path: Pa
     one = run(TrajectoryDataModule(str(recorded), 30, 10, batch_size=8)).seen
     ranks = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(2)]
     assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(batch) for batch in one]
+
+
+def test_rollouts_go_through_their_steps_together(recorded: Path) -> None:
+    """The processes' batches together are those of one process, and noise is a function of (seed, index)."""
+    data = RolloutDataModule(str(recorded), 8, 4, batch_size=4, groups=2)
+    seen = run(data, epochs=1).seen
+    assert [[step for _, step in batch] for batch in seen] == [[step] * 4 for _ in range(2) for step in range(1, STEPS)]
+    assert [[index for index, _ in batch] for batch in seen[:: STEPS - 1]] == [[12, 13, 14, 15], [16, 17, 18, 19]]
+    item = data.rollouts[4 * (STEPS - 1) + 1]
+    assert torch.equal(item["noise"], torch.from_numpy(initial_noise(0, [17], (2, 8, 8))[0]))
+    assert item["label"] == int(labels_for(0, range(17, 18), 5)[0])
+    with pytest.raises(IndexError):
+        data.rollouts[len(data.rollouts)]
+    with pytest.raises(TokenCacheError, match="groups"):
+        RolloutDataModule(str(recorded), groups=0)
 
 
 def _train(folder: Path) -> None:

@@ -31,7 +31,7 @@ from tc_lightning.training.objectives.routers import RouterObjective
 from tc_lightning.training.objectives.superposition import PairBatch, TokenSuperposition
 from tc_lightning.training.planning import PlanningJob
 
-SHOWN = ("loss", "distil_mse", "mean_w", "router_mse", "router_mean_w")  # beside the progress bar
+SHOWN = ("loss", "distil_mse", "mean_w", "router_error", "router_mean_w")  # beside the progress bar
 
 
 class TokenCacheDistiller(LightningModule):

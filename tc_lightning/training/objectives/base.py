@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tc_lightning.diffusion.table import SamplerTable
+from tc_lightning.errors import RunError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import Guidance, ModelSignature
 from tc_lightning.superposition import StepCaches, full_eps, reused_eps
@@ -105,3 +106,39 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def scores(self) -> Tensor:
         """The array named by `learns`."""
+
+
+class Budgeted(Objective):
+    """An objective that holds the mean of w at a target, by an augmented Lagrangian: alone, an error is least at w = 1.
+
+    Args:
+        target_share: mean of w that training holds.
+        budget_rate: step of the multiplier's dual ascent, for each optimiser step.
+        budget_penalty: weight of the squared distance from `target_share`.
+
+    Raises:
+        RunError: if `target_share` is out of range.
+    """
+
+    def __init__(self, target_share: float, budget_rate: float = 0.1, budget_penalty: float = 10.0) -> None:
+        super().__init__()
+        if not 0.0 < target_share < 1.0:
+            raise RunError(f"target_share is {target_share:g}; it must lie between 0 and 1.")
+        self.target_share, self.budget_rate, self.budget_penalty = target_share, budget_rate, budget_penalty
+
+    def prepare(self, task: Task) -> None:
+        """See `Objective`."""
+        self.task = task
+        self.multiplier: Tensor
+        self.register_buffer("multiplier", torch.zeros(()))
+        self._excess = torch.zeros(())
+
+    def budget(self, mean_w: Tensor) -> Tensor:
+        """The Lagrangian's terms; `mean_w` is over all steps, so that it, and the multiplier, are the same on every rank."""
+        excess = mean_w - self.target_share
+        self._excess = excess.detach()
+        return self.multiplier * excess + 0.5 * self.budget_penalty * excess.square()
+
+    def before_step(self) -> None:
+        """Dual ascent on the budget's multiplier."""
+        self.multiplier += self.budget_rate * self._excess

@@ -40,7 +40,7 @@ class Student:
 
 
 class RouterRollout(RouterObjective):
-    """Step-wise denoising training (SDT): one optimiser step for each denoising step, error weighted by step (IEPO); no images.
+    """Step-wise denoising training (SDT): one optimiser step for each denoising step, error weighted by step (IEPO).
 
     At step i the student superposes each branch with its own cache, and its eps is compared with that of full compute from the
     student's own latents: lambda_i MSE + beta mean(r_i). Then it goes on from its own eps. Gradients stay within the step.
@@ -49,9 +49,10 @@ class RouterRollout(RouterObjective):
     steps before are run again.
 
     Args:
+        target_share: see `RouterObjective`.
         beta: see `RouterObjective`.
         weighting: see `RouterObjective`.
-        hidden_size: width of the predictor.
+        hidden_size: see `RouterObjective`.
         samples: see `RouterObjective`.
         threshold: None superposes, as the paper describes it; a number computes branches with w above it and reuses the others
             already in training, with straight-through gradients (`--ste-threshold 0.1` of the paper's release).
@@ -64,13 +65,14 @@ class RouterRollout(RouterObjective):
 
     def __init__(
         self,
-        beta: float = 1.0,
-        weighting: str = "image_error",
+        target_share: float = 0.5,
+        beta: float | None = None,
+        weighting: str = "effect",
         hidden_size: int = 64,
         samples: int = 2,
         threshold: float | None = None,
     ) -> None:
-        super().__init__(beta, weighting, hidden_size, samples)
+        super().__init__(target_share, beta, weighting, hidden_size, samples)
         if threshold is not None and not 0.0 < threshold < 1.0:
             raise RunError(f"router: threshold is {threshold:g}; it must lie between 0 and 1, or be null.")
         self.threshold = threshold
@@ -82,14 +84,13 @@ class RouterRollout(RouterObjective):
             raise RunError("a rollout starts from noise: use data.rollouts.RolloutDataModule with RouterRollout.")
         step, label_B = int(batch.step[0]), batch.content["label"]
         student = self._before(step, batch)
-        w_L2 = self._weights(step)
+        w_TL2 = self.predictor()
+        w_L2 = self._taken(w_TL2[step])
         eps, caches = self._eps(student, label_B, w_L2)
         with torch.no_grad():
             target, _ = full_eps(self.task.teacher, self.task.guidance, student.x, self._time(student), label_B)
             self._student = self._moved(student, eps, caches)
-        error, cost = (eps - target).square().mean(), w_L2.mean()
-        total = self.weight_T[step] * error + self.beta * cost
-        return Loss(total, {"router_mse": error.detach(), "router_mean_w": cost.detach()})
+        return self.priced(self.weight_T[step] * (eps - target).square().flatten(1).mean(1), w_TL2)
 
     def _before(self, step: int, batch: Batch) -> Student:
         """The student before a step."""
@@ -105,12 +106,13 @@ class RouterRollout(RouterObjective):
         first = Student(batch.content["index"], 0, x, torch.zeros_like(x), [])
         eps, caches = full_eps(self.task.teacher, self.task.guidance, x, self._time(first), label_B)
         student = self._moved(first, eps, caches.branches)
+        w_TL2 = self.predictor()
         while student.step < step:
-            student = self._moved(student, *self._eps(student, label_B, self._weights(student.step)))
+            student = self._moved(student, *self._eps(student, label_B, self._taken(w_TL2[student.step])))
         return student
 
-    def _weights(self, step: int) -> Tensor:
-        w_L2 = self.predictor(torch.tensor([step], device=self.weight_T.device))[0]
+    def _taken(self, w_L2: Tensor) -> Tensor:
+        """The weights as the student takes them."""
         if self.threshold is None:
             return w_L2
         return (w_L2 > self.threshold).to(w_L2) + (w_L2 - w_L2.detach())

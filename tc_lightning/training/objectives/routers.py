@@ -1,9 +1,14 @@
 """What the training of routers has in common: the cost of computing, and how much the error of each step counts.
 
-Loss of sampling step i, with r its weights (1: compute): lambda_i MSE(eps) + beta mean(r). The lambda are scaled so that reusing
-everything costs 1 in the mean over all steps, so that beta means the same for every teacher: a branch whose reuse does the mean
-damage of a branch, and adds up with that of others, ends at w = 1 - beta / 2. The papers' own beta (1e-6 in Learning-to-Cache, 7e-8
-in HarmoniCa, for DiT-XL/2) weighs the sum of r against an unscaled MSE.
+Loss of sampling step i, with r the weights (1: compute): lambda_i MSE(eps) + beta mean(r). The lambda are scaled so that reusing
+everything costs 1 at the median step. The papers fix beta (1e-6 in Learning-to-Cache, 7e-8 in HarmoniCa, for DiT-XL/2, where it
+weighs the sum of r against an unscaled MSE), and find it by trying; here beta is by default the multiplier that holds the mean of r
+at a share.
+
+The default weighting is the effect of an error on the final image: lambda_i MSE is then, to first order, the image's error. The
+papers' own are `none` and `image_error`. On the digits teacher the damage of reuse grows from 1e-5 to 0.4 along the trajectory, and
+its effect on the image stays within a factor of ten but for the last two steps: with the papers' weightings those two would be all
+that a router sees. For the same reason no step counts more than `CAP` times the median.
 
 Shape suffixes: B images, C H W latent, T sampling steps, L blocks, 2 branches (0 attn, 1 mlp).
 """
@@ -21,21 +26,23 @@ from tc_lightning.predictor import RouterPredictor
 from tc_lightning.sampling import full_plan, noise_for
 from tc_lightning.step_effect import step_effect
 from tc_lightning.superposition import full_eps, mixed_branches_eps
-from tc_lightning.training.objectives.base import Batch, Objective, Task
+from tc_lightning.training.objectives.base import Batch, Budgeted, Loss, Task
 
-WEIGHTINGS = ("none", "relative", "effect", "image_error")
+WEIGHTINGS = ("effect", "none", "image_error", "relative")
+CAP = 4.0  # most that reusing everything at a step may cost, in units of the median step
 THRESHOLD = 0.1  # at inference a branch with w above it is computed (both papers)
 MEASURE_SEED = 0x6C616D626461  # apart from any seed that a person would choose for images
 
 
-class RouterObjective(Objective):
+class RouterObjective(Budgeted):
     """A router for each (step, block, branch).
 
     Args:
-        beta: weight of the mean of w against the damage of reusing everything.
-        weighting: how much the squared error of eps at a step counts. none: 1 (Learning-to-Cache); relative: 1 over what reusing
-            everything at that step does, so that every step counts the same; effect: what an error of eps at that step does to the
-            final image; image_error: the error of the final image when that step alone reuses everything (IEPO of HarmoniCa).
+        target_share: mean of w over steps, blocks and branches that training holds.
+        beta: a fixed weight of the mean of w instead (the papers').
+        weighting: how much the squared error of eps at a step counts. effect: what an error of eps at that step does to the final
+            image; none: 1 (Learning-to-Cache); image_error: the error of the final image when that step alone reuses everything
+            (IEPO of HarmoniCa); relative: 1 over what reusing everything at that step does, so that every step counts the same.
         hidden_size: width of the predictor.
         samples: images over which damage and effects are averaged.
 
@@ -45,9 +52,16 @@ class RouterObjective(Objective):
 
     learns = "router_TL2"
 
-    def __init__(self, beta: float = 1.0, weighting: str = "none", hidden_size: int = 64, samples: int = 2) -> None:
-        super().__init__()
-        if not (beta > 0.0 and math.isfinite(beta)):
+    def __init__(
+        self,
+        target_share: float = 0.5,
+        beta: float | None = None,
+        weighting: str = "effect",
+        hidden_size: int = 64,
+        samples: int = 2,
+    ) -> None:
+        super().__init__(target_share)
+        if beta is not None and not (beta > 0.0 and math.isfinite(beta)):
             raise RunError(f"router: beta is {beta:g}; it must be above 0, or everything would be computed.")
         if weighting not in WEIGHTINGS:
             raise RunError(f"router: unknown weighting {weighting!r}, choose one of {', '.join(WEIGHTINGS)}.")
@@ -57,7 +71,7 @@ class RouterObjective(Objective):
 
     def prepare(self, task: Task) -> None:
         """See `Objective`."""
-        self.task = task
+        super().prepare(task)
         self.predictor = RouterPredictor(task.times, task.signature.depth, self.hidden_size)
         self.weight_T: Tensor
         self.register_buffer("weight_T", torch.ones(len(task.sampler)), persistent=False)
@@ -67,6 +81,17 @@ class RouterObjective(Objective):
         x_BCHW = noise_for(MEASURE_SEED, range(self.samples), self.task.teacher, device)
         labels_B = torch.arange(self.samples, device=device) % self.task.signature.num_classes
         self.weight_T = step_weights(self.weighting, self.task, x_BCHW, labels_B).to(device, torch.float32)
+
+    def priced(self, weighted_B: Tensor, w_TL2: Tensor) -> Loss:
+        """Weighted errors plus the cost of computing."""
+        error, mean_w = weighted_B.mean(), w_TL2[1:].mean()
+        cost = self.budget(mean_w) if self.beta is None else self.beta * mean_w
+        return Loss(error + cost, {"router_error": error.detach(), "router_mean_w": mean_w.detach()})
+
+    def idle(self, w_TL2: Tensor) -> Loss:
+        """No loss, but a gradient for every parameter, which training in several processes asks for."""
+        self._excess = torch.zeros_like(self._excess)
+        return Loss(0.0 * w_TL2.sum(), {})
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:
@@ -86,7 +111,9 @@ class RouterObjective(Objective):
 
 
 def step_weights(weighting: str, task: Task, x_BCHW: Tensor, labels_B: Tensor) -> Tensor:
-    """Weight of the squared error of each step, [T] float64 on the CPU, such that weight x damage has the mean 1; 0 at step 0.
+    """Weight of the squared error of each step, [T] float64 on the CPU; 0 at step 0.
+
+    Weight x damage has the median 1, and is nowhere above `CAP`.
 
     Args:
         weighting: one of `WEIGHTINGS`.
@@ -108,7 +135,8 @@ def step_weights(weighting: str, task: Task, x_BCHW: Tensor, labels_B: Tensor) -
     if weighting == "relative":
         weight_T[1:] = 1 / damage_T[1:]
     weight_T[0] = 0.0
-    return weight_T / (weight_T * damage_T)[1:].mean()
+    cost_T = weight_T * damage_T / (weight_T * damage_T)[1:].median()
+    return torch.where(damage_T > 0, cost_T.clamp(max=CAP) / damage_T, 0.0)
 
 
 @torch.no_grad()

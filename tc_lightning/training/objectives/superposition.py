@@ -14,7 +14,7 @@ from tc_lightning.costs import block_macs, full_step_macs
 from tc_lightning.errors import RunError
 from tc_lightning.predictor import CachePredictor
 from tc_lightning.superposition import mixed_branches_eps, mixed_eps
-from tc_lightning.training.objectives.base import Batch, Loss, Objective, Task
+from tc_lightning.training.objectives.base import Batch, Budgeted, Loss, Task
 from tc_lightning.training.objectives.routers import RouterObjective
 
 FLOOR = 1e-12  # mean squared eps below which reuse does no damage worth dividing by
@@ -31,7 +31,7 @@ class PairBatch(TypedDict):
     index: Tensor  # [B] which trajectory
 
 
-class TokenSuperposition(Objective):
+class TokenSuperposition(Budgeted):
     """The Cache Predictor of TokenCache v1 (arXiv 2409.18523), held at a budget.
 
     The loss of a pair is the error of eps when every token is the superposition of computing and reusing. It is divided by the
@@ -54,37 +54,24 @@ class TokenSuperposition(Objective):
     def __init__(
         self, target_share: float = 0.5, budget_rate: float = 0.1, budget_penalty: float = 10.0, hidden_size: int = 64
     ) -> None:
-        super().__init__()
-        if not 0.0 < target_share < 1.0:
-            raise RunError(f"target_share is {target_share:g}; it must lie between 0 and 1.")
-        self.target_share, self.hidden_size = target_share, hidden_size
-        self.budget_rate, self.budget_penalty = budget_rate, budget_penalty
+        super().__init__(target_share, budget_rate, budget_penalty)
+        self.hidden_size = hidden_size
 
     def prepare(self, task: Task) -> None:
         """See `Objective`."""
-        self.task = task
+        super().prepare(task)
         self.predictor = CachePredictor(task.signature.depth, task.signature.tokens, self.hidden_size)
-        self.multiplier: Tensor
-        self.register_buffer("multiplier", torch.zeros(()))
         self.times_T: Tensor
         self.register_buffer("times_T", task.times, persistent=False)
-        self._excess = torch.zeros(())
 
     def loss(self, batch: Batch, batch_idx: int) -> Loss:
         """Relative distillation error plus the budget's Lagrangian."""
-        w_TLN = self.predictor(self.times_T[1:])  # all steps, so that the mean, and the multiplier, are the same on every rank
+        w_TLN = self.predictor(self.times_T[1:])
         error_B = self._error(batch, w_TLN[batch.step - 1])
         distil = (error_B / batch.reuse_error_B.clamp(min=FLOOR)).mean()
-        excess = w_TLN.mean() - self.target_share
-        self._excess = excess.detach()
-        total = distil + self.multiplier * excess + 0.5 * self.budget_penalty * excess.square()
         mean_w = w_TLN.detach().mean()
         logs = {"distil_relative": distil.detach(), "distil_mse": error_B.detach().mean(), "mean_w": mean_w}
-        return Loss(total, logs | {"macs_share": self._macs_share(mean_w)})
-
-    def before_step(self) -> None:
-        """Dual ascent on the budget's multiplier."""
-        self.multiplier += self.budget_rate * self._excess
+        return Loss(distil + self.budget(w_TLN.mean()), logs | {"macs_share": self._macs_share(mean_w)})
 
     def measure(self, batch: Batch) -> dict[str, Tensor]:
         """Error when the most important tokens of each block, `target_share` of them, are recomputed and the others reused."""
@@ -118,29 +105,36 @@ class RouterSuperposition(RouterObjective):
     real images; here the pairs lie on the teacher's own trajectories.
 
     Args:
-        beta: see `RouterObjective`.
-        weighting: see `RouterObjective`.
-        hidden_size: width of the predictor.
-        samples: see `RouterObjective`.
         every: train on every n-th batch only, where the time that the router adds to the training of tokens matters.
+        target_share: see `RouterObjective`, as all others.
+        beta: the same.
+        weighting: the same.
+        hidden_size: the same.
+        samples: the same.
 
     Raises:
         RunError: if an argument is out of range.
     """
 
-    def __init__(self, beta: float = 1.0, weighting: str = "none", hidden_size: int = 64, samples: int = 2, every: int = 1) -> None:
-        super().__init__(beta, weighting, hidden_size, samples)
+    def __init__(
+        self,
+        every: int = 1,
+        target_share: float = 0.5,
+        beta: float | None = None,
+        weighting: str = "effect",
+        hidden_size: int = 64,
+        samples: int = 2,
+    ) -> None:
+        super().__init__(target_share, beta, weighting, hidden_size, samples)
         if every < 1:
             raise RunError(f"router: every is {every}; it must be at least 1.")
         self.every = every
 
     def loss(self, batch: Batch, batch_idx: int) -> Loss:
         """Weighted error plus the cost of computing."""
-        w_BL2 = self.predictor(batch.step)
+        w_TL2 = self.predictor()
         if batch_idx % self.every:
-            return Loss(0.0 * w_BL2.sum(), {})  # with several processes every parameter must have a gradient
-        b, (teacher, _, _, guidance) = batch.content, self.task
+            return self.idle(w_TL2)
+        b, (teacher, _, _, guidance), w_BL2 = batch.content, self.task, w_TL2[batch.step]
         eps, _ = mixed_branches_eps(teacher, guidance, batch.caches.branches, b["x"], batch.times(batch.step), b["label"], w_BL2)
-        error_B, cost = batch.error_B(eps), w_BL2.mean()
-        total = (self.weight_T[batch.step] * error_B).mean() + self.beta * cost
-        return Loss(total, {"router_mse": error_B.detach().mean(), "router_mean_w": cost.detach()})
+        return self.priced(self.weight_T[batch.step] * batch.error_B(eps), w_TL2)

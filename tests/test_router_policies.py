@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIGNATURE, make_teacher
+
+from tc_lightning.costs import block_macs, full_step_macs, plan_macs, step_macs
+from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.errors import PlanError
+from tc_lightning.evaluation import RolloutEvaluator
+from tc_lightning.plan import CachePlan, Guidance, compute, reuse
+from tc_lightning.policies.base import PlanningContext
+from tc_lightning.policies.harmonica import HarmoniCaPolicy
+from tc_lightning.policies.learning_to_cache import LearningToCachePolicy
+from tc_lightning.policies.routers import RouterPolicy, lowest_within_budget, router_plan
+from tc_lightning.sampling import full_plan, model_signature, noise_for, sample
+from tc_lightning.scores import Scores, sampler_digest
+
+T, L, N = 6, SIGNATURE.depth, SIGNATURE.tokens
+SAMPLER, GUIDANCE = make_sampler("ddim", T), Guidance(1.5, 3)
+ROUTER = np.random.default_rng(3).permutation(T * L * 2).reshape(T, L, 2) / (T * L * 2)
+ROUTER[0] = 1.0
+BRANCH = {branch: block_macs(SIGNATURE, N, (branch,)) for branch in ("attn", "mlp")}
+
+
+def context(router: np.ndarray | None = ROUTER) -> PlanningContext:
+    scores = Scores(np.ones((T, L, N)), np.zeros((T, L, 2)), SIGNATURE.teacher, sampler_digest(SAMPLER), router)
+    return PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, scores, lambda plan, images: 0.25)
+
+
+def reused(plan: CachePlan) -> np.ndarray:
+    """Which branches a plan reuses, [T, L, 2]."""
+    mask = np.zeros((T, L, 2), dtype=bool)
+    for i, segments in enumerate(plan.steps):
+        for segment in segments:
+            for branch in segment.branches:
+                mask[i, segment.start : segment.stop, ("attn", "mlp").index(branch)] = True
+    return mask
+
+
+def test_neighbouring_blocks_that_reuse_alike_share_a_segment() -> None:
+    mask = np.zeros((T, L, 2), dtype=bool)
+    mask[2, :2] = True
+    mask[3, :, 0] = True
+    mask[4, 3, 1] = True
+    plan = router_plan(SIGNATURE, SAMPLER, GUIDANCE, mask, {"policy": "mine"})
+    assert plan.steps[1] == (compute(0, 4),)
+    assert plan.steps[2] == (reuse(0, 2, ("attn", "mlp")), compute(2, 4))
+    assert plan.steps[3] == (reuse(0, 4, ("attn",)),)
+    assert plan.steps[4] == (compute(0, 3), reuse(3, 4, ("mlp",)))
+    assert np.array_equal(reused(plan), mask)
+
+
+def test_reusing_nothing_is_full_compute_bit_for_bit() -> None:
+    teacher = make_teacher()
+    signature, x, y = model_signature(teacher), noise_for(0, range(2), teacher), torch.tensor([0, 3])
+    nothing = router_plan(signature, SAMPLER, GUIDANCE, np.zeros((T, L, 2), dtype=bool))
+    latents = sample(teacher, full_plan(signature, SAMPLER, GUIDANCE), x, y)
+    assert torch.equal(sample(teacher, nothing, x, y), latents)
+    assert RolloutEvaluator(teacher, x, y, latents)(router_plan(signature, SAMPLER, GUIDANCE, ROUTER < 0.3)) > 0
+
+
+@pytest.mark.parametrize(("policy", "steps"), [(LearningToCachePolicy(), [1, 3, 5]), (HarmoniCaPolicy(), [1, 2, 3, 4, 5])])
+def test_the_published_threshold_decides(policy: RouterPolicy, steps: list[int]) -> None:
+    choice = policy.plan(context())
+    expected = np.zeros((T, L, 2), dtype=bool)
+    expected[steps] = ROUTER[steps] <= 0.1
+    assert expected.any()
+    assert np.array_equal(reused(choice.plan), expected)
+    assert choice.plan.provenance["policy"] == policy.name
+    assert choice.plan.provenance["arguments"] == {"target_speedup": None, "threshold": 0.1}
+    (row,) = choice.candidates
+    assert (row["mse"], row["chosen"], row["reused"]) == (0.25, True, expected.mean())
+    assert CachePlan.from_json(choice.plan.to_json()) == choice.plan
+
+
+@pytest.mark.parametrize("target", [1.1, 1.4, 1.7])
+@pytest.mark.parametrize("policy", [LearningToCachePolicy, HarmoniCaPolicy])
+def test_a_target_reuses_the_lowest_weights_and_no_more_than_it_must(policy: type[RouterPolicy], target: float) -> None:
+    mask = reused(policy(target).plan(context()).plan)
+    may = policy().may_reuse(T)
+    assert not mask[~may].any()
+    threshold = ROUTER[mask].max()
+    assert np.array_equal(mask, may[:, None, None] & (threshold >= ROUTER))
+    budget = T * full_step_macs(SIGNATURE) / target
+    assert plan_macs(router_plan(SIGNATURE, SAMPLER, GUIDANCE, mask)) <= budget
+    assert plan_macs(router_plan(SIGNATURE, SAMPLER, GUIDANCE, mask & (threshold > ROUTER))) > budget
+
+
+def test_of_equal_weights_the_earlier_are_reused() -> None:
+    everything, full = np.ones((T, L, 2), dtype=bool), T * full_step_macs(SIGNATURE)
+    for saved, count in ((0, 0), (1, 1), (BRANCH["attn"], 1), (BRANCH["attn"] + 1, 2), (BRANCH["attn"] + BRANCH["mlp"], 2)):
+        mask = lowest_within_budget(SIGNATURE, np.ones((T, L, 2)), everything, full - saved)
+        assert np.flatnonzero(mask).tolist() == list(range(count))
+
+
+def test_what_each_method_can_reach() -> None:
+    full, none = full_step_macs(SIGNATURE), step_macs(SIGNATURE, (reuse(0, L, ("attn", "mlp")),))
+    for policy, may in ((LearningToCachePolicy, 3), (HarmoniCaPolicy, 5)):
+        most = T * full / ((T - may) * full + may * none)
+        assert policy().max_speedup(SIGNATURE, SAMPLER) == pytest.approx(most)
+        policy(most * (1 - 1e-9)).check(SIGNATURE, SAMPLER)
+        assert reused(policy(most * (1 - 1e-9)).plan(context()).plan).sum() == may * L * 2
+        with pytest.raises(PlanError, match=rf"out of reach of {policy.name} .* {may} may reuse: choose above 1, up to {most:.2f}"):
+            policy(most * 1.01).check(SIGNATURE, SAMPLER)
+
+
+def test_what_is_wrong_is_said() -> None:
+    with pytest.raises(PlanError, match=r"harmonica: the run has no router: train one with `model\.init_args\.router`"):
+        HarmoniCaPolicy().plan(context(None))
+    with pytest.raises(PlanError, match="asks for nothing"):
+        HarmoniCaPolicy(1.0)
+    with pytest.raises(PlanError, match="threshold 1"):
+        LearningToCachePolicy(threshold=1.0)
