@@ -43,8 +43,9 @@ def some_scores(signature: ModelSignature, num_steps: int, seed: int = 0) -> Sco
     rng = np.random.default_rng(seed)
     sensitivity = rng.random((num_steps, signature.depth, 2))
     sensitivity[0] = 0.0
-    importance = rng.random((num_steps, signature.depth, signature.tokens))
-    return Scores(importance, sensitivity, signature.teacher, sampler_digest(make_sampler("ddim", num_steps)))
+    importance, router = rng.random((num_steps, signature.depth, signature.tokens)), rng.random((num_steps, signature.depth, 2))
+    router[0] = 1.0
+    return Scores(importance, sensitivity, signature.teacher, sampler_digest(make_sampler("ddim", num_steps)), router)
 
 
 def xl_context(num_steps: int = 50, drift_TG2: np.ndarray | None = None) -> PlanningContext:
@@ -287,6 +288,8 @@ def test_all_are_there():
         "toca",
         "smoothcache",
         "dp_placement",
+        "learning_to_cache",
+        "harmonica",
     }
     assert {f"fewer_steps_{name}" for name in ("ddim", "dpmpp_2m", "dpmpp_3m")} <= set(NAMES)
     assert not any("ddpm" in name for name in NAMES)
@@ -326,7 +329,7 @@ def test_another_sampler_may_replace_the_reference(name: str, context: PlanningC
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("fewer")])
 def test_plans_export_and_agree_with_torch(name: str, context: PlanningContext, tmp_path: Any):
-    policy = standard_policies(1.3 if name == "eb_cache" else 2.0)[name]
+    policy = standard_policies(1.3 if name in ("eb_cache", "learning_to_cache") else 2.0)[name]
     manifest = export_artefact(MODEL, policy.plan(context).plan, tmp_path / "artefact", "fp32", "cpu", images=2, report=lambda _: None)
     assert manifest["parity"]["trajectory_rel_l2"] < 1e-5
 

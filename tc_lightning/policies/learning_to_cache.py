@@ -10,8 +10,8 @@ from tc_lightning.policies.routers import RouterPolicy
 class LearningToCachePolicy(RouterPolicy):
     """Steps 0, 2, 4, ... are full; in the others a branch with w above the threshold (0.1) is computed, another reused.
 
-    Half of the steps are full whatever the router says, in the paper and in its code: nearly 2x is the most that it can give
-    (`max_speedup`). Larger targets are refused; compare it there.
+    Half of the steps are full whatever the router says, in the paper and in its code: nearly 2x is the most that it can give.
+    Larger targets are refused, with the largest one that is not.
     """
 
     name = "learning_to_cache"

@@ -9,6 +9,8 @@ from tc_lightning.policies.dp_placement import DPPlacementPolicy
 from tc_lightning.policies.feb_cache import EBCachePolicy, FEBCachePolicy
 from tc_lightning.policies.fewer_steps import FewerStepsPolicy
 from tc_lightning.policies.fora import FORAPolicy
+from tc_lightning.policies.harmonica import HarmoniCaPolicy
+from tc_lightning.policies.learning_to_cache import LearningToCachePolicy
 from tc_lightning.policies.smoothcache import SmoothCachePolicy
 from tc_lightning.policies.targeted import TargetedPolicy
 from tc_lightning.policies.taylorseer import TaylorSeerPolicy
@@ -25,6 +27,8 @@ _METHODS: tuple[type[TargetedPolicy], ...] = (
     ToCaPolicy,
     SmoothCachePolicy,
     DPPlacementPolicy,
+    LearningToCachePolicy,
+    HarmoniCaPolicy,
 )
 
 

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
-from tc_lightning.costs import block_macs, fixed_macs, full_step_macs, macs_speedup
+from tc_lightning.costs import block_macs, fixed_macs
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.evaluation import psnr_db
-from tc_lightning.plan import BRANCHES, CachePlan, Guidance, ModelSignature, Segment, compute, reuse
-from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
+from tc_lightning.plan import BRANCHES, ModelSignature, Segment, compute, reuse
+from tc_lightning.policies.base import PlanningContext
+from tc_lightning.policies.targeted import Offer, TargetedPolicy
 
 NO_ROUTER = (
     "the run has no router: train one with `model.init_args.router` (lightning_configs/digits_router.yaml shows how), or choose a "
@@ -25,27 +23,13 @@ NO_ROUTER = (
 )
 
 
-def router_plan(
-    signature: ModelSignature,
-    sampler: SamplerTable,
-    guidance: Guidance,
-    reused_TL2: np.ndarray,
-    provenance: Mapping[str, Any] | None = None,
-) -> CachePlan:
-    """The plan in which the given branches come from the cache, before their gate, and all others are computed.
+def router_steps(reused_TL2: np.ndarray) -> tuple[tuple[Segment, ...], ...]:
+    """Steps in which the given branches come from the cache, before their gate, and all others are computed.
 
     Args:
-        signature: the model.
-        sampler: the sampler.
-        guidance: guidance scale and channels.
         reused_TL2: whether a branch is reused, boolean.
-        provenance: policy, arguments and digests.
-
-    Raises:
-        PlanError: if something is reused at step 0.
     """
-    steps = tuple(_segments(reused_L2) for reused_L2 in np.asarray(reused_TL2, dtype=bool))
-    return CachePlan(signature, sampler, guidance, steps, dict(provenance or {}))
+    return tuple(_segments(reused_L2) for reused_L2 in np.asarray(reused_TL2, dtype=bool))
 
 
 def _segments(reused_L2: np.ndarray) -> tuple[Segment, ...]:
@@ -59,7 +43,7 @@ def _segments(reused_L2: np.ndarray) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-class RouterPolicy(Policy):
+class RouterPolicy(TargetedPolicy):
     """Reuses the branches with the lowest w: those up to a threshold, or as many as a target asks for.
 
     Args:
@@ -70,62 +54,49 @@ class RouterPolicy(Policy):
         PlanError: if an argument is out of range.
     """
 
-    name: str
     needs = ("router_TL2",)
 
     def __init__(self, target_speedup: float | None = None, threshold: float = 0.1) -> None:
-        if target_speedup is not None and target_speedup <= 1.0:
-            raise PlanError(f"target_speedup {target_speedup:g} asks for nothing: choose a value above 1, or null.")
+        super().__init__(target_speedup, images=1)
         if not 0.0 <= threshold < 1.0:
             raise PlanError(f"threshold {threshold:g}: choose 0 or more, and below 1.")
-        self.target_speedup, self.threshold = target_speedup, threshold
+        self.threshold = threshold
 
     @abstractmethod
     def may_reuse(self, num_steps: int) -> np.ndarray:
         """Whether a step may reuse anything, boolean [T]."""
 
-    def max_speedup(self, signature: ModelSignature, sampler: SamplerTable) -> float:
-        """The largest target within reach: every branch reused wherever the method allows it."""
-        may = self.may_reuse(len(sampler))
-        return len(may) * full_step_macs(signature) / _macs(signature, np.where(may, 0.0, 1.0)[:, None, None])
+    def least_macs(self, signature: ModelSignature, sampler: SamplerTable) -> float:
+        """Every branch reused wherever the method allows it."""
+        computed_T11 = 1.0 - self.may_reuse(len(sampler))[:, None, None]
+        return _macs(signature, np.broadcast_to(computed_T11, (len(sampler), signature.depth, 2)))
 
-    def check(self, signature: ModelSignature, sampler: SamplerTable) -> None:
-        """Whether the target can be reached.
+    def unavailable(self, context: PlanningContext) -> str | None:
+        """See `Policy.unavailable`."""
+        return f"{self.name}: {NO_ROUTER}" if context.scores.router_TL2 is None else super().unavailable(context)
 
-        Raises:
-            PlanError: if it cannot, with the largest target that can.
-        """
-        most = self.max_speedup(signature, sampler)
-        if self.target_speedup is not None and self.target_speedup > most:
-            raise PlanError(
-                f"target_speedup {self.target_speedup:g} is out of reach of {self.name} with {len(sampler)} steps, of which "
-                f"{self.may_reuse(len(sampler)).sum()} may reuse: choose above 1, up to {most:.2f}."
-            )
+    def published(self, context: PlanningContext) -> list[Offer]:
+        """The plan of the threshold."""
+        router_TL2 = _router(context, self.name)
+        return [self._offer(context, self._allowed(router_TL2) & (router_TL2 <= self.threshold))]
 
-    def plan(self, context: PlanningContext) -> PlanChoice:
-        """The plan; a single row tells of it.
+    def within(self, context: PlanningContext, budget: float) -> list[Offer]:
+        """The plan of the highest threshold that the target asks for."""
+        router_TL2 = _router(context, self.name)
+        return [self._offer(context, lowest_within_budget(context.signature, router_TL2, self._allowed(router_TL2), budget))]
 
-        Raises:
-            PlanError: if the scores hold no router, or the target is out of reach.
-        """
-        if context.scores.router_TL2 is None:
-            raise PlanError(f"{self.name}: {NO_ROUTER}")
-        self.check(context.signature, context.sampler)
-        reused_TL2 = self._reused(context.signature, context.scores.router_TL2)
-        arguments = {"target_speedup": self.target_speedup, "threshold": self.threshold}
-        provenance = {"policy": self.name, "arguments": arguments, "scores": context.scores.digest}
-        plan = router_plan(context.signature, context.sampler, context.guidance, reused_TL2, provenance)
-        mse = context.evaluate(plan, None)
-        row = {"policy": self.name, "reused": float(reused_TL2.mean()), "macs_speedup": macs_speedup(plan)}
-        return PlanChoice(plan, [row | {"mse": mse, "psnr": psnr_db(mse), "chosen": True}])
+    def _allowed(self, router_TL2: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(self.may_reuse(len(router_TL2))[:, None, None], router_TL2.shape)
 
-    def _reused(self, signature: ModelSignature, router_TL2: np.ndarray) -> np.ndarray:
-        """Which branches are reused, boolean [T, L, 2]."""
-        may_TL2 = np.broadcast_to(self.may_reuse(len(router_TL2))[:, None, None], router_TL2.shape)
-        if self.target_speedup is None:
-            return may_TL2 & (router_TL2 <= self.threshold)
-        budget = len(router_TL2) * full_step_macs(signature) / self.target_speedup
-        return lowest_within_budget(signature, router_TL2, may_TL2, budget)
+    def _offer(self, context: PlanningContext, reused_TL2: np.ndarray) -> Offer:
+        threshold = float(_router(context, self.name)[reused_TL2].max(initial=0.0))
+        return Offer(router_steps(reused_TL2), {"threshold": threshold, "scores": context.scores.digest})
+
+
+def _router(context: PlanningContext, name: str) -> np.ndarray:
+    if context.scores.router_TL2 is None:
+        raise PlanError(f"{name}: {NO_ROUTER}")
+    return context.scores.router_TL2
 
 
 def lowest_within_budget(signature: ModelSignature, router_TL2: np.ndarray, may_TL2: np.ndarray, macs_budget: float) -> np.ndarray:
@@ -146,6 +117,5 @@ def _branch_macs(signature: ModelSignature) -> np.ndarray:
 
 
 def _macs(signature: ModelSignature, computed_TL2: np.ndarray) -> float:
-    """MACs of a whole plan; the shares of blocks may be given once for all."""
-    branches = (computed_TL2 * _branch_macs(signature)).sum(2).mean(1) * signature.depth
-    return float((fixed_macs(signature) + branches).sum())
+    """MACs of a whole plan."""
+    return float(len(computed_TL2) * fixed_macs(signature) + (computed_TL2 * _branch_macs(signature)).sum())

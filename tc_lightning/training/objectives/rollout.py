@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tc_lightning.cache import BranchCache
-from tc_lightning.diffusion.update import Coefficients, advance
+from tc_lightning.diffusion.update import advance, coefficients
 from tc_lightning.errors import RunError
 from tc_lightning.superposition import full_eps, mixed_branches_eps
 from tc_lightning.training.objectives.base import Batch, Loss
@@ -30,12 +30,12 @@ class RolloutBatch(TypedDict):
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """Where a student is: rollouts, the step to be taken next, latents and last m of the solver, and what it left in its cache."""
+    """Where a student is: rollouts, the step to be taken next, latents and past m of the solver, and what it left in its cache."""
 
     index: Tensor
     step: int
     x: Tensor
-    m: Tensor
+    past: tuple[Tensor, ...]
     caches: list[BranchCache]
 
 
@@ -103,7 +103,7 @@ class RouterRollout(RouterObjective):
     def _replay(self, step: int, batch: Batch) -> Student:
         """Run the rollouts from noise to before a step: step 0 in full, the others with the present weights."""
         x, label_B = batch.content["noise"], batch.content["label"]
-        first = Student(batch.content["index"], 0, x, torch.zeros_like(x), [])
+        first = Student(batch.content["index"], 0, x, (), [])
         eps, caches = full_eps(self.task.teacher, self.task.guidance, x, self._time(first), label_B)
         student = self._moved(first, eps, caches.branches)
         w_TL2 = self.predictor()
@@ -127,8 +127,7 @@ class RouterRollout(RouterObjective):
         return mixed_branches_eps(self.task.teacher, self.task.guidance, *args)
 
     def _moved(self, student: Student, eps: Tensor, caches: list[BranchCache]) -> Student:
-        row = self.task.sampler.steps[student.step]
-        c = Coefficients(row.m_x, row.m_eps, row.next_x, row.next_m, row.next_m_prev or None)
-        x, m = advance(student.x, eps.detach(), student.m, c)
+        sampler = self.task.sampler
+        x, m = advance(student.x, eps.detach(), student.past, coefficients(sampler.steps[student.step]))
         kept = [BranchCache(cache.attn.detach(), cache.mlp.detach()) for cache in caches]
-        return Student(student.index, student.step + 1, x, m, kept)
+        return Student(student.index, student.step + 1, x, (m, *student.past)[: sampler.history], kept)

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from tc_lightning.diffusion.update import Coefficients, advance
+from tc_lightning.diffusion.update import advance, coefficients
 from tc_lightning.errors import RunError
 from tc_lightning.predictor import RouterPredictor
 from tc_lightning.sampling import full_plan, noise_for
@@ -147,12 +147,13 @@ def reuse_damage(task: Task, x_BCHW: Tensor, labels_B: Tensor) -> Tensor:
     """
     teacher, _, sampler, guidance = task
     none_BL2 = torch.zeros(len(x_BCHW), task.signature.depth, 2, device=x_BCHW.device)
-    damage, branches, m = [], None, None
+    damage: list[float] = []
+    branches, past = None, ()
     for row in sampler.steps:
         t_B = torch.full((len(x_BCHW),), row.t, device=x_BCHW.device)
         eps, caches = full_eps(teacher, guidance, x_BCHW, t_B, labels_B)
         reused = eps if branches is None else mixed_branches_eps(teacher, guidance, branches, x_BCHW, t_B, labels_B, none_BL2)[0]
         damage.append(float((reused - eps).double().square().mean()))
-        x_BCHW, m = advance(x_BCHW, eps, m, Coefficients(row.m_x, row.m_eps, row.next_x, row.next_m, row.next_m_prev or None))
-        branches = caches.branches
+        x_BCHW, m = advance(x_BCHW, eps, past, coefficients(row))
+        branches, past = caches.branches, (m, *past)[: sampler.history]
     return torch.tensor(damage, dtype=torch.float64)
