@@ -81,6 +81,8 @@ class PlannerPolicy(Policy):
         PlanError: if an argument is out of range.
     """
 
+    on_all_ranks = True
+
     def __init__(
         self,
         target_speedup: float = 2.5,

@@ -79,6 +79,8 @@ class PlanChoice:
 class Policy(ABC):
     """A caching method: anything that turns a `PlanningContext` into a plan."""
 
+    on_all_ranks = False  # whether `plan` is to be called on every process of a distributed run, each with its share of the images
+
     needs: tuple[str, ...] = ()  # optional arrays of the scores that it cannot do without
 
     def check(self, signature: ModelSignature, sampler: SamplerTable) -> None:  # noqa: B027 (a hook that may be left empty)

@@ -1,7 +1,8 @@
 """The end of a distillation run: sensitivities, scores, plan, and the files that tell of them.
 
 The run's folder gets scores.safetensors, content.safetensors if the predictor looks at the image, figures/*.png, plan.json,
-candidates.csv, calibration.safetensors if the policy asked for it, and run.json when all others are there.
+candidates.csv, calibration.safetensors if the policy asked for it, front/ if it looked at several budgets, and run.json when all others
+are there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from tc_lightning.evaluation import RolloutEvaluator
 from tc_lightning.figures import importance_figure, router_figure, sensitivity_figure
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
+from tc_lightning.planner.front import FOLDER as FRONT
+from tc_lightning.planner.front import write_front
 from tc_lightning.policies.base import PlanChoice, PlanningContext
+from tc_lightning.ranks import ALONE, Ranks
 from tc_lightning.runs import CONTENT, write_run
 from tc_lightning.sampling import full_plan, sample_steps
 from tc_lightning.scores import Scores, sampler_digest
@@ -72,15 +76,17 @@ class PlanningJob:
         self.folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asks all ranks
 
     def run(self) -> None:
-        """Measure on all ranks; plan and write on rank 0."""
-        scores = self.scores()
-        if self.trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        """Measure on all ranks; plan on all of them if the policy can, else on rank 0; write on rank 0."""
+        scores, first = self.scores(), self.trainer.is_global_zero
+        if first:
+            (self.folder / FRONT).mkdir(parents=True, exist_ok=True)
             scores.save(self.folder / "scores.safetensors")
             write_figures(scores, self.folder / "figures")
             if self.selector is not None:
                 self.selector.save(self.folder / CONTENT)
-            self._write(scores, self._choose(scores))
+        choice = self._choose(scores) if first or self.module.policy.on_all_ranks else None
+        if first and choice is not None:
+            self._write(choice)
 
     def scores(self) -> Scores:
         """What the objectives learned, and sensitivities over training trajectories."""
@@ -123,9 +129,28 @@ class PlanningJob:
         evaluate = RolloutEvaluator(self.teacher, x_T, labels, x_0, self.selector)
         endpoints = self._endpoints("train_endpoints", CALIBRATION_TRAJECTORIES)
         context = PlanningContext(
-            self.signature, module.sampler, module.guidance, scores, evaluate, calibrate=functools.partial(self._calibrate, endpoints)
+            self.signature,
+            module.sampler,
+            module.guidance,
+            scores,
+            evaluate,
+            calibrate=functools.partial(self._calibrate, endpoints),
+            model=self.teacher,
+            ranks=self._ranks(),
+            folder=self.folder / FRONT,
         )
         return module.policy.plan(context)
+
+    def _ranks(self) -> Ranks:
+        """The processes of this run, if the policy plans on all of them."""
+        trainer = self.trainer
+        if not self.module.policy.on_all_ranks or trainer.world_size == 1:
+            return ALONE
+
+        def total(values: Tensor) -> Tensor:
+            return trainer.strategy.reduce(values.to(self.device), reduce_op="sum")
+
+        return Ranks(trainer.global_rank, trainer.world_size, total)
 
     def _calibrate(self, endpoints: list[Tensor]) -> Calibration:
         """Measure training trajectories at full compute, and keep what was found beside the scores."""
@@ -134,8 +159,10 @@ class PlanningJob:
         calibration.save(self.folder / "calibration.safetensors")
         return calibration
 
-    def _write(self, scores: Scores, choice: PlanChoice) -> None:
+    def _write(self, choice: PlanChoice) -> None:
         choice.plan.save(self.folder / "plan.json")
+        if choice.front:
+            write_front(choice.front, self.folder)
         write_candidates(choice.candidates, self.folder / "candidates.csv")
         name = self.folder.parent.name if self.folder.name.startswith("version_") else self.folder.name
         write_run(self.folder, name, self.module.teacher_spec, self.module.teacher_digest, content=self.selector is not None)
