@@ -35,6 +35,11 @@ data:
   init_args: {num_train: 16, num_val: 16}
 trainer: {max_steps: 4, val_check_interval: 2}
 """
+SEARCH = """
+model:
+  init_args:
+    policy: {init_args: {evaluations: 3, front: [], fit_images: 2, judge_images: 2, final_images: 2}}
+"""
 SHORT = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.accelerator", "cpu"]
 
 
@@ -44,17 +49,20 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning"])
     (tmp_path / "tiny.yaml").write_text(OVERLAY)
+    (tmp_path / "search.yaml").write_text(SEARCH)
     save_teacher(randomise_(DiT(TINY), seed=0), tmp_path / "tiny.safetensors")
     return tmp_path
 
 
 def distil(config: str, *extra: str) -> list[str]:
     """Arguments that shrink a distillation config to seconds."""
-    return ["fit", "-c", str(CONFIGS / config), "-c", "tiny.yaml", *SHORT, *extra]
+    search = ["-c", "search.yaml"] if "PlannerPolicy" in (CONFIGS / config).read_text() else []
+    return ["fit", "-c", str(CONFIGS / config), "-c", "tiny.yaml", *search, *SHORT, *extra]
 
 
 TOKENS, ROUTER = {"importance_TLN": "importance.png"}, {"router_TL2": "router.png"}
 LEARNED = {"digits.yaml": TOKENS | ROUTER, "digits_router.yaml": ROUTER, "digits_l2c.yaml": ROUTER, "dit_xl2_256.yaml": TOKENS}
+LEARNED |= {"photos.yaml": TOKENS | ROUTER}
 
 
 @pytest.mark.parametrize("config", LEARNED)

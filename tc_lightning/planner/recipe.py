@@ -94,7 +94,7 @@ class Kitchen:
         rows = np.maximum(np.abs(wanted[:, None] - known[None]).argmin(1), min(1, len(known) - 1))
         importance_TLN, sensitivity_TL2 = self.scores.importance_TLN[rows].copy(), self.scores.sensitivity_TL2[rows].copy()
         importance_TLN[0], sensitivity_TL2[0] = 1.0, 0.0
-        return dataclasses.replace(self.scores, importance_TLN=importance_TLN, sensitivity_TL2=sensitivity_TL2)
+        return dataclasses.replace(self.scores, importance_TLN=importance_TLN, sensitivity_TL2=sensitivity_TL2, router_TL2=None)
 
 
 def spread(num_steps: int, count: int, warmup: int, bend: float) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ class FewerStepsPolicy(TargetedPolicy):
         sampler: str = "ddim",
         target_speedup: float | None = None,
         num_steps: int = 20,
-        spacings: tuple[str, ...] = SPACINGS,
+        spacings: tuple[str, ...] = (*SPACINGS, "mix:0.5"),
         images: int = 4,
     ) -> None:
         super().__init__(target_speedup, images)
