@@ -44,6 +44,7 @@ class DPPlacementPolicy(TargetedPolicy):
     """
 
     name = "dp_placement"
+    needs = ("calibration",)
 
     def __init__(
         self,

@@ -39,6 +39,7 @@ class ToCaPolicy(TargetedPolicy):
     """
 
     name = "toca"
+    needs = ("scores",)
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ class TokenCacheV1Policy(TargetedPolicy):
     """
 
     name = "tokencache_v1"
+    needs = ("scores",)
 
     def __init__(
         self,
