@@ -347,9 +347,13 @@ def test_arguments_are_the_schema_of_a_config():
 def test_what_was_not_measured_for_the_sampler_is_not_used(context: PlanningContext):
     other = dataclasses.replace(context, sampler=make_sampler("dpmpp_2m", T))
     blind = dataclasses.replace(context, calibrate=None)
+    everything = np.ones_like(context.scores.importance_TLN)
+    untrained = dataclasses.replace(context, scores=dataclasses.replace(context.scores, importance_TLN=everything))
     for name, where, reason in (
         ("toca", other, "scores of the sampler that is planned"),
         ("tokencache_v1", other, "scores of the sampler that is planned"),
+        ("harmonica", other, "scores of the sampler that is planned"),
+        ("toca", untrained, "no predictor of it was trained"),
         ("smoothcache", blind, "needs calibration data"),
         ("dp_placement", blind, "needs calibration data"),
     ):

@@ -44,7 +44,7 @@ class DPPlacementPolicy(TargetedPolicy):
     """
 
     name = "dp_placement"
-    needs = ("calibration",)
+    calibrated = True
 
     def __init__(
         self,

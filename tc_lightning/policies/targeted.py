@@ -47,7 +47,7 @@ class TargetedPolicy(Policy):
     """
 
     name: str
-    needs: tuple[str, ...] = ()  # of `scores`, `calibration`: measured for the very sampler that is planned
+    calibrated = False  # whether it reads the context's calibration
 
     def __init__(self, target_speedup: float | None, images: int) -> None:
         if target_speedup is not None and target_speedup <= 1.0:
@@ -94,10 +94,12 @@ class TargetedPolicy(Policy):
 
     def _require(self, context: PlanningContext) -> None:
         self._check(context.signature, context.sampler, context.baseline)
-        if "calibration" in self.needs and context.calibrate is None:
+        if self.calibrated and context.calibrate is None:
             raise PlanError(f"{self.name} needs calibration data, and none can be measured here: plan with `lightning fit`.")
-        if "scores" in self.needs and context.scores.sampler != sampler_digest(context.sampler):
+        if self.needs and context.scores.sampler != sampler_digest(context.sampler):
             raise PlanError(f"{self.name} needs scores of the sampler that is planned, and those at hand are another's: distil for it.")
+        if "importance_TLN" in self.needs and context.scores.importance_TLN.min() == 1.0:
+            raise PlanError(f"{self.name} chooses tokens by importance, and no predictor of it was trained: distil one.")
 
     def _check(self, signature: ModelSignature, sampler: SamplerTable, reference: SamplerTable) -> None:
         most = reference_macs(signature, reference) / self.least_macs(signature, sampler)

@@ -39,7 +39,7 @@ class ToCaPolicy(TargetedPolicy):
     """
 
     name = "toca"
-    needs = ("scores",)
+    needs = ("importance_TLN",)
 
     def __init__(
         self,

@@ -44,7 +44,7 @@ class TokenCacheV1Policy(TargetedPolicy):
     """
 
     name = "tokencache_v1"
-    needs = ("scores",)
+    needs = ("importance_TLN",)
 
     def __init__(
         self,
