@@ -17,6 +17,7 @@ from tc_lightning.calibrate import calibrate
 from tc_lightning.calibration import Calibration
 from tc_lightning.costs import macs_speedup, plan_macs
 from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.evaluation import RolloutEvaluator
 from tc_lightning.plan import BRANCHES, CachePlan, Guidance, ModelSignature, compute, partial, reuse, skip
@@ -39,13 +40,13 @@ from tc_lightning.scores import Scores, sampler_digest
 XL = ModelSignature("dit", 28, 256, 1152, 16, 4608, 2, 4, 8, 32, 1000, "0" * 64)
 
 
-def some_scores(signature: ModelSignature, num_steps: int, seed: int = 0) -> Scores:
-    rng = np.random.default_rng(seed)
-    sensitivity = rng.random((num_steps, signature.depth, 2))
+def some_scores(signature: ModelSignature, sampler: SamplerTable) -> Scores:
+    rng = np.random.default_rng(0)
+    sensitivity = rng.random((len(sampler), signature.depth, 2))
     sensitivity[0] = 0.0
-    importance, router = rng.random((num_steps, signature.depth, signature.tokens)), rng.random((num_steps, signature.depth, 2))
+    importance, router = (rng.random((len(sampler), signature.depth, n)) for n in (signature.tokens, 2))
     router[0] = 1.0
-    return Scores(importance, sensitivity, signature.teacher, sampler_digest(make_sampler("ddim", num_steps)), router)
+    return Scores(importance, sensitivity, signature.teacher, sampler_digest(sampler), router)
 
 
 def xl_context(num_steps: int = 50, drift_TG2: np.ndarray | None = None) -> PlanningContext:
@@ -62,7 +63,7 @@ def xl_context(num_steps: int = 50, drift_TG2: np.ndarray | None = None) -> Plan
         T, G = drift_TG2.shape[:2]
         return Calibration(drift_TG2[:, :, None], np.zeros((T, G, G, 3)), np.ones(T), XL.teacher, sampler_digest(sampler))
 
-    return PlanningContext(XL, sampler, Guidance(1.5, 3), some_scores(XL, num_steps), evaluate, calibrate=given)
+    return PlanningContext(XL, sampler, Guidance(1.5, 3), some_scores(XL, sampler), evaluate, calibrate=given)
 
 
 def published(policy: Policy, num_steps: int = 50) -> CachePlan:
@@ -160,7 +161,7 @@ def test_toca_schedule_and_shares_are_those_of_its_code():
 
 
 def test_toca_takes_the_tokens_of_highest_importance():
-    plan, scores = published(ToCaPolicy()), some_scores(XL, 50)
+    plan, scores = published(ToCaPolicy()), some_scores(XL, make_sampler("ddim", 50))
     for block in (0, 13):
         segment = plan.steps[2][block]
         kept = toca_tokens(XL, 50, 0.07, 2, block)
@@ -271,7 +272,7 @@ def context() -> PlanningContext:
     x_T, labels = noise_for(0, range(2), MODEL), torch.tensor([0, 3])
     evaluate = RolloutEvaluator(MODEL, x_T, labels, sample(MODEL, full, x_T, labels))
     calibration = calibrate(MODEL, full, x_T, labels, progress=False)
-    return PlanningContext(SIGNATURE, sampler, guidance, some_scores(SIGNATURE, T), evaluate, calibrate=lambda: calibration)
+    return PlanningContext(SIGNATURE, sampler, guidance, some_scores(SIGNATURE, sampler), evaluate, calibrate=lambda: calibration)
 
 
 NAMES = sorted(standard_policies(2.0))
@@ -322,7 +323,7 @@ def test_another_sampler_may_replace_the_reference(name: str, context: PlanningC
     shorter = dataclasses.replace(context, sampler=make_sampler("dpmpp_2m", 8, "logsnr"), reference=context.sampler)
     full = full_plan(SIGNATURE, shorter.sampler, context.guidance)
     calibration = calibrate(MODEL, full, noise_for(0, range(1), MODEL), torch.tensor([0]), progress=False)
-    shorter = dataclasses.replace(shorter, calibrate=lambda: calibration, scores=some_scores(SIGNATURE, 8))
+    shorter = dataclasses.replace(shorter, calibrate=lambda: calibration, scores=some_scores(SIGNATURE, shorter.sampler))
     plan = standard_policies(2.0)[name].plan(shorter).plan if not standard_policies(2.0)[name].unavailable(shorter) else None
     assert plan is None or (macs_speedup(plan) >= 2.0 and len(plan.baseline) == T and plan.num_steps == 8)
 
@@ -343,9 +344,25 @@ def test_arguments_are_the_schema_of_a_config():
         assert parser.instantiate_classes(config).policy.target_speedup == 3.0
 
 
-def test_without_calibration_a_policy_says_so():
-    with pytest.raises(PlanError, match="needs calibration data"):
-        DPPlacementPolicy(2.0).plan(dataclasses.replace(xl_context(), calibrate=None))
+def test_what_was_not_measured_for_the_sampler_is_not_used(context: PlanningContext):
+    other = dataclasses.replace(context, sampler=make_sampler("dpmpp_2m", T))
+    blind = dataclasses.replace(context, calibrate=None)
+    everything = np.ones_like(context.scores.importance_TLN)
+    untrained = dataclasses.replace(context, scores=dataclasses.replace(context.scores, importance_TLN=everything))
+    for name, where, reason in (
+        ("toca", other, "scores of the sampler that is planned"),
+        ("tokencache_v1", other, "scores of the sampler that is planned"),
+        ("harmonica", other, "scores of the sampler that is planned"),
+        ("toca", untrained, "no predictor of it was trained"),
+        ("smoothcache", blind, "needs calibration data"),
+        ("dp_placement", blind, "needs calibration data"),
+    ):
+        policy = standard_policies(1.5)[name]
+        assert reason in str(policy.unavailable(where))
+        with pytest.raises(PlanError, match=reason):
+            policy.plan(where)
+    with pytest.raises(PlanError, match="measured for another sampler"):
+        standard_policies(1.5)["dp_placement"].plan(other)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.ranks import ALONE, Ranks
-from tc_lightning.scores import Scores
+from tc_lightning.scores import Scores, sampler_digest
 
 if TYPE_CHECKING:
     from tc_lightning.models.dit import DiT
@@ -60,11 +60,14 @@ class PlanningContext:
         """What `calibrate` measures.
 
         Raises:
-            PlanError: if nothing can be measured here.
+            PlanError: if nothing can be measured here, or what is measured belongs to another sampler.
         """
         if self.calibrate is None:
             raise PlanError("this policy needs calibration data, and none can be measured here: plan with `lightning fit`.")
-        return self.calibrate()
+        calibration = self.calibrate()
+        if calibration.sampler != sampler_digest(self.sampler):
+            raise PlanError("the calibration data were measured for another sampler than the one that is planned: measure them again.")
+        return calibration
 
 
 @dataclasses.dataclass(frozen=True)

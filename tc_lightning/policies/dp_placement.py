@@ -44,6 +44,7 @@ class DPPlacementPolicy(TargetedPolicy):
     """
 
     name = "dp_placement"
+    calibrated = True
 
     def __init__(
         self,

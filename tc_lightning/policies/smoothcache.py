@@ -34,6 +34,7 @@ class SmoothCachePolicy(TargetedPolicy):
     """
 
     name = "smoothcache"
+    calibrated = True
 
     def __init__(self, target_speedup: float | None = None, threshold: float = 0.18, max_gap: int = 3) -> None:
         super().__init__(target_speedup, images=1)

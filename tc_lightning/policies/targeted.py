@@ -12,6 +12,7 @@ from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.plan import CachePlan, ModelSignature, Segment
 from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
+from tc_lightning.scores import sampler_digest
 
 Steps = tuple[tuple[Segment, ...], ...]
 MAX_INTERVAL = 10  # steps from one full step to the next that a policy considers, unless told otherwise
@@ -46,6 +47,7 @@ class TargetedPolicy(Policy):
     """
 
     name: str
+    calibrated = False  # whether it reads the context's calibration
 
     def __init__(self, target_speedup: float | None, images: int) -> None:
         if target_speedup is not None and target_speedup <= 1.0:
@@ -73,14 +75,14 @@ class TargetedPolicy(Policy):
     def unavailable(self, context: PlanningContext) -> str | None:
         """See `Policy.unavailable`."""
         try:
-            self._check(context.signature, context.sampler, context.baseline)
+            self._require(context)
         except PlanError as error:
             return str(error)
         return None
 
     def plan(self, context: PlanningContext) -> PlanChoice:
         """The best offer; the table lists all of them, by error."""
-        self._check(context.signature, context.sampler, context.baseline)
+        self._require(context)
         budget = reference_macs(context.signature, context.baseline) / (self.target_speedup or 1.0)
         offers = self.published(context) if self.target_speedup is None else self.within(context, budget)
         plans = [(offer, self._build(context, offer)) for offer in distinct(offers)]
@@ -89,6 +91,15 @@ class TargetedPolicy(Policy):
         if not plans:
             raise PlanError(f"{self.name} has no plan of {self.target_speedup} times fewer MACs: lower target_speedup.")
         return self._best(context, plans)
+
+    def _require(self, context: PlanningContext) -> None:
+        self._check(context.signature, context.sampler, context.baseline)
+        if self.calibrated and context.calibrate is None:
+            raise PlanError(f"{self.name} needs calibration data, and none can be measured here: plan with `lightning fit`.")
+        if self.needs and context.scores.sampler != sampler_digest(context.sampler):
+            raise PlanError(f"{self.name} needs scores of the sampler that is planned, and those at hand are another's: distil for it.")
+        if "importance_TLN" in self.needs and context.scores.importance_TLN.min() == 1.0:
+            raise PlanError(f"{self.name} chooses tokens by importance, and no predictor of it was trained: distil one.")
 
     def _check(self, signature: ModelSignature, sampler: SamplerTable, reference: SamplerTable) -> None:
         most = reference_macs(signature, reference) / self.least_macs(signature, sampler)

@@ -39,6 +39,7 @@ class ToCaPolicy(TargetedPolicy):
     """
 
     name = "toca"
+    needs = ("importance_TLN",)
 
     def __init__(
         self,

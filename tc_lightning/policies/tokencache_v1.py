@@ -44,6 +44,7 @@ class TokenCacheV1Policy(TargetedPolicy):
     """
 
     name = "tokencache_v1"
+    needs = ("importance_TLN",)
 
     def __init__(
         self,

@@ -172,7 +172,8 @@ class TokenCacheDistiller(LightningModule):
             PlanError: if the policy could not reach its target, whatever the scores.
         """
         if missing := [name for name in self.policy.needs if name not in {objective.learns for objective in self.objectives}]:
-            raise RunError(f"{type(self.policy).__name__} needs {missing[0]}, which nothing trains: set `model.init_args.router`.")
+            setting = "router" if missing[0] == "router_TL2" else "train_tokens"
+            raise RunError(f"{type(self.policy).__name__} needs {missing[0]}, which nothing trains: set `model.init_args.{setting}`.")
         self.policy.check(self.signature, self.sampler)
         wanted = ("heldout", "train_endpoints", *(["train_latents"] if isinstance(self.tokens, ContentSuperposition) else []))
         missing = [n for n in wanted if not hasattr(self.trainer.datamodule, n)]  # type: ignore[attr-defined]

@@ -134,7 +134,7 @@ class PlanningJob:
             module.guidance,
             scores,
             evaluate,
-            calibrate=functools.partial(self._calibrate, endpoints),
+            calibrate=functools.cache(lambda: self._calibrate(endpoints)),
             model=self.teacher,
             ranks=self._ranks(),
             folder=self.folder / FRONT,
@@ -156,7 +156,8 @@ class PlanningJob:
         """Measure training trajectories at full compute, and keep what was found beside the scores."""
         plan = full_plan(self.signature, self.module.sampler, self.module.guidance)
         calibration = calibrate(self.teacher, plan, endpoints[0], endpoints[1])
-        calibration.save(self.folder / "calibration.safetensors")
+        if self.trainer.is_global_zero:
+            calibration.save(self.folder / "calibration.safetensors")
         return calibration
 
     def _write(self, choice: PlanChoice) -> None:
