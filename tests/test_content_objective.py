@@ -87,7 +87,7 @@ def test_fit_learns_and_the_run_holds_the_predictor(teacher: TeacherSpec, tmp_pa
     assert scores.selector == selector.digest
     plan = CachePlan.load(run.plan)
     assert plan.selector == selector.digest
-    assert plan.provenance["scores"] == scores.digest
+    assert plan.provenance["arguments"]["scores"] == scores.digest
 
     latents = module.trainer.datamodule.train_latents(5)
     t_B = torch.full((5,), module.sampler.steps[3].t)
