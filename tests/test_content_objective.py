@@ -75,7 +75,7 @@ def test_loss_is_the_papers_up_to_its_unit(teacher: TeacherSpec) -> None:
 
 def test_fit_learns_and_the_run_holds_the_predictor(teacher: TeacherSpec, tmp_path: Path) -> None:
     objective = ContentSuperposition(target_share=0.4, samples=5)
-    policy = TokenCacheV2Policy(1.25, full_shares=(0.2,), progress=False, finalists=1)
+    policy = TokenCacheV2Policy(1.25, full_shares=(0.2,))
     module, rows = fit(teacher, tmp_path, 60, content=objective, policy=policy, lr=5e-3)
     assert abs(rows[-1]["train/mean_w"] - 0.4) < 0.06
     assert {"train/loss", "train/x_L_mse", "train/distil_relative", "val/distil_mse", "val/reuse_mse"} <= set(rows[-1])
@@ -87,7 +87,7 @@ def test_fit_learns_and_the_run_holds_the_predictor(teacher: TeacherSpec, tmp_pa
     assert scores.selector == selector.digest
     plan = CachePlan.load(run.plan)
     assert plan.selector == selector.digest
-    assert plan.provenance["scores"] == scores.digest
+    assert plan.provenance["arguments"]["scores"] == scores.digest
 
     latents = module.trainer.datamodule.train_latents(5)
     t_B = torch.full((5,), module.sampler.steps[3].t)

@@ -9,7 +9,7 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.plan import CachePlan, Guidance, compute, content, partial, skip
 from tc_lightning.policies.base import PlanningContext
-from tc_lightning.policies.tokencache_v2 import TokenCacheV2Policy, block_keeps, kept_segments, percentile_steps, tokencache_v2_plan
+from tc_lightning.policies.tokencache_v2 import TokenCacheV2Policy, block_keeps, kept_segments, percentile_steps
 from tc_lightning.scores import Scores, sampler_digest
 
 T, L, N = 10, 4, 16
@@ -64,62 +64,58 @@ def test_segments_of_a_pruned_step() -> None:
     assert kept_segments(blocks_differ("1" * 64), 4, [5, 2, 0, 0], 2, 1) == (content(0, 1, 5, 2), content(1, 2, 2, 2), skip(2, 4, 2))
 
 
+def context(scores: Scores, wrong: float = 1.0) -> PlanningContext:
+    """Errors fall with the share of recomputed tokens."""
+
+    def evaluate(plan: CachePlan, images: int | None) -> float:
+        return wrong / sum(step_macs(SIGNATURE, segments) for segments in plan.steps)
+
+    return PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, scores, evaluate)
+
+
 def test_plan_of_the_paper() -> None:
+    """Three of ten steps, at equal percentiles; 28 of 64 tokens: 4, 8 and 16 of blocks 1, 2 and 3."""
     selector = "1" * 64
-    arguments = {"full_steps": [0, 4, 7], "total": 4 + 8 + 16}
-    plan = tokencache_v2_plan(SIGNATURE, SAMPLER, GUIDANCE, blocks_differ(selector), **arguments)
+    scores = blocks_differ(selector)
+    plan = TokenCacheV2Policy(full_share=0.3, keep_share=28 / 64).plan(context(scores)).plan
     pruned = (skip(0, 1), content(1, 2, 4), content(2, 3, 8), compute(3, 4))
-    assert plan.full_steps == [0, 4, 7]
-    assert {plan.steps[i] for i in range(T) if i not in (0, 4, 7)} == {pruned}
+    assert plan.full_steps == percentile_steps(scores.importance_TLN, 3) == [0, 3, 6]
+    assert {plan.steps[i] for i in range(T) if i not in (0, 3, 6)} == {pruned}
     assert (plan.selector, plan.provenance["policy"]) == (selector, "tokencache_v2")
+    assert plan.provenance["arguments"]["scores"] == scores.digest
     everything = full_step_macs(SIGNATURE)
     cheap = step_macs(SIGNATURE, (skip(0, 1), partial(1, 2, range(4)), partial(2, 3, range(8)), compute(3, 4)))
     assert macs_speedup(plan) == pytest.approx(T * everything / (3 * everything + 7 * (cheap + selector_macs(SIGNATURE) / 2)))
 
 
 def test_no_token_is_chosen_where_none_is_left() -> None:
-    plan = tokencache_v2_plan(SIGNATURE, SAMPLER, GUIDANCE, blocks_differ("1" * 64), full_steps=[0], total=16)
+    plan = TokenCacheV2Policy(full_share=0.1, keep_share=0.25).plan(context(blocks_differ("1" * 64))).plan
     assert plan.steps[1] == (skip(0, 3), compute(3, 4))
     assert plan.selector == ""
-    with pytest.raises(PlanError, match="are not for 10 steps, 4 blocks and 16 tokens"):
-        tokencache_v2_plan(SIGNATURE, SAMPLER, GUIDANCE, make_scores(np.ones((T, 3, N))), full_steps=[0], total=16)
-
-
-def context(selector: str = "", wrong: float = 1.0) -> PlanningContext:
-    """Errors fall with the share of recomputed tokens."""
-
-    def evaluate(plan: CachePlan, images: int | None) -> float:
-        return wrong * sum(step_macs(SIGNATURE, segments) for segments in plan.steps) ** -1.0
-
-    return PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, blocks_differ(selector), evaluate)
 
 
 @pytest.mark.parametrize(("selector", "target"), [("", 1.8), ("1" * 64, 1.3)])  # a predictor of one block in four is dear
 def test_policy_spends_what_the_target_allows(selector: str, target: float) -> None:
-    policy = TokenCacheV2Policy(target_speedup=target, full_shares=(0.1, 0.2, 0.3, 0.9), orders=(0, 1), progress=False)
-    choice = policy.plan(context(selector))
+    policy = TokenCacheV2Policy(target, full_shares=(0.1, 0.2, 0.3, 0.9), orders=(0, 1))
+    choice = policy.plan(context(blocks_differ(selector)))
     assert target <= macs_speedup(choice.plan) < 1.15 * target
     assert bool(choice.plan.selector) == bool(selector)
-    assert choice.plan.provenance["scores"] == blocks_differ(selector).digest
-    assert [row["chosen"] for row in choice.candidates] == [True] + [False] * (len(choice.candidates) - 1)
     assert all(row["macs_speedup"] >= target for row in choice.candidates)
     assert len(choice.candidates) == 6  # nine full steps of ten are too many
-    best = [row["mse"] for row in choice.candidates[:4]]
-    assert best == sorted(best)
-    assert choice.plan == policy.plan(context(selector)).plan
-    more = dict(choice.plan.provenance["arguments"])
-    more["total"] += 1
-    dearer = tokencache_v2_plan(SIGNATURE, SAMPLER, GUIDANCE, blocks_differ(selector), **more)
-    assert macs_speedup(dearer) < target
+    errors = [row["mse_screen"] for row in choice.candidates]
+    assert errors == sorted(errors)
+    arguments, count = choice.plan.provenance["arguments"], len(choice.plan.full_steps)
+    more = TokenCacheV2Policy(full_share=count / T, keep_share=arguments["keep_share"] + 1 / (L * N), orders=(arguments["order"],))
+    assert macs_speedup(more.plan(context(blocks_differ(selector))).plan) < target
 
 
 def test_what_the_policy_refuses() -> None:
     with pytest.raises(
-        PlanError, match=r"target_speedup 30 is not reachable with 10 steps of which 1 are full: choose above 1, up to \d"
+        PlanError, match=r"target_speedup 30 is not reachable with tokencache_v2 and 10 steps: choose above 1, up to \d"
     ):
         TokenCacheV2Policy(30.0).check(SIGNATURE, SAMPLER)
-    for wrong in ({"target_speedup": 1.0}, {"full_shares": ()}, {"full_shares": (1.0,)}, {"orders": (3,)}, {"finalists": 0}):
+    for wrong in ({"target_speedup": 1.0}, {"full_shares": ()}, {"full_shares": (1.0,)}, {"orders": (3,)}, {"keep_share": 1.1}):
         with pytest.raises(PlanError):
             TokenCacheV2Policy(**wrong)
     with pytest.raises(PlanError, match="NaN or infinite"):
-        TokenCacheV2Policy(1.5, progress=False).plan(context(wrong=float("inf")))
+        TokenCacheV2Policy(1.5).plan(context(blocks_differ(), wrong=float("inf")))

@@ -16,9 +16,11 @@ from tc_lightning.policies.targeted import TargetedPolicy
 from tc_lightning.policies.taylorseer import TaylorSeerPolicy
 from tc_lightning.policies.toca import ToCaPolicy
 from tc_lightning.policies.tokencache_v1 import TokenCacheV1Policy
+from tc_lightning.policies.tokencache_v2 import TokenCacheV2Policy
 
 _METHODS: tuple[type[TargetedPolicy], ...] = (
     TokenCacheV1Policy,
+    TokenCacheV2Policy,
     FORAPolicy,
     TaylorSeerPolicy,
     DeltaDiTPolicy,

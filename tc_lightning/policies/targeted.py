@@ -22,13 +22,14 @@ MAX_INTERVAL = 10  # steps from one full step to the next that a policy consider
 class Offer:
     """A plan that a policy could return, and the arguments that would make it again.
 
-    `sampler` is the context's unless it is given; `eps_scale` as in `CachePlan`.
+    `sampler` is the context's unless it is given; `eps_scale` and `selector` as in `CachePlan`.
     """
 
     steps: Steps
     arguments: dict[str, Any]
     sampler: SamplerTable | None = None
     eps_scale: tuple[float, ...] = ()
+    selector: str = ""
 
 
 class TargetedPolicy(Policy):
@@ -111,7 +112,8 @@ class TargetedPolicy(Policy):
 
     def _build(self, context: PlanningContext, offer: Offer) -> CachePlan:
         sampler, provenance = offer.sampler or context.sampler, {"policy": self.name, "arguments": offer.arguments}
-        return CachePlan(context.signature, sampler, context.guidance, offer.steps, provenance, context.baseline, offer.eps_scale)
+        where = (context.signature, sampler, context.guidance)
+        return CachePlan(*where, offer.steps, provenance, context.baseline, offer.eps_scale, selector=offer.selector)
 
     def _best(self, context: PlanningContext, plans: list[tuple[Offer, CachePlan]]) -> PlanChoice:
         measured = [context.evaluate(plan, self.images) if len(plans) > 1 else None for _, plan in plans]
