@@ -51,6 +51,7 @@ def _report(args: list[str]) -> None:
         inception=given.inception,
         command=shlex.join(["python", "-m", "tc_lightning", "report", *args]),
     )
+    _chosen(given.policies, settings.budgets[0])  # a wrong name is told before anything takes time
     loaded = load_run(run)
     with replacing_folder(out) as folder:
         report = build_report(loaded, settings, lambda budget: _chosen(given.policies, budget), folder)

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from export.grid import difference_pixels, to_pixels
@@ -24,36 +25,35 @@ from tc_lightning.plan import MODES, CachePlan
 GAIN, GAP, SMALLEST = 10.0, 1, 64
 MARKERS = "osv^D<>Pphd8"
 MOST_MAPS = 6
+HALVES = {"both": "both halves", "forecast": "conditional half, guided by a forecast", "cond": "conditional half, not guided"}
+KINDS = (*MODES, *HALVES.values())  # what a cell of a map may show
 INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """Colours of a page: text and lines, planned artefacts, fewer steps, and modes of a plan."""
+    """Colours of a page: text, lines, planned artefacts, fewer steps, and what a plan does in a block or with guidance."""
 
-    name: str
     ink: str
     faint: str
     planned: str
     fewer: str
-    modes: dict[str, str]
+    kinds: dict[str, str]
 
 
 LIGHT = Theme(
-    "light",
     "#1d2733",
     "#d5dbe1",
     "#c2410c",
     "#111827",
-    {"compute": "#1b4965", "partial": "#5fa8d3", "reuse": "#f2b880", "skip": "#eceae4"},
+    dict(zip(KINDS, ("#1b4965", "#5fa8d3", "#f2b880", "#eceae4", "#9aa5b1", "#e9a23b", "#b42318"), strict=True)),
 )
 DARK = Theme(
-    "dark",
     "#e4e8ec",
     "#39434e",
     "#fb923c",
     "#f3f4f6",
-    {"compute": "#7cc0ea", "partial": "#3a7ca5", "reuse": "#c98b4f", "skip": "#262d35"},
+    dict(zip(KINDS, ("#7cc0ea", "#3a7ca5", "#c98b4f", "#262d35", "#66717d", "#e9a23b", "#f87171"), strict=True)),
 )
 
 
@@ -89,27 +89,38 @@ def front(rows: Sequence[Row], reference: Row, target: str, across: str) -> Call
 
 
 def plan_maps(plans: dict[str, CachePlan]) -> Callable[[Theme], Figure]:
-    """What happens to every block at every step, one panel a plan."""
-    shown = dict(list(plans.items())[:MOST_MAPS])
+    """What happens to every block at every step, one panel a plan; a row below the blocks tells the halves of guidance, if any plan
+    leaves one out."""
+    shown = {name: _cells(plan) for name, plan in list(plans.items())[:MOST_MAPS]}
+    guided = any(set(cells[0]) != {HALVES["both"]} for cells in shown.values())
+    shown = {name: cells if guided else cells[1:] for name, cells in shown.items()}
+    used = {kind for cells in shown.values() for row in cells for kind in row}
 
     def draw(theme: Theme) -> Figure:
         figure = Figure(figsize=(8.2, 1.9 * len(shown) + 0.5), layout="constrained")
         axes = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
-        colours = ListedColormap([theme.modes[mode] for mode in MODES])
-        used: set[str] = set()
-        for ax, (name, plan) in zip(axes, shown.items(), strict=True):
-            modes = [[segment.mode for segment in segments for _ in segment.blocks] for segments in plan.steps]
-            used |= {mode for row in modes for mode in row}
-            numbers = np.array([[MODES.index(mode) for mode in row] for row in modes]).T
-            ax.imshow(numbers, aspect="auto", origin="lower", cmap=colours, vmin=0, vmax=len(MODES) - 1, interpolation="nearest")
+        colours = ListedColormap([theme.kinds[kind] for kind in KINDS])
+        for ax, (name, cells) in zip(axes, shown.items(), strict=True):
+            numbers = np.array([[KINDS.index(kind) for kind in row] for row in cells])
+            extent = (-0.5, numbers.shape[1] - 0.5, -0.5 - guided, len(numbers) - 0.5 - guided)
+            ax.imshow(numbers, aspect="auto", origin="lower", cmap=colours, vmin=0, vmax=len(KINDS) - 1, extent=extent)
             ax.set(ylabel="block")
+            ax.yaxis.set_major_locator(MaxNLocator(integer=True))
             ax.set_title(name, fontsize=9, loc="left")
         axes[-1].set(xlabel="sampling step, noisiest first")
-        patches = [Patch(facecolor=theme.modes[mode], edgecolor=theme.ink, linewidth=0.4, label=mode) for mode in MODES if mode in used]
-        figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), fontsize=8)
+        patches = [Patch(facecolor=theme.kinds[k], edgecolor=theme.ink, linewidth=0.4, label=k) for k in KINDS if k in used]
+        figure.legend(handles=patches, loc="outside upper right", ncols=4, fontsize=8)
         return figure
 
     return draw
+
+
+def _cells(plan: CachePlan) -> list[list[str]]:
+    """Rows of kinds by step: the halves of guidance, then every block."""
+    steps = plan.to_json()["steps"]
+    halves = [HALVES[step.get("guidance", {"mode": "both"})["mode"]] for step in steps]
+    modes = [[segment.mode for segment in segments for _ in segment.blocks] for segments in plan.steps]
+    return [halves, *(list(row) for row in zip(*modes, strict=True))]
 
 
 def write_strip(path: Path, latents_BCHW: np.ndarray, reference_BCHW: np.ndarray | None = None) -> None:
@@ -138,7 +149,7 @@ def _draw_fewer(ax: Axes, rows: Sequence[Row], target: str, across: str, theme: 
     by_solver: dict[str, list[Row]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: _place(row, across)):
         by_solver[row.subject.plan.sampler.name].append(row)
-    for j, (solver, points) in enumerate(by_solver.items()):
+    for j, (solver, points) in enumerate(sorted(by_solver.items())):
         lower = _front(points, target, across)
         _line(ax, points, target, across, color=theme.fewer, linestyle="", marker=".", markersize=4, alpha=0.6)
         _line(ax, lower, target, across, label=f"fewer steps: {solver}", color=theme.fewer, linewidth=1.4, linestyle=dashes[j % 3])

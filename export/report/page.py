@@ -78,12 +78,12 @@ def _equal(comparisons: Sequence[dict[str, Any]]) -> str:
         "against": lambda c: TARGETS[c["target"]],
         "equal": lambda c: "multiplications" if c["equal"] == "MACs" else "time",
         "planned": lambda c: escape(c["planned"]),
-        "its error": lambda c: f"{c['planned_mse']:.2e}",
+        "its error": lambda c: _number(c["planned_mse"]),
         "best alternative": lambda c: escape(c["best"]),
-        "error": lambda c: f"{c['best_mse']:.2e}",
+        "error": lambda c: _number(c["best_mse"]),
         "ratio": lambda c: f"<b>{c['ratio']:.2g}</b>",
         "images won": lambda c: f"{c['closer']:.0%}",
-        "best fewer steps": lambda c: "" if c["fewer"] is None else f"{escape(c['fewer'])}: {c['fewer_mse']:.2e}",
+        "best fewer steps": lambda c: "" if c["fewer"] is None else f"{escape(c['fewer'])}: {_number(c['fewer_mse'])}",
     }
     body = _rows(columns, comparisons, lambda c: "win" if c["ratio"] < 1 else "loss")
     note = (
@@ -148,18 +148,18 @@ def _figure_columns(report: dict[str, Any]) -> dict[str, Value]:
         "ms an image": lambda r: f"{r['ms_per_image']:.1f}",
         "MSE, converged ODE": lambda r: _spread(r["mse_ode"]),
         "MSE, reference run": lambda r: _spread(r["mse_reference"]),
-        "worst image, ODE": lambda r: f"{r['mse_ode']['worst']:.1e}",
+        "worst image, ODE": lambda r: _number(r["mse_ode"]["worst"], 1),
         "PSNR dB": lambda r: f"{r['psnr_db']:.1f}",
     }
     optional: dict[str, tuple[str, Value]] = {
         "ssim": ("SSIM", lambda r: f"{r['ssim']:.4f}"),
-        "frechet_teacher_features": ("Frechet, teacher features", lambda r: f"{r['frechet_teacher_features']:.2e}"),
+        "frechet_teacher_features": ("Frechet, teacher features", lambda r: _number(r["frechet_teacher_features"])),
         "classifier_accuracy": ("classifier accuracy", lambda r: f"{r['classifier_accuracy']:.1%}"),
         "fid_inception": ("FID (Inception)", lambda r: f"{r['fid_inception']:.2f}"),
     }
     columns |= {title: value for key, (title, value) in optional.items() if report["reference"][key] is not None}
     return columns | {
-        "export error": lambda r: f"{r['export_rel_l2']:.0e}",
+        "export error": lambda r: _number(r["export_rel_l2"], 0),
         "cache KB": lambda r: f"{r['cache_bytes_per_image'] / 1e3:.0f}",
     }
 
@@ -206,7 +206,11 @@ def _method(report: dict[str, Any]) -> str:
 
 
 def _spread(value: dict[str, float]) -> str:
-    return f"{value['mean']:.2e}<br><span class='dim'>± {value['stderr']:.0e}</span>"
+    return f"<span class='number'>{value['mean']:.2e}</span><br><span class='number dim'>± {value['stderr']:.0e}</span>"
+
+
+def _number(value: float, digits: int = 2) -> str:
+    return f"<span class='number'>{value:.{digits}e}</span>"
 
 
 def _rows(columns: dict[str, Value], entries: Sequence[dict[str, Any]], kind: Callable[[dict[str, Any]], str]) -> str:

@@ -26,17 +26,19 @@ details { margin-top:.8rem } summary { cursor:pointer }
 .scroll { overflow-x:auto; -webkit-overflow-scrolling:touch }
 table { border-collapse:collapse; font-size:.82rem; font-variant-numeric:tabular-nums; min-width:100% }
 th, td { text-align:left; padding:.35rem .6rem; border-bottom:1px solid var(--line); vertical-align:top }
-td:first-child { min-width:12rem }
+.number { white-space:nowrap }
+tr.reference td:first-child, tr.planned td:first-child, tr.published td:first-child { min-width:12rem }
+tr.fewer-steps td:first-child { min-width:12rem }
 thead th { color:var(--dim); font-weight:600; line-height:1.2; vertical-align:bottom }
 tr.group th { background:var(--panel); padding-top:.8rem } tr.reference td { font-weight:600 }
 tr.planned td:first-child { color:var(--accent) }
 tr.win td b { color:var(--win) } tr.loss td b { color:var(--loss) }
-.facts td:first-child { min-width:0 }
 .facts th { white-space:nowrap; font-weight:600 } .facts code { overflow-wrap:anywhere }
 figure { margin:1rem 0 } figure img { width:100%; height:auto } figcaption { color:var(--dim); font-size:.86rem }
 .paper { background:#fff; border-radius:.4rem; padding:.5rem; max-width:42rem }
 .strip { display:grid; grid-template-columns:13rem 1fr; gap:.4rem 1rem; margin:.7rem 0; align-items:center; font-size:.9rem }
-.pixels { display:block; width:100%; max-width:38rem; height:auto; image-rendering:pixelated; margin-bottom:3px; outline:1px solid var(--line) }
+.pixels { display:block; width:100%; max-width:38rem; height:auto; image-rendering:pixelated }
+.pixels { margin-bottom:3px; outline:1px solid var(--line) }
 @media (max-width:40rem) { .strip { grid-template-columns:1fr } h1 { font-size:1.6rem } }
 pre { white-space:pre-wrap; font-size:.8rem }
 """.strip()

@@ -14,11 +14,11 @@ from tc_lightning.diffusion.samplers import SAMPLERS, make_sampler
 from tc_lightning.diffusion.schedule import SPACINGS
 from tc_lightning.errors import RunError, TokenCacheError
 from tc_lightning.plan import CachePlan
+from tc_lightning.planner.front import FOLDER, NAME
 from tc_lightning.policies.base import PlanningContext, Policy
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
 
 REFERENCE, PLANNED, PUBLISHED, FEWER = "reference", "planned", "published", "fewer steps"
-FRONT = Path("front") / "front.json"
 ROUNDING = 1.005  # a plan counts for a budget that it misses by half a percent
 SLOWER = 1.12  # fewer steps are also measured with this much more work: a cache's saving on the clock is less than in MACs
 
@@ -147,7 +147,7 @@ def _with_steps(reference: CachePlan, sampler: str, spacing: str, steps: int) ->
 
 
 def _front(folder: Path, budgets: Sequence[float], most: int) -> list[CachePlan]:
-    path = folder / FRONT
+    path = folder / FOLDER / NAME
     if not path.is_file():
         return []
     try:
@@ -164,7 +164,8 @@ def _representatives(entries: list[dict[str, Any]], budgets: Sequence[float], mo
     for budget in budgets:
         enough = [i for i, entry in enumerate(entries) if entry["macs_speedup"] * ROUNDING >= budget]
         for target in ("mse_ode", "mse_reference"):
-            picked += [min(enough, key=lambda i: entries[i][target])] if enough else []
+            judged = [i for i in enough if entries[i][target] is not None]
+            picked += [min(judged, key=lambda i: entries[i][target])] if judged else []
     spread = [round(j * (len(entries) - 1) / max(most - 1, 1)) for j in range(most)] if entries else []
     return [entries[i] for i in sorted(list(dict.fromkeys([*picked, *spread]))[:most])]
 
