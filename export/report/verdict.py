@@ -104,7 +104,7 @@ def headline(comparisons: Sequence[Comparison]) -> str:
     decisive = [c for c in comparisons if c.target == "ode" and c.equal == "MACs"]
     if not decisive:
         return "There is nothing to compare the plan with at these budgets."
-    parts = [f"(at {c.budget:g}x) {c.ratio:.2g}" for c in decisive]
+    parts = [f"{c.ratio:.2g} (at {c.budget:g}x)" for c in decisive]
     wins = sum(c.ratio < 1 for c in decisive)
     verdict = {len(decisive): "wins at every budget", 0: "loses at every budget"}.get(
         wins, f"wins at {wins} of {len(decisive)} budgets"
