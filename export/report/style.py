@@ -34,7 +34,8 @@ tr.group th { background:var(--panel); padding-top:.8rem } tr.reference td { fon
 tr.planned td:first-child { color:var(--accent) }
 tr.win td b { color:var(--win) } tr.loss td b { color:var(--loss) }
 .facts th { white-space:nowrap; font-weight:600 } .facts code { overflow-wrap:anywhere }
-figure { margin:1rem 0; overflow-x:auto } figure img { width:100%; min-width:34rem; height:auto } figcaption { color:var(--dim); font-size:.86rem }
+figure { margin:1rem 0; overflow-x:auto } figure img { width:100%; min-width:34rem; height:auto }
+figcaption { color:var(--dim); font-size:.86rem }
 .paper { background:#fff; border-radius:.4rem; padding:.5rem; max-width:42rem }
 .strip { display:grid; grid-template-columns:13rem 1fr; gap:.4rem 1rem; margin:.7rem 0; align-items:center; font-size:.9rem }
 .pixels { display:block; width:100%; max-width:38rem; height:auto; image-rendering:pixelated }
