@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from export.emit import Emitter, condition_times
 from export.fidelity import Fidelity, measure
+from export.folders import replacing_folder
 from export.manifest import NAME, ArtefactError, read_manifest, write_manifest
 from export.onnx_dit import MODULATION_TABLE, SELECTOR, with_thirds
 from export.parity import Check, prove, require_parity, trajectory_error
@@ -79,16 +77,8 @@ def export_artefact(
         )
     out = out.resolve()
     _require_replaceable(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _clear_up(out)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}-", suffix=".partial", dir=out.parent))
-    try:
-        manifest = _compile(model, plan, folder, precision, provider, images, report, selector)
-        _replace(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    return manifest
+    with replacing_folder(out) as folder:
+        return _compile(model, plan, folder, precision, provider, images, report, selector)
 
 
 def _compile(
@@ -233,43 +223,3 @@ def _require_replaceable(out: Path) -> None:
         raise TokenCacheError(
             f"{out} exists and is not an artefact alone ({', '.join(foreign[:3])}): replacing it would lose that. Name another --out."
         )
-
-
-def _clear_up(out: Path) -> None:
-    """After an export that was killed: bring the old artefact back, if it was just being replaced, and remove what is half-written."""
-    old = out.with_name(f".{out.name}.old.partial")
-    if old.exists() and not out.exists():
-        old.rename(out)
-    abandoned = [path for path in out.parent.glob(f".{out.name}.*.partial") if _is_abandoned(path, out)]
-    for stale in [old, *abandoned]:
-        shutil.rmtree(stale, ignore_errors=True)
-
-
-def _is_abandoned(folder: Path, out: Path) -> bool:
-    """Whether a half-written folder is of an export to `out` whose process is gone: its number is in the name."""
-    process, _, rest = folder.name.removeprefix(f".{out.name}.").partition("-")
-    if not process.isdigit() or "." in rest.removesuffix(".partial"):
-        return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _replace(folder: Path, out: Path) -> None:
-    """Put the finished folder in place of `out`; a reader never sees half of one, and a failure brings the old one back."""
-    os.chmod(folder, 0o755)  # mkdtemp makes it private
-    if out.exists():
-        old = out.with_name(f".{out.name}.old.partial")
-        out.rename(old)
-        try:
-            folder.rename(out)
-        except BaseException:
-            old.rename(out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        folder.rename(out)

@@ -1,14 +1,17 @@
 """The command: `lightning fit|validate|test -c config.yaml`, alias `tc-lightning` and `python -m tc_lightning`.
 
-Subclass mode of LightningCLI: a config names its LightningModule and its data module by class path. Every checkpoint is written
-atomically, and `--ckpt_path last` goes on from the newest checkpoint of the same name that loads.
+Besides Lightning's sub-commands there are those of `COMMANDS`, each with its own `--help`. Subclass mode of LightningCLI: a config
+names its LightningModule and its data module by class path. Every checkpoint is written atomically, and `--ckpt_path last` goes on
+from the newest checkpoint of the same name that loads.
 """
 
 from __future__ import annotations
 
 import errno
+import importlib
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.training.checkpointing import newest_valid_checkpoint
+
+# Sub-commands beside Lightning's: the function that takes their arguments, imported when it is asked for.
+COMMANDS = {"report": "export.report.command:main"}
 
 
 class TokenCacheCLI(LightningCLI):
@@ -49,6 +55,10 @@ def _run_root(config: Any) -> Path:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; an error meant for the user is printed as one paragraph, and the exit status is 2."""
+    given = sys.argv[1:] if args is None else args
+    if given and given[0] in COMMANDS:
+        _command(given[0])(given[1:])
+        return
     # Ours to choose, nothing for the user to act on: the data sets are in memory, or mapped.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
@@ -61,6 +71,7 @@ def main(args: list[str] | None = None) -> None:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
+            parser_kwargs={"epilog": f"Further sub-commands, each with its own --help: {', '.join(COMMANDS)}."},
             trainer_defaults={"plugins": [{"class_path": "tc_lightning.training.checkpointing.AtomicCheckpointIO"}]},
             args=args,
         )
@@ -71,6 +82,11 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(2) from error
     if torch.distributed.is_initialized():  # gloo's threads, left to the end of the process, can abort it
         torch.distributed.destroy_process_group()
+
+
+def _command(name: str) -> Callable[[list[str]], None]:
+    module, _, function = COMMANDS[name].partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def _user_error(error: BaseException | None) -> str | None:

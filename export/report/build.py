@@ -1,0 +1,222 @@
+"""Builds a report: targets, subjects, artefacts, rows, comparisons, pictures, page."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from export.fidelity import squared_errors
+from export.report import measure
+from export.report.judge import Judge, find_judge
+from export.report.page import page
+from export.report.pictures import draw
+from export.report.rows import Row, Ruler
+from export.report.subjects import REFERENCE, Missing, Policies, Subject, distinct, fewer_steps, planned, published
+from export.report.verdict import compare, headline, sentences
+from tc_lightning.context import LoadedRun, planning_context
+from tc_lightning.errors import TokenCacheError
+from tc_lightning.plan import CachePlan
+from tc_lightning.sampling import reference_plan, sample
+from tc_lightning.targets import TargetKey, Targets, cached_targets
+
+FORMAT_VERSION = 1
+PLANNING_IMAGES = 4
+NOTICE = "tc-lightning report"  # begins report.json: a folder without it is not a report, and is never replaced
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the user may choose.
+
+    Args:
+        budgets: speed-ups in MACs at which plans are compared.
+        images: images that errors are measured on, at least 2.
+        batch: images a request.
+        seed: seed of those images; the next one is that of the images on which alternatives are tuned.
+        most: plans of the planner's front that are measured.
+        precision: of the artefacts.
+        provider: of ONNX Runtime.
+        real: source of real images for the classifier, `module:function`.
+        inception: Inception weights for FID.
+        command: the command line, for the reader.
+    """
+
+    budgets: tuple[float, ...]
+    images: int
+    batch: int
+    seed: int
+    most: int
+    precision: str
+    provider: str
+    real: str | None
+    inception: Path | None
+    command: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Everything that was measured, before it is written up."""
+
+    reference: Row
+    rows: list[Row]
+    failed: list[measure.Failed]
+    missing: list[Missing]
+    targets: Targets
+    judge: Judge | None
+
+
+def build_report(loaded: LoadedRun, settings: Settings, policies: Policies, folder: Path) -> dict[str, Any]:
+    """Measure, and write index.html, report.json and the pictures into an empty folder.
+
+    Returns:
+        What `report.json` holds.
+
+    Raises:
+        TokenCacheError: if the reference run itself cannot be exported, or something that was given cannot be used.
+    """
+    judge = find_judge(loaded.plan.model, settings.real)  # what was given is tried before anything takes time
+    reference = reference_plan(loaded.plan)
+    targets = _targets(loaded, reference, settings.seed, settings.images, "reference run and converged ODE")
+    ruler = Ruler(loaded.model, targets, judge, settings.inception)
+    subjects, missing = _subjects(loaded, reference, settings, policies)
+    measured = _measure(loaded, subjects, missing, settings, ruler, targets)
+    report = _report(loaded, settings, measured)
+    pictures = draw(folder, loaded.scores, measured.reference, measured.rows, targets, settings.budgets)
+    (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    (folder / "index.html").write_text(page(report, pictures), encoding="utf-8")
+    return report
+
+
+def _targets(loaded: LoadedRun, reference: CachePlan, seed: int, images: int, name: str) -> Targets:
+    key = TargetKey(reference.model, reference.sampler, reference.guidance, seed, images)
+    with tqdm(total=key.image_steps, desc=name, unit="step") as bar:
+        return cached_targets(loaded.model, key, loaded.run.folder / "targets", bar.update)
+
+
+def _subjects(loaded: LoadedRun, reference: CachePlan, settings: Settings, policies: Policies) -> tuple[list[Subject], list[Missing]]:
+    """All plans, the reference first."""
+    tuning = _targets(loaded, reference, settings.seed + 1, PLANNING_IMAGES, "the same, for tuning alternatives")
+    context = planning_context(loaded, tuning)
+    known = [Subject("reference run", REFERENCE, "reference", reference, 1.0)]
+    known += planned(reference, loaded.plan, loaded.run.folder, settings.budgets, settings.most)
+    with _progress("fewer steps", "plan", None) as tell:
+        known += fewer_steps(reference, settings.budgets, _judge_plan(loaded, tuning, tell))
+    with _progress("published methods", "plan", None) as tell:
+        others, missing = published(context, reference, settings.budgets, policies, tell)
+    return distinct([*known, *others]), missing
+
+
+def _judge_plan(loaded: LoadedRun, tuning: Targets, tell: Callable[[str], None]) -> Callable[[CachePlan], float]:
+    """Error against the converged ODE; published methods choose by their own error, against the reference run."""
+
+    def error(plan: CachePlan) -> float:
+        tell(f"{plan.sampler.name} {plan.sampler.spacing}, {plan.num_steps} steps")
+        made = sample(loaded.model, plan, tuning.x_T, tuning.labels).numpy()
+        return float(squared_errors(made, tuning.ode.numpy()).mean())
+
+    return error
+
+
+def _measure(
+    loaded: LoadedRun, subjects: Sequence[Subject], missing: list[Missing], settings: Settings, ruler: Ruler, targets: Targets
+) -> Measured:
+    requests = measure.Requests(settings.seed, settings.images, settings.batch)
+    with tempfile.TemporaryDirectory(prefix="tc-report-") as workshop:
+        exported = []
+        with _progress("export and parity", "plan", len(subjects)) as tell:
+            for j, subject in enumerate(subjects):
+                tell(subject.name)
+                place = Path(workshop) / str(j)
+                exported.append(measure.export(loaded.model, subject, place, settings.precision, settings.provider, settings.batch))
+        artefacts = [e for e in exported if isinstance(e, measure.Exported)]
+        failed = [e for e in exported if isinstance(e, measure.Failed)]
+        with _progress("timing, in turns", "request", len(artefacts) * len(requests.parts)) as tell:
+            made = measure.make_in_turns(artefacts, requests, loaded.plan.model.num_classes, tell)
+    failed += [m for m in made if isinstance(m, measure.Failed)]
+    if any(failure.subject.group == REFERENCE for failure in failed):
+        raise TokenCacheError(f"the reference run itself cannot be measured: {failed[0].reason}")
+    finished = [(a, m) for a, m in zip(artefacts, made, strict=True) if isinstance(m, measure.Made)]
+    reference_ms = finished[0][1].ms
+    rows = [ruler.row(a, m, reference_ms) for a, m in tqdm(finished, "figures", unit="plan")]
+    return Measured(rows[0], rows[1:], failed, missing, targets, ruler.judge)
+
+
+def _report(loaded: LoadedRun, settings: Settings, measured: Measured) -> dict[str, Any]:
+    comparisons = compare(measured.rows, measured.reference, settings.budgets)
+    told = sentences(comparisons, len(measured.missing), len(measured.failed), settings.images)
+    return {
+        "what": NOTICE,
+        "format_version": FORMAT_VERSION,
+        "run": loaded.run.name,
+        "run_folder": str(loaded.run.folder),
+        "teacher": {"weights": str(loaded.run.teacher.weights), "sha256": loaded.plan.model.teacher},
+        "model": dataclasses.asdict(loaded.plan.model),
+        "guidance": dataclasses.asdict(loaded.plan.guidance),
+        "headline": headline(comparisons),
+        "sentences": told,
+        "comparisons": [c.to_json() for c in comparisons],
+        "reference": measured.reference.figures,
+        "rows": [row.figures for row in measured.rows],
+        "failed": [{"name": f.subject.name, "group": f.subject.group, "reason": f.reason} for f in measured.failed],
+        "missing": [dataclasses.asdict(m) for m in measured.missing],
+        "classifier_held_out_accuracy": None if measured.judge is None else measured.judge.held_out,
+        "settings": _plain(settings),
+        "environment": environment(settings.provider),
+    }
+
+
+def environment(provider: str) -> dict[str, Any]:
+    """Versions and hardware that the figures depend on."""
+    import onnx
+    import onnxruntime
+    import torchmetrics
+
+    device = torch.cuda.get_device_name() if provider == "cuda" and torch.cuda.is_available() else _cpu_name()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": device,
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "torchmetrics": torchmetrics.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "CPU"
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    values = dataclasses.asdict(settings)
+    return values | {"budgets": list(settings.budgets), "inception": None if settings.inception is None else str(settings.inception)}
+
+
+@contextlib.contextmanager
+def _progress(title: str, unit: str, total: int | None) -> Iterator[Callable[[str], None]]:
+    """A bar that is told the name of what begins."""
+    with tqdm(total=total, desc=title, unit=unit) as bar:
+
+        def tell(name: str) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update()
+
+        yield tell

@@ -1,0 +1,123 @@
+"""A measured plan as a row of figures, in plain JSON values but for the arrays that comparisons and pictures need."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.fidelity import squared_errors
+from export.report.judge import Judge
+from export.report.measure import Exported, Made
+from export.report.quality import InceptionFID, data_range, frechet_distance, psnr, ssim, teacher_features, visible
+from export.report.subjects import Subject
+from tc_lightning.models.dit import DiT
+from tc_lightning.targets import Targets
+
+TARGETS = {"ode": "converged ODE", "reference": "reference run"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Row:
+    """All that was measured of one plan.
+
+    Args:
+        subject: the plan.
+        latents: what it made, [B, C, H, W].
+        errors: mean squared error of each image's final latents against each target, [B].
+        figures: the row of the report, plain JSON values.
+    """
+
+    subject: Subject
+    latents: np.ndarray
+    errors: dict[str, np.ndarray]
+    figures: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The subject's name."""
+        return self.subject.name
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds an image."""
+        return float(self.figures["ms_per_image"])
+
+    def mse(self, target: str) -> float:
+        """Mean over images of the squared error against a target."""
+        return float(self.errors[target].mean())
+
+
+class Ruler:
+    """Measures what was made against the targets.
+
+    Args:
+        model: the teacher, whose features the Frechet distance uses.
+        targets: images of the reference run and of the converged ODE.
+        judge: a classifier of real images, where there is one.
+        inception: Inception weights, where the user has them.
+
+    Raises:
+        TokenCacheError: if the Inception weights cannot be used.
+    """
+
+    def __init__(self, model: DiT, targets: Targets, judge: Judge | None, inception: Path | None) -> None:
+        self.model, self.targets, self.judge = model, targets, judge
+        self.reference = targets.reference.numpy()
+        self.span = data_range(self.reference)
+        self.features = teacher_features(model, self.reference, targets.labels)
+        self.fid = None if inception is None else InceptionFID(inception, self.reference)
+
+    def row(self, exported: Exported, made: Made, reference_ms: float) -> Row:
+        """Figures of one plan."""
+        errors = {name: squared_errors(made.latents, getattr(self.targets, name).numpy()) for name in TARGETS}
+        subject = exported.subject
+        figures = {
+            "name": subject.name,
+            "group": subject.group,
+            "method": subject.method,
+            "plan": subject.plan.summary,
+            "plan_digest": subject.plan.digest,
+            "provenance": dict(subject.plan.provenance),
+            "steps": subject.plan.num_steps,
+            "full_steps": len(subject.plan.full_steps),
+            "sampler": f"{subject.plan.sampler.name} {subject.plan.sampler.spacing}",
+            "macs_speedup": subject.speedup,
+            "ms_per_image": made.ms,
+            "ms_spread": [min(made.ms_per_image), max(made.ms_per_image)],
+            "wall_speedup": reference_ms / made.ms,
+            "export_rel_l2": exported.rel_l2,
+            "cache_bytes_per_image": exported.cache_bytes,
+            **{f"mse_{name}": spread(values) for name, values in errors.items()},
+            **self._closeness(made.latents),
+        }
+        return Row(subject, made.latents, errors, figures)
+
+    def _closeness(self, latents: np.ndarray) -> dict[str, Any]:
+        """Figures of the images as they are seen, against those of the reference run."""
+        seen, expected = visible(latents), visible(self.reference)
+        similarity = ssim(seen, expected, self.span)
+        features = teacher_features(self.model, latents, self.targets.labels)
+        labels = self.targets.labels.numpy()
+        return {
+            "psnr_db": float(psnr(seen, expected, self.span).mean()),
+            "ssim": None if similarity is None else float(similarity.mean()),
+            "frechet_teacher_features": frechet_distance(features, self.features),
+            "classifier_accuracy": None if self.judge is None else self.judge.accuracy(latents, labels),
+            "fid_inception": None if self.fid is None else self.fid(latents),
+        }
+
+
+def spread(values_B: np.ndarray) -> dict[str, float]:
+    """Mean over images, its standard error, and the worst image."""
+    error = float(values_B.std(ddof=1)) / math.sqrt(len(values_B)) if len(values_B) > 1 else math.nan
+    return {"mean": float(values_B.mean()), "stderr": error, "worst": float(values_B.max())}
+
+
+def by_group(rows: Sequence[Row], *groups: str) -> list[Row]:
+    """The rows of some groups."""
+    return [row for row in rows if row.subject.group in groups]

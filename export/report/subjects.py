@@ -1,0 +1,175 @@
+"""What a report compares: the run's plan, the planner's front, published methods at several budgets, and fewer steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tc_lightning.costs import full_step_macs, plan_macs
+from tc_lightning.diffusion.samplers import SAMPLERS, make_sampler
+from tc_lightning.diffusion.schedule import SPACINGS
+from tc_lightning.errors import RunError, TokenCacheError
+from tc_lightning.plan import CachePlan
+from tc_lightning.planner.front import FOLDER, NAME
+from tc_lightning.policies.base import PlanningContext, Policy
+from tc_lightning.policies.fewer_steps import fewer_steps_plan
+
+REFERENCE, PLANNED, PUBLISHED, FEWER = "reference", "planned", "published", "fewer steps"
+ROUNDING = 1.005  # a plan counts for a budget that it misses by half a percent
+SLOWER = 1.12  # fewer steps are also measured with this much more work: a cache's saving on the clock is less than in MACs
+
+Evaluate = Callable[[CachePlan], float]
+Policies = Callable[[float], dict[str, Policy]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One plan to be measured.
+
+    Args:
+        name: for people; distinct within a report.
+        group: reference, planned, published or fewer steps.
+        method: what the name begins with: plans of one method at several budgets share it.
+        plan: the plan.
+        speedup: MACs of the reference run over those of the plan.
+    """
+
+    name: str
+    group: str
+    method: str
+    plan: CachePlan
+    speedup: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """A method that has no plan at a budget, and why."""
+
+    method: str
+    budget: float
+    reason: str
+
+
+def planned(reference: CachePlan, own: CachePlan, folder: Path, budgets: Sequence[float], most: int) -> Iterator[Subject]:
+    """The run's plan and, where the planner left a front, at most `most` plans of it: those for the budgets first.
+
+    Raises:
+        RunError: if the front is damaged.
+        PlanError: if one of its plans is.
+    """
+    yield _subject(reference, own, PLANNED, "this run's plan")
+    for plan in _front(folder, budgets, most):
+        yield _subject(reference, plan, PLANNED, "planner")
+
+
+def fewer_steps(reference: CachePlan, budgets: Sequence[float], judge: Evaluate) -> Iterator[Subject]:
+    """Full compute with fewer steps, by every deterministic sampler at its best spacing for the budget.
+
+    Rounding is in their favour: a budget that does not pay for a whole number of steps pays for one more. The best sampler of a
+    budget also comes with some steps more, for the comparison at equal time.
+
+    Args:
+        reference: the reference run at full compute.
+        budgets: speed-ups in MACs.
+        judge: the error by which spacings and samplers are chosen.
+    """
+    for budget in budgets:
+        count = math.ceil(reference.num_steps / budget)
+        if count >= reference.num_steps:
+            continue
+        best = []
+        for name in (name for name in SAMPLERS if not make_sampler(name, 2).stochastic):
+            tried = [_with_steps(reference, name, spacing, count) for spacing in SPACINGS]
+            best.append(min((judge(plan), j, plan) for j, plan in enumerate(tried)))
+        more = min(math.ceil(count * SLOWER), reference.num_steps - 1)
+        sampler = min(best, key=lambda entry: entry[0])[2].sampler
+        plans = [*(plan for _, _, plan in best), _with_steps(reference, sampler.name, sampler.spacing, more)]
+        yield from (_subject(reference, plan, FEWER, f"{plan.sampler.name} {plan.sampler.spacing}") for plan in plans)
+
+
+def published(
+    context: PlanningContext,
+    reference: CachePlan,
+    budgets: Sequence[float],
+    policies: Policies,
+    on_plan: Callable[[str], object] = lambda _: None,
+) -> tuple[list[Subject], list[Missing]]:
+    """Plans of every policy at every budget, and the policies that gave none.
+
+    Args:
+        context: what policies may look at.
+        reference: the reference run at full compute.
+        budgets: speed-ups in MACs.
+        policies: the policies for a budget, by name.
+        on_plan: called with a policy's name before it plans.
+    """
+    subjects, missing = [], []
+    for budget in budgets:
+        for method, policy in policies(budget).items():
+            on_plan(f"{method} {budget:g}x")
+            try:
+                if (reason := policy.unavailable(context)) is not None:
+                    missing.append(Missing(method, budget, reason))
+                else:
+                    subjects.append(_subject(reference, policy.plan(context).plan, PUBLISHED, method))
+            except TokenCacheError as error:
+                missing.append(Missing(method, budget, str(error)))
+    return subjects, missing
+
+
+def distinct(subjects: Iterable[Subject]) -> list[Subject]:
+    """One subject for each thing that is computed, the first of its kind, with distinct names."""
+    kept: dict[str, Subject] = {}
+    for subject in subjects:
+        kept.setdefault(_computation(subject.plan), subject)
+    taken: dict[str, int] = {}
+    result = []
+    for subject in kept.values():
+        taken[subject.name] = taken.get(subject.name, 0) + 1
+        suffix = f" ({taken[subject.name]})" if taken[subject.name] > 1 else ""
+        result.append(dataclasses.replace(subject, name=subject.name + suffix))
+    return result
+
+
+def _subject(reference: CachePlan, plan: CachePlan, group: str, method: str) -> Subject:
+    speedup = plan_macs(reference) / plan_macs(plan)
+    group = FEWER if group == PUBLISHED and len(plan.full_steps) == plan.num_steps else group
+    return Subject(f"{method}, {plan.num_steps} steps" if group == FEWER else f"{method}, {speedup:.2f}x", group, method, plan, speedup)
+
+
+def _with_steps(reference: CachePlan, sampler: str, spacing: str, steps: int) -> CachePlan:
+    budget = steps * full_step_macs(reference.model)
+    return fewer_steps_plan(reference.model, sampler, spacing, reference.guidance, budget, reference.sampler)
+
+
+def _front(folder: Path, budgets: Sequence[float], most: int) -> list[CachePlan]:
+    path = folder / FOLDER / NAME
+    if not path.is_file():
+        return []
+    try:
+        entries = sorted(json.loads(path.read_text()), key=lambda entry: entry["macs_speedup"])
+        chosen = _representatives(entries, budgets, most)
+        return [CachePlan.load(folder / entry["plan"]) for entry in chosen]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error!r}): plan again with `python -m tc_lightning plan --run {folder}`.") from error
+
+
+def _representatives(entries: list[dict[str, Any]], budgets: Sequence[float], most: int) -> list[dict[str, Any]]:
+    """The chosen plan, the best for each budget by either target, and others evenly spread over the front, in order of speed-up."""
+    picked = [i for i, entry in enumerate(entries) if entry.get("chosen")]
+    for budget in budgets:
+        enough = [i for i, entry in enumerate(entries) if entry["macs_speedup"] * ROUNDING >= budget]
+        for target in ("mse_ode", "mse_reference"):
+            judged = [i for i in enough if entries[i][target] is not None]
+            picked += [min(judged, key=lambda i: entries[i][target])] if judged else []
+    spread = [round(j * (len(entries) - 1) / max(most - 1, 1)) for j in range(most)] if entries else []
+    return [entries[i] for i in sorted(list(dict.fromkeys([*picked, *spread]))[:most])]
+
+
+def _computation(plan: CachePlan) -> str:
+    """The plan's digest without its provenance and its reference: what is computed, not who asked for it or in place of what."""
+    return dataclasses.replace(plan, provenance={}, reference=None).digest

@@ -1,0 +1,130 @@
+"""What plans are measured against: final latents of the reference run and of the converged ODE, from noise that was not trained on.
+
+Shape suffixes: B images, C H W latent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tc_lightning.atomic import write_atomically
+from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.diffusion.table import SamplerTable
+from tc_lightning.evaluation import BATCH
+from tc_lightning.models.dit import DiT
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature
+from tc_lightning.sampling import full_plan, noise_for, sample_steps
+
+ODE_SAMPLER, ODE_SPACING, ODE_STEPS = "dpmpp_2m", "logsnr", 400
+
+OnStep = Callable[[int], object]  # called with the number of images that went through a step
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetKey:
+    """All that targets depend on.
+
+    Args:
+        model: the teacher.
+        reference: sampler of the reference run.
+        guidance: guidance scale and channels.
+        seed: seed of the noise.
+        images: number of images; image i has the label i modulo the number of classes.
+        ode_steps: steps of the solver that stands for the converged ODE.
+    """
+
+    model: ModelSignature
+    reference: SamplerTable
+    guidance: Guidance
+    seed: int
+    images: int
+    ode_steps: int = ODE_STEPS
+
+    @property
+    def plans(self) -> dict[str, CachePlan]:
+        """The two full-compute plans."""
+        ode = make_sampler(ODE_SAMPLER, self.ode_steps, ODE_SPACING)
+        return {"reference": full_plan(self.model, self.reference, self.guidance), "ode": full_plan(self.model, ode, self.guidance)}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of both plans, seed and number of images."""
+        content = [self.seed, self.images, *(plan.digest for plan in self.plans.values())]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def labels(self) -> Tensor:
+        """Class of each image, [B]."""
+        return torch.arange(self.images) % self.model.num_classes
+
+    @property
+    def image_steps(self) -> int:
+        """Steps times images that computing the targets takes."""
+        return self.images * sum(plan.num_steps for plan in self.plans.values())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Targets:
+    """Noise, labels, and final latents [B, C, H, W] of the reference run and of the converged ODE."""
+
+    x_T: Tensor
+    labels: Tensor
+    reference: Tensor
+    ode: Tensor
+
+
+def compute_targets(model: DiT, key: TargetKey, on_step: OnStep = lambda _: None) -> Targets:
+    """Run both plans at full compute.
+
+    Raises:
+        TokenCacheError: if the teacher's latents become NaN.
+    """
+    x_T, labels = noise_for(key.seed, range(key.images), model), key.labels
+    finals = {name: _final(model, plan, x_T, labels, on_step) for name, plan in key.plans.items()}
+    return Targets(x_T, labels, finals["reference"], finals["ode"])
+
+
+def cached_targets(model: DiT, key: TargetKey, folder: Path, on_step: OnStep = lambda _: None) -> Targets:
+    """Targets from `folder`, computed and written there if it has none for this key; a damaged file is computed again."""
+    path = folder / f"{key.digest[:16]}.safetensors"
+    if (known := _read(path, key, model)) is not None:
+        on_step(key.image_steps)
+        return known
+    from safetensors.torch import save
+
+    targets = compute_targets(model, key, on_step)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {"reference": targets.reference.contiguous(), "ode": targets.ode.contiguous()}
+    write_atomically(path, save(tensors, {"digest": key.digest}))
+    return targets
+
+
+def _final(model: DiT, plan: CachePlan, x_T: Tensor, labels: Tensor, on_step: OnStep) -> Tensor:
+    parts = []
+    for x, y in zip(x_T.split(BATCH), labels.split(BATCH), strict=True):
+        for state in sample_steps(model, plan, x, y):
+            x = state.x_next
+            on_step(len(x))
+        parts.append(x)
+    return torch.cat(parts)
+
+
+def _read(path: Path, key: TargetKey, model: DiT) -> Targets | None:
+    from safetensors import SafetensorError, safe_open
+
+    x_T = noise_for(key.seed, range(key.images), model)
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("digest") != key.digest:
+                return None
+            reference, ode = file.get_tensor("reference"), file.get_tensor("ode")
+    except (OSError, SafetensorError):
+        return None
+    return Targets(x_T, key.labels, reference, ode) if reference.shape == ode.shape == x_T.shape else None
