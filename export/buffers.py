@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnxruntime as ort
 
+from export.cuda_provider import in_short
 from export.schedule import Layout, Run, graphed
-from tc_lightning.errors import TokenCacheError, first_line
+from tc_lightning.errors import TokenCacheError
 
 # ONNX element types that buffers have; numpy has no bfloat16, so types go by number, and its bits by those of an integer.
 ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16, "int64": 7}
@@ -67,7 +68,7 @@ class ProgramError(TokenCacheError):
     def __init__(self, program: str, provider: str, graph: bool, error: Exception) -> None:
         self.graph = graph
         remedy = "ask for fewer images at a time (max_batch)" if provider == "cpu" else "look at nvidia-smi, and lower max_batch"
-        super().__init__(f"program {program} failed on {provider}: {first_line(error)} If memory ran out, {remedy}.")
+        super().__init__(f"program {program} failed on {provider}: {in_short(error)} If memory ran out, {remedy}.")
 
 
 class Workspace:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -46,7 +47,7 @@ def require_cuda() -> None:
             "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other's files: `pip uninstall onnxruntime "
             "onnxruntime-gpu`, then install onnxruntime-gpu alone."
         )
-    ort.preload_dlls(cudnn=False)  # of the nvidia-* packages, if they are installed; no graph needs cuDNN
+    ort.preload_dlls()  # of the nvidia-* packages, if they are installed
     _require_driver()
     try:
         ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cuda", 0)
@@ -58,10 +59,17 @@ def require_cuda() -> None:
 def cuda_error(what: str, error: Exception) -> RuntimeUnavailableError:
     """What another library said of CUDA, with which versions were wanted and which are there."""
     return RuntimeUnavailableError(
-        f"{what}: {first_line(error)} onnxruntime-gpu {ort.__version__} is built for CUDA {_built_for()}; the driver here is for CUDA "
-        f"{_driver_version() or 'unknown'}. Check that a GPU is visible (nvidia-smi), and that the CUDA {_major()} libraries can be "
-        f"found (`pip install 'onnxruntime-gpu[cuda]'` brings them; the log above names one that is missing). Or ask for provider cpu."
+        f"{what}: {in_short(error)} (onnxruntime-gpu {ort.__version__} is built for CUDA {_built_for()}, the driver here is for CUDA "
+        f"{_driver_version() or 'unknown'}.) Check that a GPU is visible and has memory left (nvidia-smi), and that the libraries found "
+        f"are those of CUDA {_major()} and cuDNN 9: `pip install 'onnxruntime-gpu[cuda,cudnn]'` brings them; the log above names one "
+        "that is missing. Or ask for provider cpu."
     )
+
+
+def in_short(error: Exception) -> str:
+    """What ONNX Runtime says; of a failure in CUDA, only what failed: the rest is about source files."""
+    said = re.search(r"(CUDA|CUDNN|CUBLAS) failure \d+: [^;]+", str(error))
+    return said[0].strip() + "." if said else first_line(error)
 
 
 def _require_driver() -> None:
@@ -117,7 +125,9 @@ def _runtime() -> ctypes.CDLL:
 def _call(function: str, *arguments: Any) -> None:
     status = getattr(_runtime(), function)(*arguments)
     if status != 0:
-        raise OSError(f"{function} returned CUDA error {status}.")
+        describe = _runtime().cudaGetErrorString
+        describe.restype = ctypes.c_char_p
+        raise OSError(f"{function} failed with CUDA error {status}, {(describe(status) or b'').decode()}.")
 
 
 @functools.cache
