@@ -59,10 +59,10 @@ def require_cuda() -> None:
 def cuda_error(what: str, error: Exception) -> RuntimeUnavailableError:
     """What another library said of CUDA, with which versions were wanted and which are there."""
     return RuntimeUnavailableError(
-        f"{what}: {in_short(error)} (onnxruntime-gpu {ort.__version__} is built for CUDA {_built_for()}, the driver here is for CUDA "
-        f"{_driver_version() or 'unknown'}.) Check that a GPU is visible and has memory left (nvidia-smi), and that the libraries found "
-        f"are those of CUDA {_major()} and cuDNN 9: `pip install 'onnxruntime-gpu[cuda,cudnn]'` brings them; the log above names one "
-        "that is missing. Or ask for provider cpu."
+        f"{what}: {in_short(error)} (onnxruntime-gpu {ort.__version__} is built for CUDA {_built_for()}, the driver is for CUDA "
+        f"{_driver_version() or 'unknown'}.) Check that a GPU is visible and has memory left (nvidia-smi), and that the libraries "
+        f"found are those of CUDA {_major()} and cuDNN 9: `pip install 'onnxruntime-gpu[cuda,cudnn]'` brings them; the log above "
+        "names one that is missing. Or ask for provider cpu."
     )
 
 
@@ -178,7 +178,7 @@ class Lane:
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokencache-cuda")
-        self._thread: int | None = None
+        self._thread = self._pool.submit(threading.get_ident).result()  # starts it: an interrupt while it starts would go unnoticed
 
     def run(self, call: Callable[[Callable[[], None]], T]) -> T:
         """Run `call` and return what it returns; a call from within one runs at once.
@@ -193,18 +193,21 @@ class Lane:
             if stop.is_set():
                 raise Stopped
 
-        future: Future[T] = self._pool.submit(self._enter, call, check)
+        def begin() -> T:
+            check()
+            return call(check)
+
+        future: Future[T] | None = None
         try:
+            future = self._pool.submit(begin)
+            while not wait([future], timeout=0.5).done:  # a signal that comes just before a wait is noticed only after it
+                pass
             return future.result()
         except BaseException:
             stop.set()
-            if not future.cancel():
-                wait([future])  # what it uses must not be taken away from under it
+            if future is None or not (future.done() or future.cancel()):
+                self._pool.submit(int).result()  # what the call uses must not be taken away from under it: wait until it has ended
             raise
-
-    def _enter(self, call: Callable[[Callable[[], None]], T], check: Callable[[], None]) -> T:
-        self._thread = threading.get_ident()
-        return call(check)
 
 
 @functools.cache

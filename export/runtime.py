@@ -201,7 +201,7 @@ class CachedSampler:
         """Run a part of a request in buffers that nobody else uses meanwhile."""
         images, on_cpu = len(part.labels_B), self.provider == "cpu"
         labels = len(distinct_labels(self.manifest, part.labels_B)[1]) if on_cpu else self._most_labels(images)
-        key = (images, part.full)
+        key = (images, labels, part.full)
         workspace = self._pool.take(key, lay_out(self.manifest, images, labels, part.full))
         try:
             fill(workspace, self.manifest, part)

@@ -101,7 +101,7 @@ class SharedWeights:
             dtype, shape, offset, nbytes = manifest["weights"][name]
             count = nbytes // BYTES[dtype]
             array = np.frombuffer(self._mapped, NUMPY_TYPES[dtype], count, offset).reshape(shape)
-            self._values[name] = _mapped(array, dtype) if provider == "cpu" else _on_device(array, dtype, provider)
+            self._values[name] = _mapped(array, dtype) if provider == "cpu" else on_device(array, dtype, provider)
 
     def give(self, options: ort.SessionOptions) -> None:
         """Let the session that is made with these options use them; this object must live as long as it."""
@@ -118,7 +118,7 @@ def _mapped(array: np.ndarray, dtype: str) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ELEMENT_TYPES[dtype])
 
 
-def _on_device(array: np.ndarray, dtype: str, provider: str) -> ort.OrtValue:
+def on_device(array: np.ndarray, dtype: str, provider: str) -> ort.OrtValue:
     """A copy on the device. Initialisers must not own their memory: a view through DLPack does not, and keeps alive what does."""
     return ort.OrtValue.from_dlpack(place(array, dtype, provider))
 
