@@ -159,7 +159,7 @@ def table(report: dict[str, Any]) -> str:
         lines.append([row["name"], *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     if report["cuda_graphs"] is not None:
-        counts = "; ".join(f"{name}: {graphs['replayed']} of {report['steps']}" for name, graphs in report["cuda_graphs"].items())
+        counts = "; ".join(f"{name}: {graphs['replayed']}" for name, graphs in report["cuda_graphs"].items())
         head += f"\nall nodes on the GPU; steps replayed from CUDA graphs: {counts}"
     text = [head, *("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)]
     for name, programs in (report["operators_ms"] or {}).items():

@@ -123,7 +123,9 @@ def test_nan_of_one_image_is_noticed(sampler):
 
 def test_a_program_that_fails_is_named(sampler):
     layout = lay_out(sampler.manifest, 2, 3)
-    workspace = Workspace(dataclasses.replace(layout, buffers=layout.buffers | {"x.0": layout.buffers["rows"]}), sampler.session, "cpu")
+    workspace = Workspace(
+        dataclasses.replace(layout, buffers=layout.buffers | {"x.0": layout.buffers["rows.both"]}), sampler.session, "cpu"
+    )
     with pytest.raises(ProgramError, match=r"program step_00 failed on cpu: .*x") as caught:
         workspace.run(layout.runs[1])
     assert caught.value.graph is False
@@ -206,7 +208,7 @@ def test_released_buffers_are_made_again(keeping, expected):
 
 def test_every_graph_has_a_number_of_its_own(keeping):
     layouts = [lay_out(keeping.manifest, images, 3) for images in (1, 2)]
-    numbers = [n for layout in layouts for n in keeping._pool.take(layout.buffers["rows"], layout)._graphs.values()]
+    numbers = [n for layout in layouts for n in keeping._pool.take(layout.buffers["rows.both"], layout)._graphs.values()]
     assert len(numbers) == len(set(numbers)) == sum(len(graphed(layout.runs, 99)) for layout in layouts)
     assert min(numbers) == 1  # 0 is the graph of whoever gives no number
 

@@ -8,21 +8,22 @@ from conftest import SIGNATURE, make_plan, random_steps
 from export.benchmark_plans import benchmark_plans
 from export.buffers import MOST_GRAPHS
 from export.programs import lower
-from export.schedule import Run, Spec, graphed, lay_out, read_first, sampling_runs, split_steps
-from tc_lightning.costs import entry_shape
+from export.schedule import PAST, Run, Spec, graphed, lay_out, read_first, sampling_runs, split_steps
+from tc_lightning.costs import entry_rows, entry_shape
 from tc_lightning.plan import CachePlan, ModelSignature
 
 COMMON = ["x", "step", "first_bad", "first_step", "mods", "rows", "guidance"]
 NEXT = ["x_next", "step_next", "first_bad_next"]
 
 
-def program(inputs: list[str], outputs: list[str]) -> dict[str, Any]:
-    return {"inputs": inputs, "outputs": outputs}
+def program(inputs: list[str], outputs: list[str], guidance: str = "both") -> dict[str, Any]:
+    return {"inputs": inputs, "outputs": outputs, "guidance": guidance}
 
 
 # Two full steps that write the span into slots 0 and 1, then two that forecast it; a solver that looks back once.
 MANIFEST = {
     "steps": 4,
+    "full_steps": 6,
     "precision": "fp16",
     "condition_values": 10**6,
     "model": {"depth": 1, "width": 2, "in_channels": 3, "input_size": 8},
@@ -38,7 +39,7 @@ MANIFEST = {
         {"program": "step_01", "reads": {"span_0_1": [1, 0]}, "writes": {}},
         {"program": "step_01", "reads": {"span_0_1": [1, 0]}, "writes": {}},
     ],
-    "entries": {"span_0_1": {"shape": [4, 2], "slots": 2}},
+    "entries": {"span_0_1": {"shape": [4, 2], "rows": 2, "dtype": "fp16", "slots": 2}},
 }
 
 
@@ -46,20 +47,28 @@ def manifest_of(plan: CachePlan) -> dict[str, Any]:
     """What a manifest says of a plan's bindings, without graphs."""
     lowered, programs = lower(plan), {}
     for p in lowered.programs:
-        history = ["m_prev"] if plan.sampler.uses_previous else []
+        history = list(PAST[: plan.sampler.history])
         reads = [f"{entry.name}.{j}" for entry, count in p.reads for j in range(count)]
         writes = [f"{entry.name}.new" for entry in p.writes]
-        programs[p.name] = program([*COMMON, *history, *reads], [*NEXT, *(["m"] if history else []), *writes])
+        programs[p.name] = program([*COMMON, *history, *reads], [*NEXT, *(["m"] if history else []), *writes], p.guidance.mode)
     schedule = [{"program": b.program, "reads": b.reads, "writes": b.writes} for b in lowered.bindings]
-    entries = {e.name: {"shape": entry_shape(plan.model), "slots": n} for e, n in lowered.slots.items()}
+    slots = lowered.slots.items()
+    entries = {e.name: {"shape": entry_shape(plan, e), "rows": entry_rows(plan, e), "dtype": "fp32", "slots": n} for e, n in slots}
     model = {"depth": plan.model.depth, "width": plan.model.width, "in_channels": 4, "input_size": 8}
-    told = {"steps": plan.num_steps, "precision": "fp32", "condition_values": 10**6, "guidance": {"scale": 1.5}, "model": model}
+    told = {
+        "steps": plan.num_steps,
+        "full_steps": plan.num_steps,
+        "precision": "fp32",
+        "condition_values": 10**6,
+        "guidance": {"scale": 1.5},
+        "model": model,
+    }
     return told | {"programs": programs, "schedule": schedule, "entries": entries}
 
 
 def test_bindings_of_each_step():
     first, second, third, fourth = sampling_runs(MANIFEST)
-    constants = {name: name for name in ("first_step", "mods", "rows", "guidance")}
+    constants = {name: name for name in ("first_step", "mods", "guidance")} | {"rows": "rows.both"}
     assert dict(first.inputs) == {"x": "x.0", "step": "step.0", "first_bad": "first_bad.0", "m_prev": "m.1", **constants}
     assert dict(first.outputs) == {
         "x_next": "x.1",
@@ -78,7 +87,7 @@ def test_bindings_of_each_step():
 
 def test_full_compute_reads_and_writes_no_cache():
     runs = sampling_runs(MANIFEST, full=True)
-    assert {run.program for run in runs} == {"step_full"}
+    assert [run.program for run in runs] == ["step_full"] * 6
     assert len(graphed(runs, 9)) == 2  # the two directions of ping-pong
     assert not any("@" in name for name in lay_out(MANIFEST, 2, 3, full=True).buffers)
 
@@ -96,22 +105,34 @@ def test_buffers_of_a_request():
     assert [layout.buffers[name] for name in ("x.0", "x.1", "m.0", "m.1")] == [latent] * 4
     assert layout.buffers["span_0_1@1"] == Spec("fp16", (10, 4, 2))  # guidance doubles the batch
     assert layout.buffers["mods"] == Spec("fp16", (4, 4, 8, 2))
-    assert layout.buffers["rows"] == Spec("int64", (10,))
+    assert layout.buffers["rows.both"] == Spec("int64", (10,))
     assert layout.buffers["mods"].values == 256
-    assert "m.2" not in layout.buffers
-    used = {buffer for run in layout.runs for buffer in run.reads | run.writes}
-    assert set(layout.buffers) - used == {"numbers"}  # of programs that scatter
+    assert set(layout.buffers) == {buffer for run in layout.runs for buffer in run.reads | run.writes}
+
+
+def test_a_step_may_compute_one_half_of_guidance():
+    """Its program takes the rows of the conditional half, and what it caches has a row for every image."""
+    half = program([*COMMON, "numbers", "guidance.0"], NEXT, "forecast")
+    changed = MANIFEST | {"programs": MANIFEST["programs"] | {"step_01": half}}
+    changed["schedule"] = [*MANIFEST["schedule"][:2], *[{"program": "step_01", "reads": {"guidance": [0]}, "writes": {}}] * 2]
+    changed["entries"] = MANIFEST["entries"] | {"guidance": {"shape": [3, 8, 8], "rows": 1, "dtype": "fp32", "slots": 1}}
+    layout = lay_out(changed, images=5, labels=4)
+    assert [dict(run.inputs)["rows"] for run in layout.runs[1:]] == ["rows.both"] * 2 + ["rows.half"] * 2
+    assert layout.buffers["rows.half"] == layout.buffers["numbers.half"] == Spec("int64", (5,))
+    assert layout.buffers["rows.both"] == Spec("int64", (10,))
+    assert layout.buffers["guidance@0"] == Spec("fp32", (5, 3, 8, 8))
+    assert dict(layout.runs[-1].inputs)["guidance"] == "guidance"
 
 
 def test_what_a_request_has_to_fill_in():
     layout = lay_out(MANIFEST, 5, 4)
-    given = {"x.0", "step.0", "first_bad.0", "m.1", "rows", "guidance", "steps.0", "labels"}
+    given = {"x.0", "step.0", "first_bad.0", "m.1", "rows.both", "guidance", "steps.0", "offset", "labels"}
     assert read_first(layout.runs) == given
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_plans(seed):
-    plan = make_plan(SIGNATURE, random_steps(seed, num_steps=9), sampler=("ddim", "dpmpp_2m")[seed % 2])
+    plan = make_plan(SIGNATURE, random_steps(seed, num_steps=9), sampler=("ddim", "dpmpp_2m", "dpmpp_3m")[seed % 3])
     layout = lay_out(manifest_of(plan), 2, 3)
     assert not any("@" in name for name in read_first(layout.runs))  # nothing that an earlier request left in a cache is read
     assert {buffer for run in layout.runs for buffer in run.reads | run.writes} <= set(layout.buffers)
