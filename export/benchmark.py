@@ -2,13 +2,14 @@
 
     python export/benchmark.py                                        DiT-S/2 with random weights, 256 tokens, batch 2
     python export/benchmark.py --presets DiT-S/2 DiT-B/2 --json benchmark.json
-    python export/benchmark.py --presets DiT-XL/2 --input-size 64 --batch 1 8 --provider cuda --precision fp16
+    python export/benchmark.py --presets DiT-XL/2 --batch 1 8 32 --precision fp16 bf16 --provider cuda
     python export/benchmark.py --run runs/digits/version_0            your teacher and your plan
 
 All rows make the same images from the same noise: PyTorch as it is and through torch.compile, ONNX Runtime with full compute, ONNX
 Runtime with each plan. Full compute is the first plan's reference. Requests run in turns, several times, and the median counts.
 Efficiency is the speed-up on the clock over that in MACs, both against ONNX Runtime with full compute: 1 means that every
-multiplication saved is time saved.
+multiplication saved is time saved. On CUDA memory is that of the GPU, and a node on another provider, or a step that no CUDA graph
+replayed, is an error.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from export.manifest import write_manifest
 from export.parity import relative_l2
 from export.programs import lower
 from export.runtime import CachedSampler
-from export.timing import TORCH_TYPES, compiled, in_turns, operator_ms, product_tflops, torch_latents
+from export.timing import TORCH_TYPES, compiled, in_turns, operator_ms, product_tflops, require_on_device, torch_latents
 from tc_lightning.content_predictor import selector_for
 from tc_lightning.costs import cache_bytes_per_image, plan_macs
 from tc_lightning.errors import TokenCacheError, first_line
@@ -100,13 +101,17 @@ def benchmark(
         exported = {n: _export(model, plan, Path(folder) / str(j), precision, args) for j, (n, plan) in enumerate(plans.items())}
         first = next(iter(exported.values()))
         labels = [i % first.plan.model.num_classes for i in range(batch)]
-        requests: dict[str, Callable[[], object]] = {}
+        requests: dict[str, Callable[[], Any]] = {}
+        on_gpu = args.provider == "cuda"
         if not args.no_torch:
             requests |= _torch_requests(model, first.plan, labels, precision, args.provider)
         requests[FULL] = functools.partial(first.sampler.sample, labels, full=True)
         requests |= {n: functools.partial(e.sampler.sample, labels) for n, e in exported.items()}
         rel_l2 = _agreement(requests)
         seconds = in_turns(requests, args.repeats)
+        receipts = {n: request().receipt for n, request in requests.items() if n in (FULL, *exported)} if on_gpu else {}
+        for n, receipt in receipts.items():
+            require_on_device(n, receipt, graphs=not args.no_cuda_graphs)
         memory = {n: _memory(e.folder, args.provider, batch, args.memory) for n, e in exported.items()}
         weights_mb = (first.folder / "weights.data").stat().st_size / 1e6
         return {
@@ -121,6 +126,8 @@ def benchmark(
             "weights_mb": weights_mb,
             "product_tflops": product_tflops(_torch_device(args.provider), TORCH_TYPES[precision]),
             "rel_l2_to_torch": rel_l2,
+            "cuda_graphs": {n: receipt["cuda_graphs"] for n, receipt in receipts.items()} or None,
+            "nodes_per_provider": {n: receipt["nodes_per_provider"] for n, receipt in receipts.items()} or None,
             "rows": [dataclasses.asdict(row) for row in _rows(exported, seconds, memory, batch)],
             "operators_ms": _operators(exported, labels, args.provider, args.memory) if args.operators else None,
             "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
@@ -151,6 +158,9 @@ def table(report: dict[str, Any]) -> str:
         cells = [layout.format(row[key]) if row[key] is not None else "" for key, (_, layout) in columns.items()]
         lines.append([row["name"], *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if report["cuda_graphs"] is not None:
+        counts = "; ".join(f"{name}: {graphs['replayed']}" for name, graphs in report["cuda_graphs"].items())
+        head += f"\nall nodes on the GPU; steps replayed from CUDA graphs: {counts}"
     text = [head, *("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)]
     for name, programs in (report["operators_ms"] or {}).items():
         text.append(f"{name}: where the time of one run of each program goes, ms")
@@ -182,7 +192,8 @@ def _export(model: DiT, plan: CachePlan, folder: Path, precision: str, args: arg
     started = time.perf_counter()
     write_manifest(folder, write_unproved(model, plan, lower(plan), folder, precision, selector))
     written = time.perf_counter()
-    sampler = CachedSampler(folder, args.provider, args.threads, max_batch=max(args.batch), memory=args.memory)
+    graphs = not args.no_cuda_graphs
+    sampler = CachedSampler(folder, args.provider, args.threads, max(args.batch), memory=args.memory, cuda_graphs=graphs)
     return Exported(plan, folder, sampler, written - started, time.perf_counter() - written)
 
 
@@ -253,7 +264,9 @@ def _memory(folder: Path, provider: str, batch: int, room: float) -> dict[str, f
 def _operators(exported: dict[str, Exported], labels: list[int], provider: str, room: float) -> dict[str, dict[str, dict[str, float]]]:
     found = {}
     for name, e in exported.items():
-        sampler = CachedSampler(e.folder, provider, max_batch=len(labels), memory=room, profile=e.folder.parent / "profile")
+        sampler = CachedSampler(
+            e.folder, provider, max_batch=len(labels), memory=room, cuda_graphs=False, profile=e.folder.parent / "profile"
+        )
         sampler.sample(labels)
         found[name] = operator_ms(sampler)
     return found
@@ -282,6 +295,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive, default=3, help="rounds that are timed; their median counts")
     parser.add_argument("--memory", type=float, default=1.25, help="room for weights, as a multiple of their size: see CachedSampler")
     parser.add_argument("--no-torch", action="store_true", help="leave out PyTorch and torch.compile")
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="on CUDA: start every operator from the host")
     parser.add_argument("--operators", action="store_true", help="profile each program and list where its time goes")
     parser.add_argument("--json", type=Path, help="file for the figures")
     return parser.parse_args()

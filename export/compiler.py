@@ -16,7 +16,7 @@ from export.emit import Emitter, condition_times
 from export.fidelity import Fidelity, measure
 from export.folders import replacing_folder
 from export.manifest import NAME, ArtefactError, read_manifest, write_manifest
-from export.onnx_dit import MODULATION_TABLE, SELECTOR, with_thirds
+from export.onnx_dit import MODULATION_TABLE, SELECTOR, with_views
 from export.parity import Check, prove, require_parity, trajectory_error
 from export.programs import LoweredPlan, Program, computed_tokens, lower
 from export.runtime import CachedSampler
@@ -113,7 +113,7 @@ def write_unproved(
     """Write everything but the proof, and return what the manifest will say so far; nobody but the exporter should run this."""
     require_selector(plan, selector)
     tensors = model.state_dict() | (selector_tensors(model, plan, selector) if plan.selector and selector else {})
-    index = with_thirds(write_weights(tensors.items(), folder / WEIGHTS, precision))
+    index = with_views(write_weights(tensors.items(), folder / WEIGHTS, precision))
     graphs = _write_graphs(model, plan, lowered, folder, precision, index)
     plan.save(folder / "plan.json")
     return _describe(model, plan, lowered, index, precision, graphs)

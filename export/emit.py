@@ -3,10 +3,13 @@
 Inputs and outputs of the graphs (M rows that the step computes: B, or 2 B where it computes both halves of guidance; U distinct
 labels, S steps of a chunk, R = 6 L + 2):
 
-    condition   steps [S], labels [U]                                    -> mods [S, U, R, D]
-    step_*      x [B, C, H, W], (m_prev), (m_prev2), step, first_step, mods, rows [M], (guidance), (numbers [M]), ENTRY.j ...
-                                                                         -> x_next, (m), ENTRY.new ...
+    condition   steps [S], offset, labels [U]                            -> mods [S, U, R, D], first_step
+    step_*      x [B, C, H, W], (m_prev), (m_prev2), step, first_bad, first_step, mods, rows [M], (guidance), (numbers [M]), ENTRY.j ...
+                                                                         -> x_next, step_next, first_bad_next, (m), ENTRY.new ...
 
+`step` is counted, and latents that are not finite are noticed, in the graphs, so that nothing has to come from the host or go to it
+between two steps: `first_bad` is the first step whose latents were not finite, and the number of steps while there is none. `offset`
+is the place of the run's first step among the times that the condition graph knows.
 `rows` are the label rows of `mods`; `numbers` count the rows of the batch (0, 1, 2, ...), for programs that scatter. An entry that
 is read and written in one program is updated in place: bind both to one buffer.
 """
@@ -20,6 +23,7 @@ import onnx
 
 from export.onnx_dit import OnnxDiT, OnnxSelector
 from export.programs import FULL, Program, merge
+from export.schedule import PAST
 from export.symbolic import External, Graph, OnnxOps, Sym
 from tc_lightning.cache import Guided, Step, forecast, predict
 from tc_lightning.costs import entry_dtype, entry_shape
@@ -28,8 +32,6 @@ from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.diffusion.update import Coefficients, advance
 from tc_lightning.models.dit import DiTConfig
 from tc_lightning.plan import CachePlan
-
-PAST = ("m_prev", "m_prev2")  # the solver's last outputs, latest first; the sampler weighs them with next_m_prev, next_m_prev2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +55,12 @@ class Emitter:
     def condition(self, features_TF: np.ndarray) -> onnx.ModelProto:
         """The condition graph, from the timestep features of `condition_times`."""
         g = Graph("condition", self.weights_file, self.index)
-        steps, labels = g.input("steps", "int64", ["steps"]), g.input("labels", "int64", ["labels"])
-        features = g.op("Gather", g.constant(features_TF, "fp32"), steps, axis=0, dtype="fp32")
+        steps, offset = g.input("steps", "int64", ["steps"]), g.input("offset", "int64", [])
+        labels = g.input("labels", "int64", ["labels"])
+        features = g.op("Gather", g.constant(features_TF, "fp32"), steps + offset, axis=0, dtype="fp32")
         mods = OnnxDiT(g, self.config, self.dtype).modulation_table(features.cast(self.dtype), labels)
         g.output("mods", mods, ["steps", "labels", *self._table_shape])
+        g.output("first_step", g.op("Gather", steps, g.constant(0, "int64"), axis=0), [])
         return g.model()
 
     def step(self, program: Program) -> onnx.ModelProto:
@@ -68,7 +72,7 @@ class Emitter:
         table = self.plan.baseline if program.name == FULL else self.plan.scaled_sampler
         history = PAST[: table.history]
         past = [g.input(name, "fp32", latent) for name in history]
-        step = g.input("step", "int64", [])
+        step, first_bad = g.input("step", "int64", []), g.input("first_bad", "int64", [])
         mods = self._modulations(g, step)
         mode = program.guidance.mode
         scale = g.input("guidance", "fp32", []) if guidance.doubles_batch and mode != "cond" else None
@@ -81,6 +85,8 @@ class Emitter:
         eps, writes = predict(todo, guided, x, model, block_mods, final, signature.in_channels, ops)
         x_next, m = advance(x, eps, past, self._coefficients(g, step, table))
         g.output("x_next", x_next, latent)
+        g.output("step_next", step + g.constant(1, "int64"), [])
+        g.output("first_bad_next", self._first_bad(g, x_next, step, first_bad, len(table)), [])
         if history:
             g.output("m", m, latent)
         for entry in program.writes:
@@ -97,6 +103,11 @@ class Emitter:
         table = g.input("mods", self.dtype, ["steps", "labels", *self._table_shape])
         rows = g.input("rows", "int64", ["rows"])
         return g.op("Gather", g.op("Gather", table, step - first, axis=0), rows, axis=0)
+
+    def _first_bad(self, g: Graph, x_BCHW: Sym, step: Sym, first_bad: Sym, steps: int) -> Sym:
+        """This step, if a latent is not finite and none was before; 0 times such a value is NaN, and so is a sum with NaN."""
+        spoilt = g.op("IsNaN", g.op("ReduceSum", x_BCHW * 0.0, keepdims=0), dtype="bool")
+        return g.op("Min", first_bad, g.op("Where", spoilt, step, g.constant(steps, "int64"), dtype="int64"))
 
     def _cached(self, g: Graph, step: Sym, program: Program) -> dict[Entry, Sym]:
         """Declare the cache inputs and forecast every entry that is read."""

@@ -6,6 +6,8 @@ read one copy (`export.runtime`). Shape suffixes as in `tc_lightning.models.dit`
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from export.symbolic import CONTRIB, External, Graph, Sym
@@ -13,13 +15,15 @@ from tc_lightning.models.dit import NORM_EPS, DiTConfig, FinalModulation, KeyVal
 from tc_lightning.predictor import LOGIT_BOUND
 
 MODULATIONS = 6  # adaLN terms of a block
+PATCHES = "x_embedder.proj"
 SELECTOR = "selector"  # what the names of the content predictor's weights begin with
 MODULATION_TABLE = f"{SELECTOR}.modulations"  # its adaLN terms [T, 6, D]: they depend on the step alone
 
 
-def with_thirds(index: dict[str, External]) -> dict[str, External]:
-    """The index of a weights file, with q, k and v of every attention layer as views of their common tensor."""
-    views = {}
+def with_views(index: dict[str, External]) -> dict[str, External]:
+    """The index of a weights file, with views: q, k and v of every attention layer, and the patch embedding as a matrix."""
+    kernel = index[f"{PATCHES}.weight"]
+    views = {f"{PATCHES}.matrix.weight": kernel._replace(shape=(kernel.shape[0], math.prod(kernel.shape[1:])))}
     for name, whole in index.items():
         stem, found, kind = name.partition(".attn.qkv.")
         for j, letter in enumerate("qkv" if found else ""):
@@ -70,11 +74,11 @@ class OnnxDiT:
 
     def embed(self, x_MCHW: Sym) -> Sym:
         """Latents (fp32) -> tokens [M, N, D] in the working precision."""
-        g, D, P = self._graph, self.config.hidden_size, self.config.patch_size
-        weight, bias = g.weight("x_embedder.proj.weight"), g.weight("x_embedder.proj.bias")
-        with g.scope("x_embedder"):
-            maps = g.op("Conv", x_MCHW.cast(self._dtype), weight, bias, kernel_shape=[P, P], strides=[P, P])
-            z = g.op("Transpose", g.reshape(maps, 0, D, self.config.num_tokens), perm=[0, 2, 1])
+        g, P, C = self._graph, self.config.patch_size, self.config.in_channels
+        grid = self.config.input_size // P
+        with g.scope("x_embedder"):  # a convolution whose stride is its kernel's size is a product, and needs no cuDNN
+            patches = g.op("Transpose", g.reshape(x_MCHW.cast(self._dtype), 0, C, grid, P, grid, P), perm=[0, 2, 4, 1, 3, 5])
+            z = product(g, g.reshape(patches, 0, grid * grid, C * P * P), f"{PATCHES}.matrix") + g.weight(f"{PATCHES}.bias")
             return z + g.weight("pos_embed")
 
     def readout(self, z_MND: Sym, mod: FinalModulation) -> Sym:

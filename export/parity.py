@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from export.emit import PAST
+from export.buffers import ELEMENT_TYPES, place, run_once
 from export.programs import FULL, LoweredPlan, Program
 from export.runtime import CachedSampler
+from export.schedule import CONDITION, PAST
+from export.weights import TORCH_DTYPES
 from tc_lightning.content_predictor import Selector
 from tc_lightning.costs import entry_dtype
 from tc_lightning.errors import TokenCacheError
@@ -27,7 +28,6 @@ from tc_lightning.sampling import SamplingStep, noise_for, reference_plan, sampl
 # Relative L2 errors that are accepted: of a whole trajectory, and of every output of one program.
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2e-1}
 SEED = 20240923  # of the proof's images; `verify` takes fresh ones
-_NUMPY = {"fp32": np.float32, "fp16": np.float16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,24 +120,18 @@ def _check_program(plan: CachePlan, program: Program, sampler: CachedSampler, st
     y = torch.cat([labels, torch.full_like(labels, plan.model.num_classes)]) if doubled else labels
     precision = sampler.manifest["precision"]
     offset = sampler.manifest["full_offset"] if program.name == FULL else 0
-    mods = _modulations(sampler, offset + state.step, y.numpy())
-    feed = {"x": state.x.numpy(), "step": np.int64(state.step), "first_step": np.int64(state.step), "rows": np.arange(len(y))}
-    past = [m.numpy() for m in state.past]
-    feed |= dict(zip(PAST, past + [np.zeros_like(feed["x"])] * (len(PAST) - len(past)), strict=True))
-    feed |= {"guidance": np.float32(plan.guidance.scale), "numbers": np.arange(len(y))}
-    values: dict[str, Any] = {name: _place(value, sampler.provider) for name, value in feed.items()} | {"mods": mods}
-    for name, dtype, tensor in _cache_inputs(program, state, precision):
-        values[name] = _cast(tensor, dtype, sampler.provider)
-    session = sampler.session(program.name)
-    outputs = [o.name for o in session.get_outputs()]
-    inputs = {i.name: values[i.name] for i in session.get_inputs()}
-    results = dict(zip(outputs, session.run_with_ort_values(outputs, inputs), strict=True))
+    feed = {"steps": np.array([state.step]), "offset": np.int64(offset), "labels": y.numpy(), "step": np.int64(state.step)}
+    feed |= {"first_bad": np.int64(state.step + 1), "rows": np.arange(len(y)), "numbers": np.arange(len(y))}
+    values = {name: place(np.asarray(value), "int64", sampler.provider) for name, value in feed.items()}
+    values |= run_once(sampler.session(CONDITION), values, sampler.provider)
+    past = [*state.past, *[torch.zeros_like(state.x)] * (len(PAST) - len(state.past))]
+    floats = {"x": state.x, "guidance": torch.tensor(plan.guidance.scale)} | dict(zip(PAST, past, strict=True))
+    values |= {name: _place(tensor, "fp32", sampler.provider) for name, tensor in floats.items()}
+    values |= {name: _place(tensor, dtype, sampler.provider) for name, dtype, tensor in _cache_inputs(program, state, precision)}
+    results = run_once(sampler.session(program.name), values, sampler.provider)
     expected = {"x_next": state.x_next, "m": state.m} | {f"{entry.name}.new": value for entry, value in state.writes.items()}
-    readable = [
-        n for n in outputs if n in expected and (precision != "bf16" or n in ("x_next", "m", "guidance.new"))
-    ]  # numpy has no bfloat16
     where = f"{program.name}, step {state.step}"
-    return [Check(where, name, relative_l2(results[name].numpy(), expected[name].numpy())) for name in readable]
+    return [Check(where, name, relative_l2(to_numpy(results[name]), expected[name].numpy())) for name in results if name in expected]
 
 
 def _cache_inputs(program: Program, state: SamplingStep, precision: str) -> list[tuple[str, str, Tensor]]:
@@ -151,17 +145,14 @@ def _cache_inputs(program: Program, state: SamplingStep, precision: str) -> list
     return inputs
 
 
-def _modulations(sampler: CachedSampler, step: int, labels_M: np.ndarray) -> Any:
-    feed = {"steps": _place(np.array([step]), sampler.provider), "labels": _place(labels_M, sampler.provider)}
-    return sampler.session("condition").run_with_ort_values(["mods"], feed)[0]
+def to_numpy(value: ort.OrtValue) -> np.ndarray:
+    """What is in a buffer, on the host; bfloat16, which numpy has not, as float32."""
+    if value.element_type() == ELEMENT_TYPES["bf16"]:
+        return torch.from_dlpack(value).float().cpu().numpy()
+    return value.numpy()
 
 
-def _place(array: Any, provider: str) -> Any:
-    return ort.OrtValue.ortvalue_from_numpy(np.asarray(array), provider, 0)
-
-
-def _cast(tensor: Tensor, precision: str, provider: str) -> Any:
-    if precision == "bf16":
-        bits = tensor.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, 16)
-    return _place(tensor.numpy().astype(_NUMPY[precision]), provider)
+def _place(tensor: Tensor, precision: str, provider: str) -> ort.OrtValue:
+    """A tensor in a precision on the provider's device."""
+    rounded = tensor.to(TORCH_DTYPES[precision]).contiguous()
+    return place((rounded.view(torch.uint16) if precision == "bf16" else rounded).numpy(), precision, provider)

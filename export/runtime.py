@@ -4,32 +4,33 @@
     result = sampler.sample([0, 1, 2], seed=7)
     result.images, result.receipt
 
-Shape suffixes: B images, C H W latent, M rows of the (doubled) batch, U distinct labels.
+Shape suffixes: B images, C H W latent.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import threading
 import time
-from collections import Counter, defaultdict
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime as ort
 
+from export.buffers import Pool, ProgramError
+from export.cuda_provider import lane, why_no_graphs
 from export.manifest import read_manifest
+from export.request import Part, Tally, distinct_labels, fill, run_part
+from export.schedule import CONDITION, lay_out
 from export.sessions import (
-    BYTES,
-    CONDITION,
-    ELEMENT_TYPES,
-    FULL,
     PROVIDERS,
     WEIGHTS,
     RuntimeUnavailableError,
     SharedWeights,
-    arena_is_ours,
     is_int,
     nodes_per_provider,
     open_session,
@@ -38,7 +39,8 @@ from export.sessions import (
     session_options,
 )
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.noise import initial_noise
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,10 @@ class Result:
 class CachedSampler:
     """An artefact, loaded and ready. Requests share no data but the weights.
 
+    Several threads may use one sampler. On CUDA the requests of all samplers in the process run one after the other, in a thread
+    that is theirs. The first requests of a size capture CUDA graphs; meanwhile no other thread of the process may allocate memory on
+    the GPU, so make a request of each size before serving starts.
+
     Args:
         path: artefact folder.
         provider: `cpu` or `cuda`; there is no fallback from one to the other.
@@ -68,6 +74,8 @@ class CachedSampler:
             full compute (`full=True`) gets one besides when it is first used.
         max_batch: images computed at a time; larger requests are split. It bounds the memory of a request.
         preload: load the programs of the plan now, rather than at their first use. Full compute, the baseline, waits for its own.
+        cuda_graphs: on CUDA, capture each step with its buffers as a CUDA graph when it first runs, and replay it from then on. The
+            buffers of up to four sizes of request are kept for that; `release` drops them.
         profile: write ONNX Runtime's own profiles to files that begin so; `end_profiling` names them.
         manifest: for the exporter alone, which runs an artefact to prove it before its manifest is written.
 
@@ -84,6 +92,7 @@ class CachedSampler:
         max_batch: int = 32,
         preload: bool = True,
         memory: float = 1.25,
+        cuda_graphs: bool = True,
         profile: Path | None = None,
         manifest: dict[str, Any] | None = None,
     ) -> None:
@@ -96,22 +105,19 @@ class CachedSampler:
         if not memory >= 1.0:
             raise TokenCacheError(f"memory is {memory!r}: the weights themselves need 1; give 1 or more.")
         prepare(provider, threads)
-        self._weights = SharedWeights(self.path / WEIGHTS, self.manifest, provider)
         self._packed = packed_programs(self.manifest, memory) if provider == "cpu" else set()
         self._profile, self._threads = profile, threads
         self._sessions: dict[str, ort.InferenceSession] = {}
-        if preload:
-            for name in sorted({CONDITION, *(bound["program"] for bound in self.manifest["schedule"])}):
-                self.session(name)
+        self._loading = threading.Lock()
+        self._no_graphs = self._graphs_off(cuda_graphs)
+        self._pool = Pool(self.session, provider, keep=self._no_graphs is None)
+        self._exclusively(lambda _: self._load(preload))
 
     def session(self, name: str) -> ort.InferenceSession:
         """The session of `condition` or of a step program, loaded on first use; it lives as long as the sampler."""
-        if name not in self._sessions:
-            profile = None if self._profile is None else f"{self._profile}-{name}"
-            options = session_options(self.provider, self._threads, name in self._packed, profile)
-            self._weights.give(options)
-            self._sessions[name] = open_session(self.path / f"{name}.onnx", self.provider, options)
-            self._weights.forget()
+        with self._loading:
+            if name not in self._sessions:
+                self._sessions[name] = self._open(name)
         return self._sessions[name]
 
     def end_profiling(self) -> dict[str, str]:
@@ -119,8 +125,13 @@ class CachedSampler:
         return {name: session.end_profiling() for name, session in self._sessions.items()}
 
     def release(self) -> None:
-        """Drop all sessions and their memory; they load again when needed."""
-        self._sessions.clear()
+        """Drop all sessions, buffers and CUDA graphs; they are made again when needed."""
+
+        def drop(_: Callable[[], None]) -> None:
+            self._pool.clear(keep=self._no_graphs is None)
+            self._sessions.clear()
+
+        self._exclusively(drop)
 
     def sample(
         self,
@@ -130,6 +141,7 @@ class CachedSampler:
         first_index: int = 0,
         full: bool = False,
         on_step: Callable[[int, int], None] | None = None,
+        timing: bool = False,
     ) -> Result:
         """Make one image for each label, `max_batch` of them at a time.
 
@@ -139,7 +151,10 @@ class CachedSampler:
             guidance: guidance scale; None takes the plan's.
             first_index: index of the first image, to continue a series.
             full: run the reference instead (the baseline): everything is computed at every step, with the reference's sampler.
-            on_step: called with (steps done, steps in all) after each step; the steps of every part count.
+            on_step: called with (steps done, steps in all) after each step; the steps of every part count. On CUDA a step counts when
+                it is in the GPU's queue, and the call comes from another thread.
+            timing: on CUDA, wait for each program to measure it; otherwise the receipt has no times of programs there. On the CPU
+                every request is measured.
 
         Raises:
             TokenCacheError: if a label is out of range, guidance was not exported, or latents become NaN.
@@ -147,20 +162,82 @@ class CachedSampler:
         scale = self._check_request(labels, seed, first_index, guidance)
         started = time.perf_counter()
         labels_B = np.asarray(labels, dtype=np.int64)
-        parts = range(0, len(labels), self.max_batch)
-        steps = self.manifest["full_steps" if full else "steps"]
-        tally, latents = _Tally(), []
-        for place, first in enumerate(parts):
-            request = _Request(self, labels_B[first : first + self.max_batch], seed, first_index + first, scale, full, tally)
-            for step in range(steps):
-                request.run_step(step)
+        starts = range(0, len(labels), self.max_batch)
+        parts = [Part(labels_B[i : i + self.max_batch], seed, first_index + i, scale, full) for i in starts]
+        tally, steps = Tally(), self.manifest["full_steps" if full else "steps"]
+
+        def run(check: Callable[[], None]) -> list[np.ndarray]:
+            def done(place: int, step: int) -> None:
+                check()
                 if on_step is not None:
-                    on_step(place * steps + step + 1, len(parts) * steps)
-            latents.append(request.latents())
-        result = np.concatenate(latents)
+                    on_step(place * steps + step, len(parts) * steps)
+
+            latents = []
+            for place, part in enumerate(parts):
+                x_BCHW, ran = self._run(part, timing, functools.partial(done, place))
+                latents.append(x_BCHW)
+                tally.add(ran)
+            return latents
+
+        result = np.concatenate(self._exclusively(run))
         images = np.clip(result, -1.0, 1.0) if self.manifest["model"]["in_channels"] in (1, 3) else None
-        asked = {"seed": seed, "first_index": first_index, "images": len(labels), "labels": labels_B.tolist()}
-        return Result(result, images, self._receipt(tally, asked | {"parts": len(parts)}, scale, full, time.perf_counter() - started))
+        asked = {"seed": seed, "first_index": first_index, "images": len(labels), "labels": labels_B.tolist(), "parts": len(parts)}
+        receipt = self._receipt(tally, asked, scale, full, time.perf_counter() - started)
+        return Result(result, images, receipt)
+
+    def _run(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, Tally]:
+        """Run a part of a request; once more without CUDA graphs, should they fail here."""
+        try:
+            return self._run_once(part, timing, on_step)
+        except ProgramError as error:
+            if not error.graph:
+                raise
+            self._no_graphs = f"they failed: {error}"
+            warnings.warn(f"CUDA graphs are not used any more: {error}", stacklevel=2)
+        self.release()
+        return self._run_once(part, timing, on_step)
+
+    def _run_once(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, Tally]:
+        """Run a part of a request in buffers that nobody else uses meanwhile."""
+        images, on_cpu = len(part.labels_B), self.provider == "cpu"
+        labels = len(distinct_labels(self.manifest, part.labels_B)[1]) if on_cpu else self._most_labels(images)
+        key = (images, labels, part.full)
+        workspace = self._pool.take(key, lay_out(self.manifest, images, labels, part.full))
+        try:
+            fill(workspace, self.manifest, part)
+            return run_part(workspace, self.manifest, on_cpu, timing, on_step)
+        finally:
+            workspace.wait()  # what is in the queue uses these buffers
+            self._pool.put_back(key, workspace)
+
+    def _most_labels(self, images: int) -> int:
+        """Distinct labels that so many images can have: on CUDA the shapes depend on the size of the request alone."""
+        return min(images, self.manifest["model"]["num_classes"]) + (self.manifest["guidance"]["scale"] != 1.0)
+
+    def _open(self, name: str) -> ort.InferenceSession:
+        profile = None if self._profile is None else f"{self._profile}-{name}"
+        options = session_options(self.provider, self._threads, name in self._packed, profile)
+        graphs = self._no_graphs is None and name != CONDITION
+        self._weights.give(options)
+        session = open_session(self.path / f"{name}.onnx", self.provider, options, graphs)
+        self._weights.forget()
+        return session
+
+    def _load(self, preload: bool) -> None:
+        self._weights = SharedWeights(self.path / WEIGHTS, self.manifest, self.provider)
+        if preload:
+            for name in sorted({CONDITION, *(bound["program"] for bound in self.manifest["schedule"])}):
+                self.session(name)
+
+    def _exclusively(self, call: Callable[[Callable[[], None]], T]) -> T:
+        """Run a call; on CUDA in the thread of the GPU, one at a time."""
+        return call(lambda: None) if self.provider == "cpu" else lane().run(call)
+
+    def _graphs_off(self, wanted: bool) -> str | None:
+        """Why no CUDA graphs are used; None if they are."""
+        if self.provider == "cpu":
+            return "the provider is the CPU"
+        return why_no_graphs() if wanted else "cuda_graphs=False"
 
     def _check_request(self, labels: Sequence[int], seed: int, first_index: int, guidance: float | None) -> float:
         classes, plan = self.manifest["model"]["num_classes"], self.manifest["guidance"]
@@ -183,7 +260,7 @@ class CachedSampler:
             )
         return scale
 
-    def _receipt(self, tally: _Tally, asked: dict[str, Any], scale: float, full: bool, seconds: float) -> dict[str, Any]:
+    def _receipt(self, tally: Tally, asked: dict[str, Any], scale: float, full: bool, seconds: float) -> dict[str, Any]:
         m = self.manifest
         planned = float(m["guidance"]["scale"])
         everything = asked["parts"] * m["full_steps"] * m["model"]["depth"] * m["model"]["tokens"]
@@ -204,132 +281,7 @@ class CachedSampler:
             "blocks_x_tokens_share": tally.computed / everything,
             "cache_bytes": tally.cache_bytes,
             "modulation_bytes": tally.modulation_bytes,
-            "ms_per_program": {name: 1e3 * value for name, value in tally.seconds.items()},
+            "cuda_graphs": {name: tally.graphs[name] for name in ("captured", "replayed", "plain")} | {"off": self._no_graphs},
+            "ms_per_program": {name: 1e3 * value for name, value in tally.seconds.items()} or None,  # see `timing`
             "ms": 1e3 * seconds,
         }
-
-
-class _Tally:
-    """What ran in a request, over all its parts; bytes are those of the largest part."""
-
-    def __init__(self) -> None:
-        self.ran: Counter[str] = Counter()
-        self.guidance: Counter[str] = Counter()
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.cached_steps = self.cache_bytes = self.modulation_bytes = 0
-        self.computed: float = 0  # of the whole batch: a step that computes half of it counts half
-
-
-class _Request:
-    """Buffers of one request, or of a part of it, and its progress through the steps; nothing of it outlives the request."""
-
-    def __init__(
-        self, owner: CachedSampler, labels_B: np.ndarray, seed: int, first: int, scale: float, full: bool, tally: _Tally
-    ) -> None:
-        self.owner, self.full, self.tally = owner, full, tally
-        self._steps = owner.manifest["full_steps" if full else "steps"]
-        self._offset = owner.manifest["full_offset"] if full else 0
-        model = owner.manifest["model"]
-        latent = (model["in_channels"], model["input_size"], model["input_size"])
-        x_BCHW = initial_noise(seed, range(first, first + len(labels_B)), latent)
-        self._x, self._x_next = self._place(x_BCHW), self._empty("fp32", x_BCHW.shape)
-        self._m = self._empty("fp32", x_BCHW.shape)
-        self._m_prev, self._m_prev2 = (self._place(np.zeros_like(x_BCHW)) for _ in range(2))
-        self._doubled = owner.manifest["guidance"]["scale"] != 1.0
-        rows_M, self._labels_U = self._label_rows(labels_B, model["num_classes"])
-        half_B = rows_M[: len(labels_B)]  # the conditional half, which is all that some programs compute
-        self._rows = {"both": self._place(rows_M)} | dict.fromkeys(("forecast", "cond"), self._place(half_B))
-        self._numbers = {mode: self._place(np.arange(rows.shape()[0])) for mode, rows in self._rows.items()}
-        self._scale = self._place(np.float32(scale))
-        self._slots = {} if full else self._allocate_cache(len(labels_B))
-        self._mods, self._first, self._chunk = None, 0, range(0)
-        self._held: dict[str, Any] = {}
-
-    def run_step(self, step: int) -> None:
-        """Run one step program and exchange the buffers."""
-        manifest = self.owner.manifest
-        bound: dict[str, Any] = {"program": FULL, "reads": {}, "writes": {}} if self.full else manifest["schedule"][step]
-        if step not in self._chunk:
-            self._condition(step)
-        program = manifest["programs"][bound["program"]]
-        binding = self._bind(bound, program, step)
-        self._run(bound["program"], binding, last=step == self._steps - 1)
-        self._x, self._x_next = self._x_next, self._x
-        self._m_prev, self._m_prev2, self._m = self._m, self._m_prev, self._m_prev2
-        self.tally.cached_steps += bool(bound["reads"])
-        self.tally.computed += program["blocks_x_tokens"]
-        self.tally.guidance[program["guidance"]] += 1
-        if not np.isfinite(self._x.numpy()).all():
-            raise TokenCacheError(
-                f"latents became NaN or infinite at step {step} in program {bound['program']}: "
-                "lower the guidance scale, or export with --precision fp32."
-            )
-
-    def latents(self) -> np.ndarray:
-        """Current latents on the host."""
-        return np.array(self._x.numpy())
-
-    def _bind(self, bound: dict[str, Any], program: dict[str, Any], step: int) -> Any:
-        values = {"x": self._x, "m_prev": self._m_prev, "m_prev2": self._m_prev2, "step": self._place(np.int64(step))}
-        values |= {"first_step": self._first, "mods": self._mods}
-        values |= {"guidance": self._scale, "rows": self._rows[program["guidance"]], "numbers": self._numbers[program["guidance"]]}
-        for entry, slots in bound["reads"].items():
-            values |= {f"{entry}.{j}": self._slots[entry][slot] for j, slot in enumerate(slots)}
-        targets = {"x_next": self._x_next, "m": self._m}
-        targets |= {f"{entry}.new": self._slots[entry][slot] for entry, slot in bound["writes"].items()}
-        binding = self.owner.session(bound["program"]).io_binding()
-        self._held = values  # a binding need not keep alive what it is bound to
-        for name in program["inputs"]:
-            binding.bind_ortvalue_input(name, values[name])
-        for name in program["outputs"]:
-            binding.bind_ortvalue_output(name, targets[name])
-        return binding
-
-    def _condition(self, step: int) -> None:
-        """Modulations of the next chunk of steps, for every distinct label, on the device."""
-        manifest = self.owner.manifest
-        rows, width = 6 * manifest["model"]["depth"] + 2, manifest["model"]["width"]
-        per_step = len(self._labels_U) * rows * width
-        count = max(1, min(self._steps - step, manifest["condition_values"] // per_step))
-        self._chunk, self._first = range(step, step + count), self._place(np.int64(step))
-        self._mods = self._empty(manifest["precision"], (count, len(self._labels_U), rows, width))
-        self.tally.modulation_bytes = max(self.tally.modulation_bytes, count * per_step * BYTES[manifest["precision"]])
-        binding = self.owner.session(CONDITION).io_binding()
-        steps = np.arange(step, step + count) + self._offset
-        self._held = {"steps": self._place(steps), "labels": self._place(self._labels_U)}
-        for name, value in self._held.items():
-            binding.bind_ortvalue_input(name, value)
-        binding.bind_ortvalue_output("mods", self._mods)
-        self._run(CONDITION, binding)
-
-    def _run(self, name: str, binding: Any, last: bool = False) -> None:
-        options = None
-        if last and self.owner.provider == "cpu" and arena_is_ours():  # an idle sampler holds its weights and little else
-            options = ort.RunOptions()
-            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        started = time.perf_counter()
-        self.owner.session(name).run_with_iobinding(binding, options)
-        binding.synchronize_outputs()
-        self.tally.seconds[name] += time.perf_counter() - started
-        self.tally.ran[name] += 1
-
-    def _label_rows(self, labels_B: np.ndarray, null: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row of each batch entry in the list of distinct labels, and that list; the unconditional half shares one."""
-        labels_M = np.concatenate([labels_B, np.full_like(labels_B, null)]) if self._doubled else labels_B
-        distinct_U, rows_M = np.unique(labels_M, return_inverse=True)
-        return rows_M.astype(np.int64), distinct_U
-
-    def _allocate_cache(self, images: int) -> dict[str, list[Any]]:
-        slots, total = {}, 0
-        for name, entry in self.owner.manifest["entries"].items():
-            shape = (images * entry["rows"], *entry["shape"])
-            slots[name] = [self._empty(entry["dtype"], shape) for _ in range(entry["slots"])]
-            total += entry["slots"] * int(np.prod(shape)) * BYTES[entry["dtype"]]
-        self.tally.cache_bytes = max(self.tally.cache_bytes, total)
-        return slots
-
-    def _empty(self, dtype: str, shape: tuple[int, ...]) -> Any:
-        return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), ELEMENT_TYPES[dtype], self.owner.provider, 0)
-
-    def _place(self, array: np.ndarray | np.generic) -> Any:
-        return ort.OrtValue.ortvalue_from_numpy(np.asarray(array), self.owner.provider, 0)

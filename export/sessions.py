@@ -6,7 +6,6 @@ Needs numpy and onnxruntime alone.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import mmap
 from collections import Counter
 from pathlib import Path
@@ -15,21 +14,15 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from export.buffers import BYTES, ELEMENT_TYPES, NUMPY_TYPES, place
+from export.cuda_provider import CUDA, RuntimeUnavailableError, cuda_error, provider_options, require_cuda
 from export.manifest import ArtefactError
-from tc_lightning.errors import TokenCacheError, first_line
+from export.schedule import CONDITION, FULL
+from tc_lightning.errors import first_line
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-# ONNX element types that buffers have; numpy has no bfloat16, so types go by number.
-ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16, "int64": 7}
-NUMPY_TYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-CONDITION, WEIGHTS = "condition", "weights.data"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": CUDA}
+WEIGHTS = "weights.data"
 _arena: list[bool] = []  # once a sampler was loaded: whether the process-wide arena is ours
-FULL = "step_full"
-
-
-class RuntimeUnavailableError(TokenCacheError):
-    """The provider that was asked for cannot be used."""
 
 
 def prepare(provider: str, threads: int | None) -> None:
@@ -41,7 +34,7 @@ def prepare(provider: str, threads: int | None) -> None:
     if threads is not None and (not is_int(threads) or threads < 1):
         raise RuntimeUnavailableError(f"threads is {threads!r}: give 1 or more, or None to let ONNX Runtime choose.")
     if provider == "cuda":
-        _require_cuda()
+        require_cuda()
     else:
         _share_arena()
 
@@ -92,7 +85,7 @@ class SharedWeights:
     """The weights as initialisers that all sessions share.
 
     On the CPU these are views of the mapped weights file: pages that no program reads take no memory. On CUDA they are one copy on
-    the device; bfloat16, which Python cannot place there, is left for each session to load from the file.
+    the device.
 
     Args:
         path: the weights file.
@@ -108,10 +101,7 @@ class SharedWeights:
             dtype, shape, offset, nbytes = manifest["weights"][name]
             count = nbytes // BYTES[dtype]
             array = np.frombuffer(self._mapped, NUMPY_TYPES[dtype], count, offset).reshape(shape)
-            if dtype != "bf16":
-                self._values[name] = ort.OrtValue.ortvalue_from_numpy(array, provider, 0)
-            elif provider == "cpu":
-                self._values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ELEMENT_TYPES[dtype])
+            self._values[name] = _mapped(array, dtype) if provider == "cpu" else on_device(array, dtype, provider)
 
     def give(self, options: ort.SessionOptions) -> None:
         """Let the session that is made with these options use them; this object must live as long as it."""
@@ -122,6 +112,15 @@ class SharedWeights:
         """Drop from memory the pages that were read only to be repacked; those that are needed come back from the file."""
         with contextlib.suppress(OSError):  # a process may have locked all its memory
             self._mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _mapped(array: np.ndarray, dtype: str) -> ort.OrtValue:
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ELEMENT_TYPES[dtype])
+
+
+def on_device(array: np.ndarray, dtype: str, provider: str) -> ort.OrtValue:
+    """A copy on the device. Initialisers must not own their memory: a view through DLPack does not, and keeps alive what does."""
+    return ort.OrtValue.from_dlpack(place(array, dtype, provider))
 
 
 def _share_arena() -> None:
@@ -140,34 +139,14 @@ def arena_is_ours() -> bool:
     return _arena == [True]
 
 
-def _require_cuda() -> None:
-    """Say what is missing, rather than run on the CPU as ONNX Runtime would."""
-    if PROVIDERS["cuda"] not in ort.get_available_providers():
-        raise RuntimeUnavailableError(
-            "provider cuda was asked for, but this onnxruntime has no CUDA provider: install onnxruntime-gpu, and uninstall "
-            "onnxruntime if both are installed (the CPU package hides the other). Or ask for provider cpu."
-        )
-    if {"onnxruntime", "onnxruntime-gpu"} <= {d.name for d in importlib.metadata.distributions()}:
-        raise RuntimeUnavailableError(
-            "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other's files: `pip uninstall onnxruntime "
-            "onnxruntime-gpu`, then install onnxruntime-gpu alone."
-        )
-    ort.preload_dlls()
-    try:
-        ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cuda", 0)
-    except Exception as error:
-        raise _cuda_error("the CUDA provider cannot be loaded", error) from error
-
-
-def _cuda_error(what: str, error: Exception) -> RuntimeUnavailableError:
-    return RuntimeUnavailableError(
-        f"{what}: {first_line(error)} Check that a GPU is visible (nvidia-smi) and that its driver, CUDA and cuDNN match this "
-        f"onnxruntime-gpu {ort.__version__} (the log above names a library that is missing). Or ask for provider cpu."
-    )
-
-
-def open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.InferenceSession:
+def open_session(path: Path, provider: str, options: ort.SessionOptions, graphs: bool = False) -> ort.InferenceSession:
     """Load a graph on a provider and on no other.
+
+    Args:
+        path: its file.
+        provider: `cpu` or `cuda`.
+        options: its options.
+        graphs: whether its runs may be captured as CUDA graphs.
 
     Raises:
         RuntimeUnavailableError: if the provider cannot run it.
@@ -175,10 +154,11 @@ def open_session(path: Path, provider: str, options: ort.SessionOptions) -> ort.
     """
     name = PROVIDERS[provider]
     try:
-        session = ort.InferenceSession(str(path), options, providers=[name])
+        chosen = (name, provider_options(graphs)) if provider == "cuda" else name
+        session = ort.InferenceSession(str(path), options, providers=[chosen])
     except Exception as error:
         if provider == "cuda":
-            raise _cuda_error(f"{path.name} cannot run on CUDA", error) from error
+            raise cuda_error(f"{path.name} cannot run on CUDA", error) from error
         raise ArtefactError(f"{path} cannot be loaded: {first_line(error)} Export it again with `python export/to_onnx.py`.") from error
     if name not in session.get_providers():
         raise RuntimeUnavailableError(f"{path.name} was to run on {name}, but ONNX Runtime gave {session.get_providers()}.")

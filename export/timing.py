@@ -8,14 +8,17 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from export.cuda_provider import CUDA
 from export.runtime import CachedSampler
 from tc_lightning.cache import TorchOps
 from tc_lightning.diffusion.update import advance, coefficients, guide
+from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
 
@@ -77,6 +80,23 @@ def compiled(model: DiT, x: Tensor, labels: Tensor) -> tuple[Denoiser, float]:
     with torch.inference_mode():
         function(x, torch.zeros(len(x), device=x.device), labels)
     return function, time.perf_counter() - started
+
+
+def require_on_device(name: str, receipt: dict[str, Any], graphs: bool) -> None:
+    """A request on CUDA ran there alone and, if `graphs` are wanted, all its steps were replayed from CUDA graphs.
+
+    Raises:
+        TokenCacheError: otherwise: its times would be of something else than they are said to be.
+    """
+    elsewhere = {program: nodes for program, nodes in receipt["nodes_per_provider"].items() if set(nodes) != {CUDA}}
+    if elsewhere:
+        raise TokenCacheError(f"{name}: nodes ran on other providers than {CUDA}: {elsewhere}. Report it with the plan.")
+    counts = receipt["cuda_graphs"]
+    if graphs and (counts["captured"] or counts["plain"]):
+        raise TokenCacheError(
+            f"{name}: {counts['captured'] + counts['plain']} of {sum(receipt['steps_per_program'].values())} steps were not replayed "
+            f"from CUDA graphs ({counts['off'] or 'there are too many different ones'}): --no-cuda-graphs measures without any."
+        )
 
 
 def product_tflops(device: str, dtype: torch.dtype) -> float:

@@ -1,0 +1,175 @@
+"""A request laid out ahead: what runs, in order, and which buffers each program reads and writes. Plain data, standard library only.
+
+Buffers go by name:
+
+    x.0 x.1                     latents: a step reads one and writes the other
+    step.0 step.1               number of the step, likewise
+    first_bad.0 .1              the first step whose latents were not finite, likewise; the number of steps while there is none
+    m.0 m.1 ...                 outputs of the solver, in a ring as long as the sampler looks back, and one more
+    ENTRY@SLOT                  a slot of a cache entry
+    mods, first_step            modulations of a chunk of steps, and the chunk's first step: what the condition program writes
+    steps.J, offset, labels     what it reads: the steps of chunk J, and where the run's first one is among the times that it knows
+    rows.both, numbers.both     label row and number of every row of the batch; rows.half, numbers.half of the conditional half alone
+    guidance                    its scale
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+CONDITION, FULL = "condition", "step_full"
+PAST = ("m_prev", "m_prev2")  # the solver's last outputs, latest first; the sampler weighs them with next_m_prev, next_m_prev2
+SLOT = "@"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a program: the buffer of each graph input and output. Runs are equal if they can share a CUDA graph.
+
+    Args:
+        program: its name.
+        inputs: pairs of graph input and buffer.
+        outputs: pairs of graph output and buffer.
+        step: the sampling step; None for the condition program.
+    """
+
+    program: str
+    inputs: tuple[tuple[str, str], ...]
+    outputs: tuple[tuple[str, str], ...]
+    step: int | None = field(default=None, compare=False)
+
+    @property
+    def reads(self) -> set[str]:
+        """Buffers that it reads."""
+        return {buffer for _, buffer in self.inputs}
+
+    @property
+    def writes(self) -> set[str]:
+        """Buffers that it writes."""
+        return {buffer for _, buffer in self.outputs}
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether it reads a value that an earlier step left."""
+        return any(SLOT in buffer for buffer in self.reads)
+
+
+class Spec(NamedTuple):
+    """Type (`fp32`, `fp16`, `bf16` or `int64`) and shape of a buffer."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def values(self) -> int:
+        """How many values it holds."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A request of a given size.
+
+    Args:
+        runs: what runs, in order.
+        buffers: the buffers it takes.
+        chunks: steps that each run of the condition program covers, all equally many, so that its shapes never change.
+    """
+
+    runs: tuple[Run, ...]
+    buffers: dict[str, Spec]
+    chunks: tuple[range, ...]
+
+
+def lay_out(manifest: dict[str, Any], images: int, labels: int, full: bool = False) -> Layout:
+    """The layout of a request.
+
+    Args:
+        manifest: the artefact's.
+        images: images in it, B.
+        labels: distinct labels in it, the unconditional one counted, U.
+        full: run the reference, which computes everything at every step, rather than the plan.
+    """
+    model, sampling = manifest["model"], sampling_runs(manifest, full)
+    table = (labels, 6 * model["depth"] + 2, model["width"])
+    chunks = split_steps(len(sampling), manifest["condition_values"] // math.prod(table))
+    runs = _with_condition(sampling, chunks)
+    latent = Spec("fp32", (images, model["in_channels"], model["input_size"], model["input_size"]))
+    batch = images * (2 if manifest["guidance"]["scale"] != 1.0 else 1)
+    buffers = {"x.0": latent, "x.1": latent} | {f"m.{j}": latent for j in range(len(PAST) + 1)}
+    buffers |= {f"{name}.{j}": Spec("int64", ()) for name in ("step", "first_bad") for j in range(2)}
+    buffers |= {f"{name}.{half}": Spec("int64", (rows,)) for name in ("rows", "numbers") for half, rows in _halves(images, batch)}
+    buffers |= {"first_step": Spec("int64", ()), "offset": Spec("int64", ()), "guidance": Spec("fp32", ())}
+    buffers |= {"labels": Spec("int64", (labels,)), "mods": Spec(manifest["precision"], (len(chunks[0]), *table))}
+    buffers |= {f"steps.{j}": Spec("int64", (len(chunk),)) for j, chunk in enumerate(chunks)}
+    for name, entry in {} if full else manifest["entries"].items():
+        spec = Spec(entry["dtype"], (images * entry["rows"], *entry["shape"]))
+        buffers |= {f"{name}{SLOT}{slot}": spec for slot in range(entry["slots"])}
+    used = set().union(*(run.reads | run.writes for run in runs))
+    return Layout(runs, {name: spec for name, spec in buffers.items() if name in used}, chunks)
+
+
+def _halves(images: int, batch: int) -> tuple[tuple[str, int], tuple[str, int]]:
+    return ("half", images), ("both", batch)
+
+
+def sampling_runs(manifest: dict[str, Any], full: bool = False) -> tuple[Run, ...]:
+    """The step programs of the plan, or of the reference, in order."""
+    everything = {"program": FULL, "reads": {}, "writes": {}}
+    schedule = [everything] * manifest["full_steps"] if full else manifest["schedule"]
+    programs = [manifest["programs"][bound["program"]] for bound in schedule]
+    ring = 1 + sum(any(name in program["inputs"] for program in programs) for name in PAST)
+    return tuple(_bind(program, bound, step, ring) for step, (program, bound) in enumerate(zip(programs, schedule, strict=True)))
+
+
+def split_steps(steps: int, most: int) -> tuple[range, ...]:
+    """Chunks of at most `most` steps (one at least) that cover all: equally long, so the last may begin within the one before."""
+    size = max(1, min(steps, most))
+    return tuple(range(min(first, steps - size), min(first, steps - size) + size) for first in range(0, steps, size))
+
+
+def read_first(runs: Iterable[Run]) -> set[str]:
+    """Buffers that are read before anything has written them: what a request has to fill in itself."""
+    written: set[str] = set()
+    unwritten: set[str] = set()
+    for run in runs:
+        unwritten |= run.reads - written
+        written |= run.writes
+    return unwritten
+
+
+def graphed(runs: Sequence[Run], most: int) -> list[Run]:
+    """The different step runs, those that occur most often first, `most` at most: each can be a CUDA graph.
+
+    The condition program is none: it runs once or a few times in a request.
+    """
+    return [run for run, _ in Counter(run for run in runs if run.step is not None).most_common(most)]
+
+
+def _bind(program: dict[str, Any], bound: dict[str, Any], step: int, ring: int) -> Run:
+    now, then = step % 2, (step + 1) % 2
+    source = {name: f"{name}.{now}" for name in ("x", "step", "first_bad")}
+    source |= {name: f"m.{(step - 1 - j) % ring}" for j, name in enumerate(PAST)}
+    half = "both" if program["guidance"] == "both" else "half"
+    source |= {"rows": f"rows.{half}", "numbers": f"numbers.{half}"}
+    source |= {f"{entry}.{j}": f"{entry}{SLOT}{slot}" for entry, slots in bound["reads"].items() for j, slot in enumerate(slots)}
+    target = {f"{name}_next": f"{name}.{then}" for name in ("x", "step", "first_bad")} | {"m": f"m.{step % ring}"}
+    target |= {f"{entry}.new": f"{entry}{SLOT}{slot}" for entry, slot in bound["writes"].items()}
+    inputs = tuple((name, source.get(name, name)) for name in program["inputs"])
+    return Run(bound["program"], inputs, tuple((name, target[name]) for name in program["outputs"]), step)
+
+
+def _with_condition(sampling: tuple[Run, ...], chunks: tuple[range, ...]) -> tuple[Run, ...]:
+    """Put the condition program before the first step of each chunk."""
+    runs: list[Run] = []
+    covered = 0
+    for j, chunk in enumerate(chunks):
+        inputs = (("steps", f"steps.{j}"), ("offset", "offset"), ("labels", "labels"))
+        runs.append(Run(CONDITION, inputs, (("mods", "mods"), ("first_step", "first_step"))))
+        runs += sampling[covered : chunk.stop]
+        covered = chunk.stop
+    return tuple(runs)
