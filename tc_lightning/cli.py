@@ -23,7 +23,7 @@ from tc_lightning.errors import TokenCacheError
 from tc_lightning.training.checkpointing import newest_valid_checkpoint
 
 # Sub-commands beside Lightning's: the function that takes their arguments, imported when it is asked for.
-COMMANDS = {"report": "export.report.command:main"}
+COMMANDS = {"plan": "tc_lightning.planner.command:main", "report": "export.report.command:main"}
 
 
 class TokenCacheCLI(LightningCLI):
@@ -56,14 +56,14 @@ def _run_root(config: Any) -> Path:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; an error meant for the user is printed as one paragraph, and the exit status is 2."""
     given = sys.argv[1:] if args is None else args
-    if given and given[0] in COMMANDS:
-        _command(given[0])(given[1:])
-        return
     # Ours to choose, nothing for the user to act on: the data sets are in memory, or mapped.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
     try:
+        if given and given[0] in COMMANDS:
+            _command(given[0])(given[1:])
+            return
         TokenCacheCLI(
             LightningModule,
             LightningDataModule,

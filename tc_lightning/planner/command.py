@@ -12,6 +12,7 @@ Writes the run's front/ (the best plan of every budget) and makes the plan for -
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from lightning.fabric import Fabric
@@ -30,8 +31,15 @@ from tc_lightning.training.planning import write_candidates
 
 
 def main(arguments: list[str]) -> None:
-    """Plan for a finished run, on every device asked for."""
-    args = _parse(arguments)
+    """Plan for a finished run, on every device asked for; exit status 130 if interrupted, which loses nothing."""
+    try:
+        _plan(_parse(arguments))
+    except KeyboardInterrupt as error:
+        print("interrupted: the plan is as it was, and the same command goes on where this one stopped", file=sys.stderr)
+        raise SystemExit(130) from error
+
+
+def _plan(args: argparse.Namespace) -> None:
     run = read_run(args.run or find_run(Path("runs")))
     fabric = Fabric(accelerator="auto", devices=args.devices)
     fabric.launch()
