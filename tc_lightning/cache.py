@@ -145,7 +145,7 @@ def choose_tokens(segment: Segment, a_BLN: Array, num_tokens: int, ops: Ops) -> 
     return ops.top(level_BN * float(num_tokens) + first_wins_N, segment.keep)
 
 
-def _choose_all(step: Step, z_BND: Array, both: bool, num_tokens: int, ops: Ops) -> Step:
+def _choose_all(step: Step, z_BND: Array, both: bool, model: Any, ops: Ops) -> Step:
     """The step with the tokens of its content segments chosen, by one half of guidance for both."""
     if not any(s.is_content for s in step.segments):
         return step
@@ -154,7 +154,7 @@ def _choose_all(step: Step, z_BND: Array, both: bool, num_tokens: int, ops: Ops)
     kept = list(step.kept)
     for j, segment in enumerate(step.segments):
         if segment.is_content:
-            own = choose_tokens(segment, a_BLN, num_tokens, ops)
+            own = choose_tokens(segment, a_BLN, model.config.num_tokens, ops)
             kept[j] = ops.concat([own, own], 0) if both else own
     return step._replace(kept=tuple(kept))
 
@@ -297,7 +297,7 @@ def predict(
     wanted = dict.fromkeys(entry.whole for entry in step.wanted if entry.kind != "guidance")
     inner = step._replace(cached=join_halves(step.cached, ops), wanted=tuple(wanted))
     z_BND = model.embed(ops.concat([x_BCHW, x_BCHW], 0) if both else x_BCHW)
-    inner = _choose_all(inner, z_BND, both, model.config.num_tokens, ops)
+    inner = _choose_all(inner, z_BND, both, model, ops)
     z_BND, found = run_blocks(inner, z_BND, model.blocks, mods, ops)
     eps = ops.channels(model.readout(z_BND, final), 0, channels)
     writes = split_halves(found, step.wanted, both, ops)
