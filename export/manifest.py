@@ -13,7 +13,7 @@ from typing import Any
 from tc_lightning.atomic import write_atomically
 from tc_lightning.errors import TokenCacheError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 3: step programs count the step and notice NaN themselves
 NAME = "manifest.json"
 _KEYS = (
     "format_version",

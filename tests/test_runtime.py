@@ -90,9 +90,9 @@ def test_no_manifest(copied, tmp_path):
     [
         ("{", "is not valid JSON"),
         ("", "is not valid JSON"),
-        ("[]", "is not of format version 2"),
-        ('{"format_version": 1}', "is not of format version 2"),
-        ('{"format_version": 2}', "was edited or damaged"),
+        ("[]", "is not of format version 3"),
+        ('{"format_version": 2}', "is not of format version 3"),
+        ('{"format_version": 3}', "was edited or damaged"),
     ],
 )
 def test_damaged_manifest(copied, text, message):
