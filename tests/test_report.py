@@ -409,3 +409,13 @@ def test_plan_maps_show_every_mode(teacher, tmp_path):
     write_both(tmp_path, "plans", plan_maps({"one": make_plan(teacher, steps)}))
     assert {path.name for path in tmp_path.iterdir()} == {"plans.svg", "plans-dark.svg"}
     assert (tmp_path / "plans.svg").read_text() != (tmp_path / "plans-dark.svg").read_text()
+
+
+def test_plan_maps_tell_the_halves_of_guidance(teacher):
+    from export.report.figures import HALVES, LIGHT, plan_maps
+    from tc_lightning.guidance import GuidanceMode
+
+    both = make_plan(teacher, (FULL,) * 3)
+    fewer = dataclasses.replace(both, guidance_modes=(GuidanceMode(), GuidanceMode("forecast", 0), GuidanceMode("cond")))
+    told = [[text.get_text() for text in plan_maps({"one": plan})(LIGHT).legends[0].get_texts()] for plan in (both, fewer)]
+    assert told == [["compute"], ["compute", *HALVES.values()]]
