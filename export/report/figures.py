@@ -105,7 +105,8 @@ def plan_maps(plans: dict[str, CachePlan]) -> Callable[[Theme], Figure]:
             extent = (-0.5, numbers.shape[1] - 0.5, -0.5 - guided, len(numbers) - 0.5 - guided)
             ax.imshow(numbers, aspect="auto", origin="lower", cmap=colours, vmin=0, vmax=len(KINDS) - 1, extent=extent)
             ax.set(ylabel="block")
-            ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.set_yticks(MaxNLocator(4, integer=True).tick_values(0, len(numbers) - 1 - guided)[:-1])
             ax.set_title(name, fontsize=9, loc="left")
         axes[-1].set(xlabel="sampling step, noisiest first")
         patches = [Patch(facecolor=theme.kinds[k], edgecolor=theme.ink, linewidth=0.4, label=k) for k in KINDS if k in used]
