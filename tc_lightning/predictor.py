@@ -51,12 +51,31 @@ class CachePredictor(nn.Module):
         return self.logits(h_BLH).float() + self.bias_LN
 
 
+class RouterTable(nn.Module):
+    """w in [0, 1] of each (step, block, branch), each for itself, as Learning-to-Cache and HarmoniCa have it.
+
+    It starts at random: where a step refreshes what the next one reuses, alike steps must become unlike.
+
+    Args:
+        num_steps: sampling steps T.
+        depth: blocks L.
+        start: w about which the table starts.
+    """
+
+    def __init__(self, num_steps: int, depth: int, start: float = INITIAL_IMPORTANCE) -> None:
+        super().__init__()
+        self.table_TL2 = nn.Parameter(torch.randn(num_steps, depth, 2) + math.log(start / (1 - start)))
+
+    def forward(self) -> Tensor:
+        """Weights [T, L, 2] of all steps."""
+        return _bounded_sigmoid(self.table_TL2)
+
+
 class RouterPredictor(CachePredictor):
     """w in [0, 1] of each (step, block, branch): the Cache Predictor with one token for each branch, and a table over the steps.
 
-    What neighbouring steps have in common is learned by the network, in few optimiser steps; the table lets a step differ from
-    its neighbours, as it must where one step refreshes what the next one reuses. Learning-to-Cache and HarmoniCa have the table
-    alone, and train it for 10,000 optimiser steps and more.
+    What steps have in common is learned by the network, in few optimiser steps, from batches that mix them; the table lets a step
+    differ from its neighbours.
 
     Args:
         times_T: times of the sampling steps, in training steps.
@@ -70,10 +89,9 @@ class RouterPredictor(CachePredictor):
         self.times_T: Tensor
         self.register_buffer("times_T", times_T, persistent=False)
 
-    def forward(self, steps_B: Tensor | None = None) -> Tensor:
-        """Weights [B, L, 2] at sampling steps [B], or [T, L, 2] of all; in fp32 also under autocast."""
-        rows = slice(None) if steps_B is None else steps_B
-        return _bounded_sigmoid(self._logits(self.times_T[rows]) + self.table_TL2[rows])
+    def forward(self) -> Tensor:  # type: ignore[override]
+        """Weights [T, L, 2] of all steps, in fp32 also under autocast."""
+        return _bounded_sigmoid(self._logits(self.times_T) + self.table_TL2)
 
 
 def _bounded_sigmoid(logits: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from tc_lightning.predictor import INITIAL_IMPORTANCE, CachePredictor, RouterPredictor
+from tc_lightning.predictor import INITIAL_IMPORTANCE, CachePredictor, RouterPredictor, RouterTable
 
 
 def test_starts_between_computing_and_reusing() -> None:
@@ -42,6 +43,12 @@ def test_router_has_a_weight_for_each_step_block_and_branch() -> None:
         loss.backward()
         optimiser.step()
     assert loss < 0.01
-    steps_B = torch.tensor([4, 1, 4])
-    assert torch.allclose(router(steps_B), router()[steps_B])
     assert all(p.grad is not None and p.grad.any() for p in router.parameters())
+
+
+def test_a_table_starts_at_random_around_its_start() -> None:
+    torch.manual_seed(0)
+    w_TL2 = RouterTable(50, 12, start=0.2)().detach()
+    assert w_TL2.shape == (50, 12, 2)
+    assert w_TL2.median() == pytest.approx(0.2, abs=0.02)
+    assert 0.1 < w_TL2.std() < 0.3

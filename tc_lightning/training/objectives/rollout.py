@@ -14,9 +14,10 @@ from torch import Tensor
 from tc_lightning.cache import BranchCache
 from tc_lightning.diffusion.update import advance, coefficients
 from tc_lightning.errors import RunError
+from tc_lightning.predictor import INITIAL_IMPORTANCE, RouterTable
 from tc_lightning.superposition import full_eps, mixed_branches_eps
-from tc_lightning.training.objectives.base import Batch, Loss
-from tc_lightning.training.objectives.routers import RouterObjective
+from tc_lightning.training.objectives.base import Batch, Loss, Task
+from tc_lightning.training.objectives.routers import THRESHOLD, RouterObjective
 
 
 class RolloutBatch(TypedDict):
@@ -42,8 +43,13 @@ class Student:
 class RouterRollout(RouterObjective):
     """Step-wise denoising training (SDT): one optimiser step for each denoising step, error weighted by step (IEPO).
 
-    At step i the student superposes each branch with its own cache, and its eps is compared with that of full compute from the
-    student's own latents: lambda_i MSE + beta mean(r_i). Then it goes on from its own eps. Gradients stay within the step.
+    At step i the student reuses what it left in its own cache, and its eps is compared with that of full compute from the student's
+    own latents: lambda_i MSE + beta mean(r). Then it goes on from its own eps. Gradients stay within the step.
+
+    With a `threshold` the student is its plan: branches with w above it are computed, the others reused, with straight-through
+    gradients (`--ste-threshold 0.1` in the paper's release), and `target_share` is of branches computed. Without one each branch
+    is a superposition, as the paper's text has it; then half a refresh at every step looks as good as a whole one at every second,
+    which no plan can do (digits teacher, 1.5x fewer MACs: error 2e-4 with the threshold, 1e-2 without, 1e-3 at random).
 
     The student's state lives between batches, and follows from noise and weights: where it is missing, as after a resume, the
     steps before are run again.
@@ -52,10 +58,8 @@ class RouterRollout(RouterObjective):
         target_share: see `RouterObjective`.
         beta: see `RouterObjective`.
         weighting: see `RouterObjective`.
-        hidden_size: see `RouterObjective`.
         samples: see `RouterObjective`.
-        threshold: None superposes, as the paper describes it; a number computes branches with w above it and reuses the others
-            already in training, with straight-through gradients (`--ste-threshold 0.1` of the paper's release).
+        threshold: w above which a branch is computed; None superposes.
 
     Raises:
         RunError: if an argument is out of range.
@@ -68,15 +72,19 @@ class RouterRollout(RouterObjective):
         target_share: float = 0.5,
         beta: float | None = None,
         weighting: str = "effect",
-        hidden_size: int = 64,
         samples: int = 2,
-        threshold: float | None = None,
+        threshold: float | None = THRESHOLD,
     ) -> None:
-        super().__init__(target_share, beta, weighting, hidden_size, samples)
+        super().__init__(target_share, beta, weighting, samples)
         if threshold is not None and not 0.0 < threshold < 1.0:
             raise RunError(f"router: threshold is {threshold:g}; it must lie between 0 and 1, or be null.")
         self.threshold = threshold
         self._student: Student | None = None
+
+    def make_predictor(self, task: Task) -> RouterTable:
+        """A table alone, since a batch is of one step; it starts about the threshold."""
+        depth, start = task.signature.depth, INITIAL_IMPORTANCE if self.threshold is None else self.threshold
+        return RouterTable(len(task.sampler), depth, start)
 
     def loss(self, batch: Batch, batch_idx: int) -> Loss:
         """Weighted error of one denoising step plus the cost of computing; moves the student on."""
@@ -84,9 +92,8 @@ class RouterRollout(RouterObjective):
             raise RunError("a rollout starts from noise: use data.rollouts.RolloutDataModule with RouterRollout.")
         step, label_B = int(batch.step[0]), batch.content["label"]
         student = self._before(step, batch)
-        w_TL2 = self.predictor()
-        w_L2 = self._taken(w_TL2[step])
-        eps, caches = self._eps(student, label_B, w_L2)
+        w_TL2 = self._taken()
+        eps, caches = self._eps(student, label_B, w_TL2[step])
         with torch.no_grad():
             target, _ = full_eps(self.task.teacher, self.task.guidance, student.x, self._time(student), label_B)
             self._student = self._moved(student, eps, caches)
@@ -106,16 +113,17 @@ class RouterRollout(RouterObjective):
         first = Student(batch.content["index"], 0, x, (), [])
         eps, caches = full_eps(self.task.teacher, self.task.guidance, x, self._time(first), label_B)
         student = self._moved(first, eps, caches.branches)
-        w_TL2 = self.predictor()
+        w_TL2 = self._taken()
         while student.step < step:
-            student = self._moved(student, *self._eps(student, label_B, self._taken(w_TL2[student.step])))
+            student = self._moved(student, *self._eps(student, label_B, w_TL2[student.step]))
         return student
 
-    def _taken(self, w_L2: Tensor) -> Tensor:
-        """The weights as the student takes them."""
+    def _taken(self) -> Tensor:
+        """The weights of all steps as the student takes them."""
+        w_TL2 = self.predictor()
         if self.threshold is None:
-            return w_L2
-        return (w_L2 > self.threshold).to(w_L2) + (w_L2 - w_L2.detach())
+            return w_TL2
+        return (w_TL2 > self.threshold).to(w_TL2) + (w_TL2 - w_TL2.detach())
 
     def _time(self, student: Student) -> Tensor:
         return torch.full((len(student.x),), self.task.sampler.steps[student.step].t, device=student.x.device)

@@ -16,13 +16,13 @@ Shape suffixes: B images, C H W latent, T sampling steps, L blocks, 2 branches (
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tc_lightning.diffusion.update import advance, coefficients
 from tc_lightning.errors import RunError
-from tc_lightning.predictor import RouterPredictor
 from tc_lightning.sampling import full_plan, noise_for
 from tc_lightning.step_effect import step_effect
 from tc_lightning.superposition import full_eps, mixed_branches_eps
@@ -43,7 +43,6 @@ class RouterObjective(Budgeted):
         weighting: how much the squared error of eps at a step counts. effect: what an error of eps at that step does to the final
             image; none: 1 (Learning-to-Cache); image_error: the error of the final image when that step alone reuses everything
             (IEPO of HarmoniCa); relative: 1 over what reusing everything at that step does, so that every step counts the same.
-        hidden_size: width of the predictor.
         samples: images over which damage and effects are averaged.
 
     Raises:
@@ -57,7 +56,6 @@ class RouterObjective(Budgeted):
         target_share: float = 0.5,
         beta: float | None = None,
         weighting: str = "effect",
-        hidden_size: int = 64,
         samples: int = 2,
     ) -> None:
         super().__init__(target_share)
@@ -65,14 +63,18 @@ class RouterObjective(Budgeted):
             raise RunError(f"router: beta is {beta:g}; it must be above 0, or everything would be computed.")
         if weighting not in WEIGHTINGS:
             raise RunError(f"router: unknown weighting {weighting!r}, choose one of {', '.join(WEIGHTINGS)}.")
-        if min(samples, hidden_size) < 1:
-            raise RunError("router: samples and hidden_size must be at least 1.")
-        self.beta, self.weighting, self.hidden_size, self.samples = beta, weighting, hidden_size, samples
+        if samples < 1:
+            raise RunError(f"router: samples is {samples}; it must be at least 1.")
+        self.beta, self.weighting, self.samples = beta, weighting, samples
+
+    @abstractmethod
+    def make_predictor(self, task: Task) -> nn.Module:
+        """What gives the weights [T, L, 2]."""
 
     def prepare(self, task: Task) -> None:
         """See `Objective`."""
         super().prepare(task)
-        self.predictor = RouterPredictor(task.times, task.signature.depth, self.hidden_size)
+        self.predictor = self.make_predictor(task)
         self.weight_T: Tensor
         self.register_buffer("weight_T", torch.ones(len(task.sampler)), persistent=False)
 
@@ -97,7 +99,7 @@ class RouterObjective(Budgeted):
     def measure(self, batch: Batch) -> dict[str, Tensor]:
         """Error and computed share of branches when those with w above `THRESHOLD` are computed and the others reused."""
         b, (teacher, _, _, guidance) = batch.content, self.task
-        hard_BL2 = (self.predictor(batch.step) > THRESHOLD).float()
+        hard_BL2 = (self.predictor() > THRESHOLD).float()[batch.step]
         args = b["x"], batch.times(batch.step), b["label"], hard_BL2
         eps, _ = mixed_branches_eps(teacher, guidance, batch.caches.branches, *args)
         return {"router_mse": batch.error_B(eps).mean(), "router_computed": hard_BL2.mean()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tc_lightning.costs import block_macs, full_step_macs
 from tc_lightning.errors import RunError
-from tc_lightning.predictor import CachePredictor
+from tc_lightning.predictor import CachePredictor, RouterPredictor
 from tc_lightning.superposition import mixed_branches_eps, mixed_eps
 from tc_lightning.training.objectives.base import Batch, Budgeted, Loss, Task
 from tc_lightning.training.objectives.routers import RouterObjective
@@ -109,8 +109,8 @@ class RouterSuperposition(RouterObjective):
         target_share: see `RouterObjective`, as all others.
         beta: the same.
         weighting: the same.
-        hidden_size: the same.
         samples: the same.
+        hidden_size: width of the predictor.
 
     Raises:
         RunError: if an argument is out of range.
@@ -122,13 +122,17 @@ class RouterSuperposition(RouterObjective):
         target_share: float = 0.5,
         beta: float | None = None,
         weighting: str = "effect",
-        hidden_size: int = 64,
         samples: int = 2,
+        hidden_size: int = 64,
     ) -> None:
-        super().__init__(target_share, beta, weighting, hidden_size, samples)
-        if every < 1:
-            raise RunError(f"router: every is {every}; it must be at least 1.")
-        self.every = every
+        super().__init__(target_share, beta, weighting, samples)
+        if min(every, hidden_size) < 1:
+            raise RunError(f"router: every is {every} and hidden_size {hidden_size}; they must be at least 1.")
+        self.every, self.hidden_size = every, hidden_size
+
+    def make_predictor(self, task: Task) -> RouterPredictor:
+        """A network over the steps, since batches mix them, and a table."""
+        return RouterPredictor(task.times, task.signature.depth, self.hidden_size)
 
     def loss(self, batch: Batch, batch_idx: int) -> Loss:
         """Weighted error plus the cost of computing."""
