@@ -163,7 +163,7 @@ def table(report: dict[str, Any]) -> str:
         head += f"\nall nodes on the GPU; steps replayed from CUDA graphs: {counts}"
     text = [head, *("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)]
     for name, programs in (report["operators_ms"] or {}).items():
-        text.append(f"{name}: where the time of one run of each program goes, ms")
+        text.append(f"{name}: where the time of a run of each graph goes (a mean over the programs that share it), ms")
         for program, spent in programs.items():
             most = ", ".join(f"{op} {ms:.2f}" for op, ms in list(spent.items())[:8])
             text.append(f"  {program}: {most}")
@@ -190,7 +190,8 @@ def _export(model: DiT, plan: CachePlan, folder: Path, precision: str, args: arg
     folder.mkdir()
     selector = selector_for(plan, read_run(args.run).content if args.run else None, model.config)
     started = time.perf_counter()
-    write_manifest(folder, write_unproved(model, plan, lower(plan), folder, precision, selector))
+    lowered = lower(plan, share_graphs=args.provider == "cpu")
+    write_manifest(folder, write_unproved(model, plan, lowered, folder, precision, selector))
     written = time.perf_counter()
     graphs = not args.no_cuda_graphs
     sampler = CachedSampler(folder, args.provider, args.threads, max(args.batch), memory=args.memory, cuda_graphs=graphs)

@@ -129,7 +129,7 @@ class Workspace:
 
     def _bind(self, run: Run) -> ort.IOBinding:
         binding = self._session(run.program).io_binding()
-        for name, buffer in run.inputs:
+        for name, buffer in (*run.inputs, *run.unread):
             binding.bind_ortvalue_input(name, self._values[buffer])
         for name, buffer in run.outputs:
             binding.bind_ortvalue_output(name, self._values[buffer])

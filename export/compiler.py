@@ -91,7 +91,7 @@ def _compile(
     report: Report,
     selector: Selector | None,
 ) -> dict[str, Any]:
-    lowered = lower(plan)
+    lowered = lower(plan, share_graphs=provider == "cpu")
     report(f"writing {WEIGHTS} and {len(lowered.programs) + 1} graphs in {precision}")
     manifest = write_unproved(model, plan, lowered, folder, precision, selector)
     sampler = CachedSampler(folder, provider, preload=False, manifest=manifest)
@@ -132,7 +132,8 @@ def _write_graphs(
 ) -> dict[str, onnx.ModelProto]:
     emitter = Emitter(plan, model.config, precision, WEIGHTS, index)
     features = model.t_embedder.features(torch.tensor(condition_times(plan)[0])).numpy()
-    graphs = {"condition": emitter.condition(features)} | {p.name: emitter.step(p) for p in lowered.programs}
+    graphs = {"condition": emitter.condition(features)}
+    graphs |= {name: emitter.step(programs) for name, programs in lowered.graphs.items()}
     for name, graph in graphs.items():
         path = folder / f"{name}.onnx"
         onnx.save(graph, str(path))
@@ -163,7 +164,7 @@ def _describe(
         "full_steps": len(plan.baseline),
         "full_offset": condition_times(plan)[1],
         "precision": precision,
-        "programs": {p.name: _interface(p, graphs[p.name], plan) for p in lowered.programs},
+        "programs": {p.name: _interface(p, graphs[p.graph], plan) for p in lowered.programs},
         "condition": {"weights": _weights_of(graphs["condition"])},
         "schedule": [dataclasses.asdict(b) for b in lowered.bindings],
         "entries": {entry.name: _entry(entry, slots, plan, precision) for entry, slots in sorted(lowered.slots.items())},
@@ -184,6 +185,7 @@ def _entry(entry: Entry, slots: int, plan: CachePlan, precision: str) -> dict[st
 def _interface(program: Program, graph: onnx.ModelProto, plan: CachePlan) -> dict[str, Any]:
     computed = sum(computed_tokens(s, plan.model.tokens) for s in program.segments)
     return {
+        "graph": program.graph,
         "guidance": program.guidance.mode if plan.guidance.doubles_batch else "cond",
         "inputs": [value.name for value in graph.graph.input],
         "outputs": [value.name for value in graph.graph.output],

@@ -11,18 +11,20 @@ labels, S steps of a chunk, R = 6 L + 2):
 between two steps: `first_bad` is the first step whose latents were not finite, and the number of steps while there is none. `offset`
 is the place of the run's first step among the times that the condition graph knows.
 `rows` are the label rows of `mods`; `numbers` count the rows of the batch (0, 1, 2, ...), for programs that scatter. An entry that
-is read and written in one program is updated in place: bind both to one buffer.
+is read and written in one program is updated in place: bind both to one buffer. A graph that programs share reads and writes what any
+of them does: what a step does not read, it replaces whole before it is used, and what it does not write may be left unbound.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
 
 from export.onnx_dit import OnnxDiT, OnnxSelector
-from export.programs import FULL, Program, merge
+from export.programs import FULL, Program, kept_tokens
 from export.schedule import PAST
 from export.symbolic import External, Graph, OnnxOps, Sym
 from tc_lightning.cache import Guided, Step, forecast, predict
@@ -63,8 +65,9 @@ class Emitter:
         g.output("first_step", g.op("Gather", steps, g.constant(0, "int64"), axis=0), [])
         return g.model()
 
-    def step(self, program: Program) -> onnx.ModelProto:
-        """The graph of one step program: network, guidance and sampler update."""
+    def step(self, programs: Sequence[Program]) -> onnx.ModelProto:
+        """The graph of one step program, or of several that share it: network, guidance and sampler update."""
+        program = _union(programs)
         g = Graph(program.name, self.weights_file, self.index)
         ops, signature, guidance = OnnxOps(g), self.plan.model, self.plan.guidance
         latent: list[int | str] = ["batch", signature.in_channels, signature.input_size, signature.input_size]
@@ -133,22 +136,28 @@ class Emitter:
         ops.number_rows(row_M12)
         token = g.constant(1, "int64")
         kept: list[Sym | None] = []
-        for j, segment in enumerate(program.segments):
+        for segment in program.segments:
             if segment.mode == "partial" and not segment.is_content:
-                token_K2 = self._token_pairs(g, step, program.steps, [merge(self.plan.steps[i])[j].tokens for i in program.steps])
+                token_K2 = self._token_pairs(g, step, {i: kept_tokens(self.plan, i, segment) for i in program.steps})
                 kept.append(ops.register(g.op("Gather", token_K2, token, axis=1), row_M12 + token_K2))
             else:
                 kept.append(None)
         return tuple(kept)
 
-    def _token_pairs(self, g: Graph, step: Sym, steps: tuple[int, ...], tokens_SK: list[tuple[int, ...]]) -> Sym:
+    def _token_pairs(self, g: Graph, step: Sym, tokens: dict[int, tuple[int, ...]]) -> Sym:
         """Pairs (0, token) of this step's tokens, [K, 2]; a constant if all steps share them."""
-        pairs_SK2 = np.stack([np.zeros_like(tokens_SK), tokens_SK], axis=-1)
-        if (pairs_SK2 == pairs_SK2[0]).all():
-            return g.constant(pairs_SK2[0], "int64")
-        full_TK2 = np.zeros((self.plan.num_steps, *pairs_SK2.shape[1:]), dtype=np.int64)
-        full_TK2[list(steps)] = pairs_SK2
-        return g.op("Gather", g.constant(full_TK2, "int64"), step, axis=0)
+        if len({*tokens.values()}) == 1:
+            tokens_K = next(iter(tokens.values()))
+            return g.constant(np.stack([np.zeros_like(tokens_K), tokens_K], axis=-1), "int64")
+        counts_T = np.array([len(tokens.get(i, ())) for i in range(self.plan.num_steps)])
+        pairs_TK2 = np.zeros((self.plan.num_steps, counts_T.max(), 2), dtype=np.int64)
+        for i, kept in tokens.items():
+            pairs_TK2[i, : len(kept), 1] = kept
+        pairs_K2 = g.op("Gather", g.constant(pairs_TK2, "int64"), step, axis=0)
+        if len({*map(len, tokens.values())}) == 1:
+            return pairs_K2
+        zero, count = g.constant(np.array([0]), "int64"), g.reshape(self._lookup(g, step, counts_T, "int64"), 1)
+        return g.op("Slice", pairs_K2, zero, count)
 
     def _coefficients(self, g: Graph, step: Sym, table: SamplerTable) -> Coefficients:
         def column(name: str) -> Sym:
@@ -161,6 +170,13 @@ class Emitter:
         return g.op("Gather", g.constant(column_T, dtype), step, axis=0)
 
 
+def _union(programs: Sequence[Program]) -> Program:
+    """What a graph shared by these programs does: the segments of one that is partial, all reads, all writes, all steps."""
+    example = max(programs, key=lambda p: len(p.reads))
+    writes = tuple(sorted({entry for p in programs for entry in p.writes}))
+    return dataclasses.replace(example, name=example.graph, writes=writes, steps=tuple(sorted(i for p in programs for i in p.steps)))
+
+
 def condition_times(plan: CachePlan) -> tuple[list[float], int]:
     """Times that the condition graph knows, and the place of the reference's first step among them: 0 where it has the plan's."""
     own, reference = ([row.t for row in table.steps] for table in (plan.sampler, plan.baseline))
@@ -168,9 +184,9 @@ def condition_times(plan: CachePlan) -> tuple[list[float], int]:
 
 
 def forecast_table(flows: list[StepFlow], steps: tuple[int, ...], entry: Entry, count: int) -> np.ndarray:
-    """Forecast weights [T, count] of an entry at the given steps; 0 for past values that do not exist yet."""
+    """Forecast weights [T, count] of an entry at the given steps; 0 for past values that do not exist yet, or are not read."""
     table_TO = np.zeros((len(flows), count))
     for i in steps:
-        weights = next(read.weights for read in flows[i].reads if read.entry == entry)
+        weights = next((read.weights for read in flows[i].reads if read.entry == entry), ())
         table_TO[i, : len(weights)] = weights
     return table_TO

@@ -37,6 +37,8 @@ def explain(plan: CachePlan, lowered: LoweredPlan, bytes_per_value: int = 4) -> 
             + _GUIDANCE[program.guidance.mode].format(program.guidance.order)
         )
         lines.append("    runs   " + ", ".join(_describe(s) for s in program.segments))
+        if others := [other.name for other in lowered.graphs[program.graph] if other is not program]:
+            lines.append("    graph  shared with " + ", ".join(others))
         if program.reads:
             lines.append("    reads  " + _listing(dict(program.reads)))
         if program.writes:

@@ -91,7 +91,7 @@ def _check_listing(path: Path, manifest: dict[str, Any], again: str) -> None:
     files, programs = manifest["files"], manifest["programs"]
     if not (isinstance(files, dict) and isinstance(programs, dict)):
         raise ArtefactError(f"{path} is damaged: files and programs must be objects. {again}")
-    for name in ("weights.data", "plan.json", "condition.onnx", *(f"{program}.onnx" for program in programs)):
+    for name in ("weights.data", "plan.json", "condition.onnx", *(f"{program['graph']}.onnx" for program in programs.values())):
         entry = files.get(name)
         if not isinstance(entry, dict) or not {"sha256", "bytes"} <= set(entry):
             raise ArtefactError(f"{path} is damaged: it does not list the size and sha256 of {name}. {again}")

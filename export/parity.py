@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import onnxruntime as ort
@@ -19,7 +20,7 @@ from export.runtime import CachedSampler
 from export.schedule import CONDITION, PAST
 from export.weights import TORCH_DTYPES
 from tc_lightning.content_predictor import Selector
-from tc_lightning.costs import entry_dtype
+from tc_lightning.costs import entry_dtype, entry_rows, entry_shape
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
@@ -128,7 +129,10 @@ def _check_program(plan: CachePlan, program: Program, sampler: CachedSampler, st
     floats = {"x": state.x, "guidance": torch.tensor(plan.guidance.scale)} | dict(zip(PAST, past, strict=True))
     values |= {name: _place(tensor, "fp32", sampler.provider) for name, tensor in floats.items()}
     values |= {name: _place(tensor, dtype, sampler.provider) for name, dtype, tensor in _cache_inputs(program, state, precision)}
-    results = run_once(sampler.session(program.name), values, sampler.provider)
+    session = sampler.session(program.name)
+    unread = _unread(plan, program, len(labels), precision, {given.name for given in session.get_inputs()} - values.keys())
+    values |= {name: _place(tensor, dtype, sampler.provider) for name, dtype, tensor in unread}
+    results = run_once(session, values, sampler.provider)
     expected = {"x_next": state.x_next, "m": state.m} | {f"{entry.name}.new": value for entry, value in state.writes.items()}
     where = f"{program.name}, step {state.step}"
     return [Check(where, name, relative_l2(to_numpy(results[name]), expected[name].numpy())) for name in results if name in expected]
@@ -150,6 +154,15 @@ def to_numpy(value: ort.OrtValue) -> np.ndarray:
     if value.element_type() == ELEMENT_TYPES["bf16"]:
         return torch.from_dlpack(value).float().cpu().numpy()
     return value.numpy()
+
+
+def _unread(plan: CachePlan, program: Program, images: int, precision: str, names: set[str]) -> Iterator[tuple[str, str, Tensor]]:
+    """What its graph takes for other programs that share it: NaN, which would show if this program used it."""
+    entries = {entry.name: entry for entry in program.writes}
+    for name in sorted(names):
+        entry = entries[name.rpartition(".")[0]]
+        shape = (images * entry_rows(plan, entry), *entry_shape(plan, entry))
+        yield name, entry_dtype(entry, precision), torch.full(shape, torch.nan)
 
 
 def _place(tensor: Tensor, precision: str, provider: str) -> ort.OrtValue:

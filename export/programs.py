@@ -2,6 +2,9 @@
 
 A program is a step with its constants taken out: the modes, depths and numbers of tokens, which cache entries it reads and writes.
 Which step it is, hence which tokens, forecast weights and sampler coefficients, is looked up by step index inside the graph.
+
+Programs that read the same weights and differ in how many tokens they compute can share a *graph*, in which that number is looked up,
+too: full compute is a partial step that keeps every token. One repacked copy of the weights then serves them all.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ class Program:
     """One step program.
 
     Args:
-        name: file stem of its graph.
+        name: its name.
         segments: segments of a representative step (its token indices are only an example).
         reads: entries read, with the number of past values of each.
         writes: entries written.
         steps: the steps that run it.
+        graph: file stem of its graph: its own name, or that of the program whose graph it shares.
         guidance: which halves of a guided batch it computes.
     """
 
@@ -31,6 +35,7 @@ class Program:
     reads: tuple[tuple[Entry, int], ...]
     writes: tuple[Entry, ...]
     steps: tuple[int, ...]
+    graph: str
     guidance: GuidanceMode = BOTH
 
 
@@ -51,14 +56,23 @@ class LoweredPlan:
     bindings: tuple[Binding, ...]
     slots: dict[Entry, int]
 
+    @property
+    def graphs(self) -> dict[str, tuple[Program, ...]]:
+        """The programs of each graph."""
+        return {p.graph: tuple(q for q in self.programs if q.graph == p.graph) for p in self.programs}
+
 
 FULL = "step_full"  # full compute that keeps no cache, with the reference's coefficients: the baseline
 
 
-def lower(plan: CachePlan) -> LoweredPlan:
+def lower(plan: CachePlan, share_graphs: bool = True) -> LoweredPlan:
     """Group the steps of a plan into programs; the program `step_full` always exists, and runs the reference.
 
     Steps of the plan that keep no cache of what they compute in full run it, too, if the reference's coefficients are theirs.
+
+    Args:
+        plan: the plan.
+        share_graphs: let programs share graphs where they can. It saves memory on the CPU; CUDA graphs need static shapes.
 
     Steps that compute the same share a program even if less is read of what some of them write: a second program would need its
     weights in memory once more, and writing into a slot costs next to nothing.
@@ -76,10 +90,12 @@ def lower(plan: CachePlan) -> LoweredPlan:
         if shares_reference(plan) and not writes and not mode.single and all(s.mode == "compute" for s in segments):
             full_steps = tuple(steps)
             continue
-        reads = _read_counts(segments, flow, mode)
-        programs.append(Program(f"step_{len(programs):02d}", segments, reads, writes, tuple(steps), mode))
+        reads, name = _read_counts(segments, flow, mode), f"step_{len(programs):02d}"
+        programs.append(Program(name, segments, reads, writes, tuple(steps), name, mode))
     everything = (Segment(0, plan.model.depth, "compute"),)
-    programs.append(Program(FULL, everything, (), (), full_steps))
+    if share_graphs:
+        programs = _share_graphs(programs, everything)
+    programs.append(Program(FULL, everything, (), (), full_steps, FULL))
     by_step = {i: program for program in programs for i in program.steps}
     bindings = tuple(_bind(by_step[i], flow, i, slot_of) for i, flow in enumerate(flows))
     return LoweredPlan(tuple(programs), bindings, depth)
@@ -108,9 +124,49 @@ def merge(segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
     return tuple(merged)
 
 
+def kept_tokens(plan: CachePlan, step: int, segment: Segment) -> tuple[int, ...]:
+    """Tokens that a step keeps in a segment that is partial in its graph: all of them if the step computes it."""
+    kept = {s.start: s.tokens for s in merge(plan.steps[step]) if s.mode == "partial"}
+    return kept.get(segment.start, tuple(range(plan.model.tokens)))
+
+
 def _shapes(segments: tuple[Segment, ...]) -> tuple[object, ...]:
     """What two steps must have in common to share a program: all but which tokens."""
     return tuple((s.start, s.stop, s.mode, s.order, s.branches, s.choice, s.keep) for s in segments)
+
+
+def _share_graphs(programs: list[Program], everything: tuple[Segment, ...]) -> list[Program]:
+    """Give programs that differ in the number of kept tokens alone one graph; full compute joins those that run most often."""
+    alike: dict[object, list[Program]] = {}
+    for program in programs:
+        cuts = tuple((s.start, s.stop, s.mode, s.order, s.branches, s.is_content and s.keep) for s in program.segments)
+        alike.setdefault((cuts, program.reads, program.guidance), []).append(program)
+    for full in (p for p in programs if p.segments == everything):
+        if hosts := [group for group in alike.values() if _can_host(group[0], full)]:
+            max(hosts, key=lambda group: sum(len(p.steps) for p in group)).append(full)
+    graph = {p.name: group[0].name for group in alike.values() if len(group) > 1 for p in group}
+    return [dataclasses.replace(p, graph=graph.get(p.name, p.name)) for p in programs]
+
+
+def _can_host(program: Program, full: Program) -> bool:
+    """Whether full compute is what a program does if it keeps every token.
+
+    It has to write what only the program reads, so that its buffers are there, and the program's segments must yield all it writes.
+    """
+    more = {entry for entry, _ in {*program.reads} - {*full.reads}}
+    yields = all(_yields(s, entry) for s in program.segments for entry in full.writes)
+    return yields and program.guidance == full.guidance and bool(more) and more <= {*full.writes}
+
+
+def _yields(segment: Segment, entry: Entry) -> bool:
+    """Whether a segment in which every token is kept leaves what is to be cached: of partial ones keys, values and whole spans."""
+    if segment.mode != "partial":
+        return segment.mode == "compute"
+    if segment.is_content:
+        return False
+    if entry.kind == "span":
+        return not any(segment.start < edge < segment.stop for edge in (entry.start, entry.stop))
+    return len(segment.branches) == 2 and (entry.kind not in ("attn", "mlp") or entry.start not in segment.blocks)
 
 
 def _read_counts(segments: tuple[Segment, ...], flow: StepFlow, mode: GuidanceMode) -> tuple[tuple[Entry, int], ...]:

@@ -34,7 +34,7 @@ from export.sessions import (
     is_int,
     nodes_per_provider,
     open_session,
-    packed_programs,
+    packed_graphs,
     prepare,
     session_options,
 )
@@ -104,8 +104,13 @@ class CachedSampler:
         self.manifest = manifest or read_manifest(self.path)
         if not memory >= 1.0:
             raise TokenCacheError(f"memory is {memory!r}: the weights themselves need 1; give 1 or more.")
+        if provider == "cuda" and any(program["graph"] != name for name, program in self.manifest["programs"].items()):
+            raise RuntimeUnavailableError(
+                f"{self.path} was exported for the CPU: programs share graphs that have no static shapes, which CUDA graphs need. "
+                "Export it again with --provider cuda."
+            )
         prepare(provider, threads)
-        self._packed = packed_programs(self.manifest, memory) if provider == "cpu" else set()
+        self._packed = packed_graphs(self.manifest, memory) if provider == "cpu" else set()
         self._profile, self._threads = profile, threads
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._loading = threading.Lock()
@@ -114,11 +119,16 @@ class CachedSampler:
         self._exclusively(lambda _: self._load(preload))
 
     def session(self, name: str) -> ort.InferenceSession:
-        """The session of `condition` or of a step program, loaded on first use; it lives as long as the sampler."""
+        """The session of `condition` or of a step program's graph, loaded on first use; it lives as long as the sampler."""
+        name = self.graph_of(name)
         with self._loading:
             if name not in self._sessions:
                 self._sessions[name] = self._open(name)
         return self._sessions[name]
+
+    def graph_of(self, name: str) -> str:
+        """The graph of `condition` or of a step program."""
+        return name if name == CONDITION else self.manifest["programs"][name]["graph"]
 
     def end_profiling(self) -> dict[str, str]:
         """The profile of each program that was loaded; see `profile`."""
@@ -208,6 +218,7 @@ class CachedSampler:
             return run_part(workspace, self.manifest, on_cpu, timing, on_step)
         finally:
             workspace.wait()  # what is in the queue uses these buffers
+            self._weights.forget()  # a third of the weights is conditioning, which the steps did not read
             self._pool.put_back(key, workspace)
 
     def _most_labels(self, images: int) -> int:
@@ -272,7 +283,7 @@ class CachedSampler:
             **asked,
             "guidance": {"scale": scale, "planned": planned, "as_planned": scale == planned, "steps": dict(tally.guidance)},
             "provider": self.provider,
-            "nodes_per_provider": {name: nodes_per_provider(s) for name, s in self._sessions.items() if name in tally.ran},
+            "nodes_per_provider": {name: nodes_per_provider(self.session(name)) for name in tally.ran},
             "full_compute": full,
             "steps_per_program": {name: count for name, count in tally.ran.items() if name != CONDITION},
             "steps_reading_cache": tally.cached_steps,

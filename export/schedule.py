@@ -35,12 +35,15 @@ class Run:
         inputs: pairs of graph input and buffer.
         outputs: pairs of graph output and buffer.
         step: the sampling step; None for the condition program.
+        unread: further inputs, which are there for other programs that share the graph, and buffers that this run writes: it replaces
+            whole what it finds there.
     """
 
     program: str
     inputs: tuple[tuple[str, str], ...]
     outputs: tuple[tuple[str, str], ...]
     step: int | None = field(default=None, compare=False)
+    unread: tuple[tuple[str, str], ...] = ()
 
     @property
     def reads(self) -> set[str]:
@@ -159,8 +162,10 @@ def _bind(program: dict[str, Any], bound: dict[str, Any], step: int, ring: int) 
     source |= {f"{entry}.{j}": f"{entry}{SLOT}{slot}" for entry, slots in bound["reads"].items() for j, slot in enumerate(slots)}
     target = {f"{name}_next": f"{name}.{then}" for name in ("x", "step", "first_bad")} | {"m": f"m.{step % ring}"}
     target |= {f"{entry}.new": f"{entry}{SLOT}{slot}" for entry, slot in bound["writes"].items()}
-    inputs = tuple((name, source.get(name, name)) for name in program["inputs"])
-    return Run(bound["program"], inputs, tuple((name, target[name]) for name in program["outputs"]), step)
+    spare = {name: f"{name.rpartition('.')[0]}.new" for name in program["inputs"] if name not in source}
+    unread = tuple((name, target[written]) for name, written in spare.items() if written in target)
+    inputs = tuple((name, source.get(name, name)) for name in program["inputs"] if name not in dict(unread))
+    return Run(bound["program"], inputs, tuple((name, target[name]) for name in program["outputs"] if name in target), step, unread)
 
 
 def _with_condition(sampling: tuple[Run, ...], chunks: tuple[range, ...]) -> tuple[Run, ...]:

@@ -60,17 +60,18 @@ def session_options(provider: str, threads: int | None, packed: bool, profile: s
     return options
 
 
-def packed_programs(manifest: dict[str, Any], memory: float) -> set[str]:
-    """The programs that get a repacked copy of their weights, within `memory` times the weights' size.
+def packed_graphs(manifest: dict[str, Any], memory: float) -> set[str]:
+    """The graphs that get a repacked copy of their weights, within `memory` times the weights' size.
 
-    What is in memory: the copies, and of the mapped file what the other programs of the plan and the conditioning read. Programs
-    that save the most come first: those that run most often over most weights. `step_full` runs for comparison only, and always gets
-    its copy, so that the comparison is with the best that full compute can do.
+    What is in memory: the copies, and of the mapped file what the other graphs of the plan and the conditioning read. Graphs that save
+    the most come first: those that run most often over most weights. `step_full` runs for comparison only, and always gets its copy,
+    so that the comparison is with the best that full compute can do.
     """
     size = {name: entry[3] for name, entry in manifest["weights"].items()}
     room = memory * max(entry[2] + entry[3] for entry in manifest["weights"].values())
-    runs = Counter(bound["program"] for bound in manifest["schedule"])
-    reads = {name: manifest["programs"][name]["weights"] for name in runs}
+    programs = manifest["programs"]
+    runs = Counter(programs[bound["program"]]["graph"] for bound in manifest["schedule"])
+    reads = {program["graph"]: program["weights"] for program in programs.values() if program["graph"] in runs}
     cost = {name: sum(map(size.__getitem__, weights)) for name, weights in reads.items()}
     packed: set[str] = set()
     for name in sorted(runs, key=lambda name: (-runs[name] * cost[name], name)):
@@ -109,7 +110,7 @@ class SharedWeights:
             options.add_initializer(name, value)
 
     def forget(self) -> None:
-        """Drop from memory the pages that were read only to be repacked; those that are needed come back from the file."""
+        """Drop from memory the pages that were read to be repacked, or for conditioning; those that are needed come back."""
         with contextlib.suppress(OSError):  # a process may have locked all its memory
             self._mapped.madvise(mmap.MADV_DONTNEED)
 

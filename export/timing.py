@@ -111,7 +111,10 @@ def product_tflops(device: str, dtype: torch.dtype) -> float:
 
 
 def operator_ms(sampler: CachedSampler) -> dict[str, dict[str, float]]:
-    """Milliseconds of one run of each program, by operator, largest first, from a sampler that was loaded with `profile`."""
+    """Milliseconds of a run of each graph, by operator, largest first, from a sampler that was loaded with `profile`.
+
+    For a graph that programs share it is the mean over their runs.
+    """
     table = {}
     for name, path in sampler.end_profiling().items():
         events = json.loads(Path(path).read_text())

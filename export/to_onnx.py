@@ -32,9 +32,10 @@ def main() -> None:
     plan = CachePlan.load(args.plan or run_info.plan)
     print(f"run {run_info.folder}, teacher {run_info.teacher.weights}")
     if args.explain:
-        print(explain(plan, lower(plan), 4 if args.precision == "fp32" else 2))
+        lowered = lower(plan, share_graphs=args.provider == "cpu")
+        print(explain(plan, lowered, 4 if args.precision == "fp32" else 2))
         if args.figure is not None:
-            plan_figure(plan, lower(plan), args.figure)
+            plan_figure(plan, lowered, args.figure)
             print(f"wrote {args.figure}")
         return
     model = load_teacher(run_info.teacher)

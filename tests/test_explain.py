@@ -35,6 +35,17 @@ def test_listing():
     assert lines[-1] == "  at most 9 at a time, in 9 places of 2 kB a sample"
 
 
+def test_listing_names_programs_that_share_a_graph():
+    plan = make_plan(SIGNATURE, (FULL, (partial(0, 4, (1, 2)),), SKIP, (partial(0, 4, (1, 2, 3)),)))
+    lines = explain(plan, lower(plan)).splitlines()
+    assert [line for line in lines if line.startswith("    graph")] == [
+        "    graph  shared with step_01, step_03",
+        "    graph  shared with step_00, step_03",
+        "    graph  shared with step_00, step_01",
+    ]
+    assert "shared" not in explain(plan, lower(plan, share_graphs=False))
+
+
 def test_listing_names_the_reference():
     plan = make_plan(SIGNATURE, (FULL, SKIP), reference=make_sampler("dpmpp_2m", 50))
     assert f": 2 steps in place of 50 of dpmpp_2m, 3 programs, {macs_speedup(plan):.2f}x fewer MACs" in explain(plan, lower(plan))

@@ -99,6 +99,34 @@ def test_random_plans_agree_with_torch(tmp_path, seed):
     assert worst_error(loaded.sample([1, 3], seed=5).latents, torch_latents(model, plan, [1, 3], 5)) < 1e-5
 
 
+QUARTERS = [(partial(0, 4, kept, 1),) for kept in ((0, 3, 6, 15), (1, 2, 4, 9), (5,))]
+
+
+@pytest.mark.parametrize("modes", ["", "bb111bb1"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_one_graph_for_any_number_of_tokens_agrees_with_torch(tmp_path, modes, precision):
+    model = make_teacher(4)
+    plan = make_plan(model, (FULL, FULL, QUARTERS[0], FULL, QUARTERS[1], FULL, QUARTERS[2], QUARTERS[0]), modes=modes)
+    manifest = export(model, plan, tmp_path / "artefact", precision)
+    graphs = {program["graph"] for program in manifest["programs"].values()}
+    assert {f"{name}.onnx" for name in graphs} == {path.name for path in (tmp_path / "artefact").glob("step_*.onnx")}
+    assert len(graphs) == (3 if modes else 2) < len(manifest["programs"])
+    loaded, tolerance = CachedSampler(tmp_path / "artefact"), 1e-5 if precision == "fp32" else 3e-2
+    for seed in (5, 6):  # what the first request left in memory is not seen by the second
+        result = loaded.sample([1, 3], seed=seed)
+        assert worst_error(result.latents, torch_latents(model, plan, [1, 3], seed)) < tolerance
+    assert result.receipt["steps_reading_cache"] == (5 if modes else 4)
+    assert sum(result.receipt["steps_per_program"].values()) == 8
+    assert set(result.receipt["nodes_per_provider"]) == {"condition", *result.receipt["steps_per_program"]}
+
+
+def test_shared_graphs_are_for_the_cpu(tmp_path):
+    model = make_teacher(4)
+    export(model, make_plan(model, (FULL, QUARTERS[0])), tmp_path / "artefact")
+    with pytest.raises(TokenCacheError, match=r"exported for the CPU.*--provider cuda"):
+        CachedSampler(tmp_path / "artefact", provider="cuda")
+
+
 def test_token_sets_of_two_segments_do_not_mix(tmp_path):
     """Same counts, other tokens, in one program, changing from step to step in one segment alone."""
     model = make_teacher(3)
@@ -497,6 +525,15 @@ def test_replacing_an_artefact(tmp_path, teacher, plan):
     assert json.loads((out / "manifest.json").read_text())["steps"] == 1
 
 
+def optimised(graph: Path, tmp_path: Path) -> Counter[str]:
+    """Operators of a graph after ONNX Runtime's own optimisation."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node)
+
+
 def test_what_onnxruntime_makes_of_the_graphs_is_lean(artefact, plan, tmp_path):
     """Operators after ONNX Runtime's own optimisation: a fusion that is lost, or a copy that creeps in, shows here.
 
@@ -504,11 +541,7 @@ def test_what_onnxruntime_makes_of_the_graphs_is_lean(artefact, plan, tmp_path):
     two sums.
     """
     for program in lower(plan).programs:
-        options = ort.SessionOptions()
-        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-        options.log_severity_level = 3
-        ort.InferenceSession(str(artefact / f"{program.name}.onnx"), options, providers=["CPUExecutionProvider"])
-        ops = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph.node)
+        ops = optimised(artefact / f"{program.graph}.onnx", tmp_path)
         blocks = sum(len(s.blocks) for s in program.segments if s.mode == "compute")
         assert ops["Transpose"] == 2
         assert not {"Cast", "Identity", "Gelu", "MatMul", "Expand", "Shape", "Conv"} & set(ops)
@@ -518,3 +551,14 @@ def test_what_onnxruntime_makes_of_the_graphs_is_lean(artefact, plan, tmp_path):
             assert {op: ops[op] for op in each} == {op: fixed[op] + blocks * count for op, count in each.items()}
             assert ops["Add"] == 9 * blocks + 8  # bias and positions, norm and bias of the readout, guidance, sampler, the next step
             assert ops["Mul"] == 4 * blocks + 7  # one is the watch for NaN
+
+
+def test_what_onnxruntime_makes_of_a_shared_graph_is_lean(tmp_path):
+    """One gather and one scatter of tokens, and in each block one scatter of keys and one of values: nothing else is moved."""
+    model = make_teacher(4)
+    export(model, make_plan(model, (FULL, QUARTERS[0], QUARTERS[2])), tmp_path / "artefact")
+    full, shared = (optimised(tmp_path / "artefact" / f"{name}.onnx", tmp_path) for name in ("step_full", "step_01"))
+    for op in ("LayerNormalization", "FusedMatMul", "Attention", "FastGelu", "Transpose"):
+        assert shared[op] == full[op], op
+    assert (shared["ScatterND"], shared["Slice"] - full["Slice"]) == (2 * 4 + 1, 1)
+    assert not {"Cast", "Identity", "MatMul", "Expand", "Shape", "Conv"} & set(shared)

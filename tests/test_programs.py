@@ -11,7 +11,7 @@ from export.programs import FULL as STEP_FULL
 from export.programs import computed_tokens, lower, merge
 from tc_lightning.dataflow import Entry, is_updated, is_written, trace
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.plan import CachePlan, compute, partial, reuse, skip
+from tc_lightning.plan import CachePlan, Segment, compute, content, partial, reuse, skip
 
 SPAN = Entry("span", 0, 4)
 SKIP = (skip(0, 4, 1),)
@@ -52,6 +52,47 @@ def test_which_tokens_and_how_compute_is_cut_make_no_program():
 def test_steps_that_differ_have_their_own(other):
     lowered = lower(make_plan(SIGNATURE, (FULL, FULL, SKIP, other)))
     assert lowered.bindings[2].program != lowered.bindings[3].program
+
+
+def graphs(*steps: tuple[Segment, ...], **options: bool) -> list[list[tuple[int, ...]]]:
+    """The steps of each program of each graph, without those of `step_full`."""
+    lowered = lower(make_plan(SIGNATURE, steps), **options)
+    return [[p.steps for p in programs] for name, programs in lowered.graphs.items() if name != STEP_FULL]
+
+
+def test_programs_that_differ_in_the_number_of_tokens_share_a_graph():
+    two, three = (partial(0, 2, (1, 5)), compute(2, 4)), (partial(0, 2, (0, 9, 11)), compute(2, 4))
+    assert graphs(FULL, two, three, FULL, two) == [[(0, 3), (1, 4), (2,)]]
+    assert graphs(FULL, two, three, FULL, two, share_graphs=False) == [[(0, 3)], [(1, 4)], [(2,)]]
+    more = (partial(0, 2, (1, 5), 1), compute(2, 4))  # another order: another graph; full compute shares that of most steps
+    assert graphs(FULL, two, more, more) == [[(0,), (2, 3)], [(1,)]]
+
+
+@pytest.mark.parametrize(
+    "pruned",
+    [
+        (partial(0, 4, (1, 5), 1, ("mlp",)),),  # needs the outputs of attention
+        (partial(0, 2, (1, 5)), skip(2, 4)),  # does not read all weights
+        (partial(0, 4, tuple(range(16))),),  # reads no cache
+        (compute(0, 2), reuse(2, 4, ("attn",))),
+    ],
+)
+def test_full_compute_shares_no_graph_with_what_is_not_a_case_of_it(pruned):
+    assert graphs(FULL, pruned) in ([[(0,)], [(1,)]], [[(1,)]])
+
+
+def test_tokens_chosen_by_content_are_of_a_fixed_number():
+    steps = (FULL, (content(0, 4, 3),), (content(0, 4, 2),))
+    lowered = lower(dataclasses.replace(make_plan(SIGNATURE, (FULL,) * 3), steps=steps, selector="0" * 64))
+    assert [p.graph for p in lowered.programs] == ["step_00", "step_01", "step_02", STEP_FULL]
+
+
+@pytest.mark.parametrize("other", [(skip(0, 2), skip(2, 4)), (reuse(0, 4, ("attn",)),)])
+def test_full_compute_shares_no_graph_that_leaves_less_in_the_cache(other):
+    """A partial segment leaves no residual of a part of it, and no output of a branch."""
+    whole, halved = (partial(0, 4, (1, 5)),), (partial(0, 2, (1, 5)), partial(2, 4, (3,)))
+    assert graphs(FULL, whole, other) == [[(0,)], [(1,)], [(2,)]]
+    assert graphs(FULL, halved, (skip(0, 2), skip(2, 4))) == [[(0,), (1,)], [(2,)]]
 
 
 def test_step_full_always_exists():

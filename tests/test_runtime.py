@@ -17,7 +17,7 @@ from conftest import FULL, make_plan, make_teacher
 from export.compiler import export_artefact
 from export.manifest import ArtefactError, _self_digest, read_manifest, sha256_of
 from export.runtime import CachedSampler
-from export.sessions import RuntimeUnavailableError, packed_programs
+from export.sessions import RuntimeUnavailableError, packed_graphs
 from tc_lightning.costs import cache_bytes_per_image
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TokenCacheError
@@ -204,7 +204,7 @@ def test_packed_weights_give_the_same(artefact, sampler, memory):
     assert close(CachedSampler(artefact, memory=memory).sample(LABELS, seed=7).latents, sampler.sample(LABELS, seed=7).latents)
 
 
-def test_which_programs_get_a_copy_of_their_weights():
+def test_which_graphs_get_a_copy_of_their_weights():
     """Weights 6 + 3 (conditioning). Full reads 6 in 4 steps, a 2 in 6 steps, b 6 in 1 step."""
     entries = {"w0": 2, "w1": 2, "w2": 2, "c": 3}
     offsets = {"w0": 0, "w1": 2, "w2": 4, "c": 6}
@@ -212,15 +212,17 @@ def test_which_programs_get_a_copy_of_their_weights():
     manifest = {
         "weights": {name: ["fp32", [size], offsets[name], size] for name, size in entries.items()},
         "condition": {"weights": ["c"]},
-        "programs": {"full": {"weights": every}, "a": {"weights": ["w1"]}, "b": {"weights": every}},
+        "programs": {name: {"graph": name, "weights": every} for name in ("full", "b")} | {"a": {"graph": "a", "weights": ["w1"]}},
         "schedule": [{"program": name} for name in ("full",) * 4 + ("a",) * 6],
     }
-    assert packed_programs(manifest, 1.0) == {"step_full"}  # full's copy, 6, leaves no room for what a maps
-    assert packed_programs(manifest, 11 / 9) == {"full", "a", "step_full"}  # 6 + 2 copied, 3 mapped
+    assert packed_graphs(manifest, 1.0) == {"step_full"}  # full's copy, 6, leaves no room for what a maps
+    assert packed_graphs(manifest, 11 / 9) == {"full", "a", "step_full"}  # 6 + 2 copied, 3 mapped
     manifest["schedule"].append({"program": "b"})
-    assert packed_programs(manifest, 11 / 9) == {"a", "step_full"}  # 2 copied, all 9 mapped: a copy of 6 has no room
-    assert packed_programs(manifest, 16 / 9) == {"full", "step_full"}  # 6 copied, 9 mapped
-    assert packed_programs(manifest, 17 / 9) == {"full", "a", "b", "step_full"}  # 14 copied, 3 mapped
+    assert packed_graphs(manifest, 11 / 9) == {"a", "step_full"}  # 2 copied, all 9 mapped: a copy of 6 has no room
+    assert packed_graphs(manifest, 16 / 9) == {"full", "step_full"}  # 6 copied, 9 mapped
+    assert packed_graphs(manifest, 17 / 9) == {"full", "a", "b", "step_full"}  # 14 copied, 3 mapped
+    manifest["programs"]["b"]["graph"] = "full"
+    assert packed_graphs(manifest, 11 / 9) == {"full", "a", "step_full"}  # b shares full's copy
 
 
 @pytest.mark.parametrize("memory", [0.5, float("nan")])
