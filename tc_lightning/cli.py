@@ -23,7 +23,11 @@ from tc_lightning.errors import TokenCacheError
 from tc_lightning.training.checkpointing import newest_valid_checkpoint
 
 # Sub-commands beside Lightning's: the function that takes their arguments, imported when it is asked for.
-COMMANDS = {"plan": "tc_lightning.planner.command:main", "report": "export.report.command:main"}
+COMMANDS = {
+    "plan": "tc_lightning.planner.command:main",
+    "report": "export.report.command:main",
+    "ablate": "tc_lightning.ablation.command:main",
+}
 
 
 class TokenCacheCLI(LightningCLI):

@@ -1,0 +1,1 @@
+"""TokenCache against itself: what its choices are worth at equal cost."""
