@@ -29,9 +29,9 @@ from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
 from tc_lightning.ranks import ALONE, Ranks
 from tc_lightning.sampling import noise_for
 from tc_lightning.scores import Scores
+from tc_lightning.targets import ODE_SAMPLER, ODE_SPACING
 
 TARGETS = ("reference", "ode")
-ODE_SAMPLER, ODE_SPACING = "dpmpp_2m", "logsnr"
 SEED = 0x506C616E  # of the planner's images: apart from any seed that a person would choose
 BATCH = 16
 SEEDS = 5  # shapes of one budget that the next one starts from
