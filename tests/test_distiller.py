@@ -373,7 +373,7 @@ def run_two(script: Path) -> None:
     options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     ranks = [subprocess.Popen([sys.executable, script], env=env, **options) for env in environments]
     try:
-        errors = [rank.communicate(timeout=240)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=480)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
