@@ -208,7 +208,7 @@ def test_the_command_compares_and_goes_on(arguments: list[str], capsys: pytest.C
     found = json.loads(written)
     assert list(found["seeds"]) == ["0", "1"]
     assert len(found["answers"]) == len(QUESTIONS)
-    trained = {path: path.stat().st_mtime_ns for path in Path("a").rglob("run.json")}
+    trained = {path: path.stat().st_mtime_ns for path in Path("runs/ablation").rglob("run.json")}
     assert len(trained) == 4
     scores = [Scores.load(path.with_name("scores.safetensors")) for path in sorted(trained)]
     assert len({s.digest for s in scores}) == 4
@@ -219,8 +219,12 @@ def test_the_command_compares_and_goes_on(arguments: list[str], capsys: pytest.C
     capsys.readouterr()
     main(arguments)
     assert "training seed 0: known" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in Path("a").rglob("run.json")} == trained
+    assert {path: path.stat().st_mtime_ns for path in Path("runs/ablation").rglob("run.json")} == trained
     assert Path("a.json").read_text() == written
+
+    main([*arguments, "--order", "0", "--out", "b.json"])
+    assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("run.json")} == trained
+    assert json.loads(Path("b.json").read_text())["rows"] != found["rows"]
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@
     python -m tc_lightning ablate -c lightning_configs/photos.yaml --seeds 5 --out ablation_photos.json --max-steps 60 --images 16
 
 Trains both predictors once for each seed, runs plans that differ in one choice alone on images that nothing was trained on, and writes
-errors, means and paired differences to --out, after every seed. Interrupted? The same command goes on where it stopped: what is
-trained is kept in the folder that is called like --out.
+errors, means and paired differences to --out, after every seed. Interrupted? The same command goes on where it stopped. What is trained
+is kept under --runs, and is not trained again for another comparison, say with --order 0.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _ablate(args: argparse.Namespace) -> None:
         if seed in content["seeds"]:
             print(f"training seed {seed}: known from {args.out}")
             continue
-        folder = args.out.with_suffix("") / training.digest[:12] / f"seed_{seed}"
+        folder = args.runs / training.digest[:12] / f"seed_{seed}"
         content["seeds"][seed] = bench.measure(*train(training, folder, int(seed)), int(seed))
         _write(args.out, content)
     found = [content["seeds"][seed] for seed in wanted]
@@ -126,7 +126,7 @@ def _row(variant: Variant) -> dict[str, Any]:
 
 def _settings(args: argparse.Namespace, training: Training) -> dict[str, Any]:
     """All that a seed's errors depend on."""
-    return {name: value for name, value in vars(args).items() if name not in ("out", "seeds")} | {"training": training.digest}
+    return {name: value for name, value in vars(args).items() if name not in ("out", "seeds", "runs")} | {"training": training.digest}
 
 
 def _known(path: Path, settings: dict[str, Any]) -> dict[str, Measured]:
@@ -161,6 +161,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("-c", "--config", action="append", required=True, help="YAML of a distillation; later ones are laid over")
     parser.add_argument("--seeds", type=int, default=5, help="training seeds, 0 upwards: trajectories, initial weights, batches")
     parser.add_argument("--out", type=Path, default=Path("ablation.json"), help="where the comparison is written")
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="where what is trained is kept")
     parser.add_argument("--max-steps", type=int, help="optimiser steps of version 1's predictor (default: the YAML's)")
     parser.add_argument("--max-steps-v2", type=int, help="optimiser steps of version 2's predictor (default: as --max-steps)")
     parser.add_argument("--lr-v2", type=float, default=1e-3, help="learning rate of version 2's predictor")
