@@ -192,7 +192,14 @@ def test_front_of_the_planner(teacher, tmp_path):
         plan.save(tmp_path / "front" / f"{plan.digest[:8]}.json")
         speedup, name = plan_macs(reference) / plan_macs(plan), f"front/{plan.digest[:8]}.json"
         entries.append(
-            {"plan": name, "macs_speedup": speedup, "mse_ode": 1 / len(plan.full_steps), "mse_reference": None, "chosen": False}
+            {
+                "plan": name,
+                "macs_speedup": speedup,
+                "mse_ode": 1 / len(plan.full_steps),
+                "mse_reference": None,
+                "target": "ode",
+                "chosen": False,
+            }
         )
     (tmp_path / "front" / "front.json").write_text(json.dumps(entries))
     own = make_plan(teacher, STEPS)

@@ -19,6 +19,7 @@ from tc_lightning.policies.base import PlanningContext, Policy
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
 
 REFERENCE, PLANNED, PUBLISHED, FEWER = "reference", "planned", "published", "fewer steps"
+TARGET_NAMES = {"reference": "reference", "ode": "ODE"}
 ROUNDING = 1.005  # a plan counts for a budget that it misses by half a percent
 SLOWER = 1.12  # fewer steps are also measured with this much more work: a cache's saving on the clock is less than in MACs
 
@@ -62,8 +63,8 @@ def planned(reference: CachePlan, own: CachePlan, folder: Path, budgets: Sequenc
         PlanError: if one of its plans is.
     """
     yield _subject(reference, own, PLANNED, "this run's plan")
-    for plan in _front(folder, budgets, most):
-        yield _subject(reference, plan, PLANNED, "planner")
+    for plan, target in _front(folder, budgets, most):
+        yield _subject(reference, plan, PLANNED, f"planner for the {target}")
 
 
 def fewer_steps(reference: CachePlan, budgets: Sequence[float], judge: Evaluate) -> Iterator[Subject]:
@@ -146,14 +147,15 @@ def _with_steps(reference: CachePlan, sampler: str, spacing: str, steps: int) ->
     return fewer_steps_plan(reference.model, sampler, spacing, reference.guidance, budget, reference.sampler)
 
 
-def _front(folder: Path, budgets: Sequence[float], most: int) -> list[CachePlan]:
+def _front(folder: Path, budgets: Sequence[float], most: int) -> list[tuple[CachePlan, str]]:
+    """Plans of the front, with the name of what each was planned to come near to."""
     path = folder / FOLDER / NAME
     if not path.is_file():
         return []
     try:
         entries = sorted(json.loads(path.read_text()), key=lambda entry: entry["macs_speedup"])
         chosen = _representatives(entries, budgets, most)
-        return [CachePlan.load(folder / entry["plan"]) for entry in chosen]
+        return [(CachePlan.load(folder / entry["plan"]), TARGET_NAMES[entry["target"]]) for entry in chosen]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error!r}): plan again with `python -m tc_lightning plan --run {folder}`.") from error
 
