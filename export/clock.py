@@ -40,7 +40,7 @@ class ProgramClock:
     def __call__(self, plan: CachePlan) -> tuple[float, float]:
         """See the class."""
         lowered = lower(plan)
-        keys = {program.name: _key(program) for program in lowered.programs}
+        keys = {program.name: _key(program, len(lowered.graphs[program.graph]) > 1) for program in lowered.programs}
         if not all(key in self._known for key in keys.values()):
             self._measure(plan, keys)
         steps = sum(self._known[keys[bound.program]] for bound in lowered.bindings)
@@ -67,7 +67,7 @@ class ProgramClock:
         return spent
 
 
-def _key(program: Program) -> tuple[object, ...]:
+def _key(program: Program, shared: bool) -> tuple[object, ...]:
     """What two programs that take the same time have in common."""
     shapes = tuple((s.start, s.stop, s.mode, s.order, s.branches, len(s.tokens)) for s in program.segments)
-    return (shapes, program.guidance, tuple(sorted(entry.kind for entry in program.writes)), program.name == FULL)
+    return (shapes, program.guidance, tuple(sorted(entry.kind for entry in program.writes)), program.name == FULL, shared)

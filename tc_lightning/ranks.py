@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +31,10 @@ class Ranks:
     def first(self) -> bool:
         """Whether this process writes files and shows progress."""
         return self.rank == 0
+
+    def of_first(self, value: float, device: torch.device) -> float:
+        """The first process's value, on all of them: what each would measure or read for itself could differ."""
+        return self.total(torch.tensor(value if self.first else 0.0, dtype=torch.float64, device=device)).item()
 
     def share(self, count: int) -> slice:
         """This process's part of `count` images; parts differ by one image at most."""

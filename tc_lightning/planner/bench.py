@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.planner.fit import FittedPlan, fit_sampler
 from tc_lightning.planner.price import Price
@@ -59,15 +59,19 @@ class Bench:
     def cost(self, recipe: Recipe) -> float:
         """Cost of a recipe's plan in full steps; infinite if it describes none."""
         try:
-            return self.price(self.kitchen.build(recipe))
-        except PlanError:
+            plan = self.kitchen.build(recipe)
+        except TokenCacheError:  # the run that is replaced may have a sampler of another name than any known here, too
             return math.inf
+        return self.price(plan)
 
     def attempt(self, recipe: Recipe) -> Trial:
         """Fit the recipe's plan and measure it, unless that was done before."""
-        if recipe.digest not in self._record:
-            self._record.add(recipe.digest, self._mse(recipe), write=self.ranks.first)
-        return Trial(recipe, self.cost(recipe), self._record[recipe.digest])
+        name, device = recipe.digest, self.target.x_0.device
+        if self.ranks.of_first(float(name in self._record), device):  # another process may not see the file
+            self._record.know(name, self.ranks.of_first(self._record.get(name), device))
+        else:
+            self._record.add(name, self._mse(recipe), write=self.ranks.first)
+        return Trial(recipe, self.cost(recipe), self._record.get(name))
 
     def fit(self, recipe: Recipe) -> FittedPlan:
         """The recipe's plan with its sampler fitted."""
@@ -76,17 +80,16 @@ class Bench:
     def _mse(self, recipe: Recipe) -> float:
         try:
             return mean_over(self.fit(recipe).mse_B[self.fitted :], self.ranks)
-        except PlanError:
-            return math.inf
-        except TokenCacheError:  # the latents became NaN
+        except TokenCacheError:  # there is nothing to fit, or the latents became NaN
             return math.inf
 
     def _name(self) -> str:
         """Digest of all that an error depends on beside the recipe."""
         k, t = self.kitchen, self.target
-        parts = [k.scores.digest, sampler_digest(k.reference), dataclasses.asdict(k.guidance), t.times.tolist()]
-        noise = self.ranks.total(t.x_T.double().sum()).item()
-        return hashlib.sha256(json.dumps([*parts, self.fitted, len(t.x_T), self.ranks.world, noise]).encode()).hexdigest()[:16]
+        parts = [k.scores.digest, sampler_digest(k.reference), dataclasses.asdict(k.guidance), t.times.tolist(), t.sampler]
+        counts = torch.tensor([self.fitted, len(t.x_T)], dtype=torch.float64, device=t.x_T.device)  # of all processes: one name
+        sums = self.ranks.total(torch.cat([counts, t.x_T.double().sum()[None]])).tolist()
+        return hashlib.sha256(json.dumps([*parts, self.ranks.world, sums]).encode()).hexdigest()[:16]
 
 
 def mean_over(values_B: Tensor, ranks: Ranks) -> float:

@@ -12,10 +12,12 @@ Writes the run's front/ (the best plan of every budget) and makes the plan for -
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from tc_lightning.context import LoadedRun, load_run
 from tc_lightning.costs import macs_speedup
@@ -23,10 +25,11 @@ from tc_lightning.errors import RunError
 from tc_lightning.evaluation import psnr_db
 from tc_lightning.planner.front import FOLDER, write_front
 from tc_lightning.planner.policy import TARGETS, PlannerPolicy, Subject
-from tc_lightning.planner.price import ClockPrice
+from tc_lightning.planner.price import ClockPrice, SharedPrice
 from tc_lightning.policies.base import PlanChoice
 from tc_lightning.ranks import Ranks
 from tc_lightning.runs import find_run, read_run
+from tc_lightning.scores import sampler_digest
 from tc_lightning.training.planning import write_candidates
 
 
@@ -40,24 +43,55 @@ def main(arguments: list[str]) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    run = read_run(args.run or find_run(Path("runs")))
-    fabric = Fabric(accelerator="auto", devices=args.devices)
+    loaded = load_run(read_run(args.run or find_run(Path("runs"))))  # what is wrong is told before there are several processes
+    if loaded.scores.sampler != sampler_digest(loaded.plan.baseline):
+        raise RunError(f"{loaded.run.scores} has scores of other steps than the run that {loaded.run.plan} replaces: fit again.")
+    policy = policy_of(args, args.target_speedup)
+    if args.target_ms is None:
+        policy.check(loaded.plan.model, loaded.plan.baseline)
+    fabric = fabric_of(args.devices)
     fabric.launch()
-    loaded = load_run(run)
     subject = subject_of(loaded, fabric)
-    speedup = args.target_speedup
-    price = None
     if args.clock is not None:
-        price = clock_price(loaded, args.clock, args.batch)
-        if args.target_ms is not None:
-            speedup = price.reference_ms(loaded.plan) / args.target_ms
-    policy = PlannerPolicy(speedup, args.target, tuple(args.front), args.evaluations, args.front_evaluations)
-    if price is not None:
-        policy.price = price
-    policy.check(subject.signature, subject.reference)
+        policy = timed(args, loaded, subject, fabric)
     choice = policy.search(subject)
     if fabric.is_global_zero:
         write(choice, loaded, keep_plan=args.keep_plan)
+
+
+def policy_of(args: argparse.Namespace, speedup: float) -> PlannerPolicy:
+    """The planner that was asked for."""
+    return PlannerPolicy(speedup, args.target, tuple(args.front), args.evaluations, args.front_evaluations)
+
+
+def fabric_of(devices: str) -> Fabric:
+    """The devices that were asked for.
+
+    Raises:
+        RunError: if they are none, or are not there.
+    """
+    try:
+        return Fabric(accelerator="auto", devices=devices)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise RunError(f"--devices {devices} cannot be used here: {error}") from error
+
+
+def timed(args: argparse.Namespace, loaded: LoadedRun, subject: Subject, fabric: Fabric) -> PlannerPolicy:
+    """The planner with budgets in time, which the first process measures for all."""
+    clock, plan = clock_price(loaded, args.clock, args.batch), loaded.plan
+    price, speedup = SharedPrice(clock, subject.ranks, fabric.device), args.target_speedup
+    if args.target_ms is not None:
+        full_ms = price.of(lambda: clock.reference_ms(plan))
+        speedup, most = full_ms / args.target_ms, len(plan.baseline) / 2
+        if not 1.0 < speedup <= most:
+            raise RunError(
+                f"--target-ms {args.target_ms:g}: the full-compute run takes {full_ms:.3g} ms an image here; ask for less than that, "
+                f"and for {full_ms / most:.3g} or more, which pay for two full steps."
+            )
+    policy = policy_of(args, speedup)
+    policy.check(plan.model, plan.baseline)
+    policy.price = price
+    return policy
 
 
 def subject_of(loaded: LoadedRun, fabric: Fabric) -> Subject:
@@ -79,7 +113,7 @@ def clock_price(loaded: LoadedRun, provider: str, batch: int) -> ClockPrice:
 def write(choice: PlanChoice, loaded: LoadedRun, keep_plan: bool) -> None:
     """Write the front, and the chosen plan unless it is only looked for; say what was found."""
     folder = loaded.run.folder
-    write_front(choice.front, folder)
+    write_front(choice.front, folder, loaded.plan if keep_plan else choice.plan)
     write_candidates(choice.candidates, folder / FOLDER / "candidates.csv")
     if not keep_plan:
         choice.plan.save(loaded.run.plan)
@@ -105,7 +139,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--devices", default="auto", help="devices to use (default: all GPUs, or one CPU process)")
     parser.add_argument("--keep-plan", action="store_true", help="write the front only, and leave plan.json as it is")
     args = parser.parse_args(arguments)
-    if args.target_ms is not None and (args.clock is None or args.target_ms <= 0):
+    if args.target_ms is not None and (args.clock is None or not 0 < args.target_ms < math.inf):
         raise RunError(f"--target-ms {args.target_ms:g} needs --clock, and must be above 0.")
     if args.batch < 1:
         raise RunError(f"--batch is {args.batch}: give 1 or more.")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tc_lightning.diffusion.table import SamplerStep, SamplerTable
-from tc_lightning.errors import PlanError
+from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
 from tc_lightning.planner.target import TargetRun
@@ -82,8 +82,14 @@ class _Fitter:
         next_t = self._table.steps[step + 1].t if step + 1 < len(self._table) else None
         found_F = self._solve(features, self._target.at(next_t), base_F)
         self.rows.append(dataclasses.replace(row, **dict(zip(_NAMES, found_F.tolist(), strict=False))))
-        x_next = sum(f * c for f, c in zip(features, found_F.tolist(), strict=True))
+        x_next = torch.stack([f * c for f, c in zip(features, found_F.tolist(), strict=True)]).sum(0)
+        self._require_finite(step, x_next)
         return x_next, m
+
+    def _require_finite(self, step: int, x: Tensor) -> None:
+        """All processes stop if one of them has to: the others would wait for its sums for ever."""
+        if self._ranks.total((~torch.isfinite(x)).any().double()) > 0:
+            raise TokenCacheError(f"latents became NaN or infinite at step {step} of a fit: check the teacher's weights.")
 
     def _solve(self, features: list[Tensor], wanted: Tensor, base_F: Tensor) -> Tensor:
         """Ridge regression towards `base_F`; the sums are over the images of all processes."""

@@ -39,7 +39,7 @@ class FrontPoint:
     def to_json(self) -> dict[str, Any]:
         """A row of `front.json`; an error against the target that was not asked for is null."""
         return {
-            "plan": f"{FOLDER}/{self.plan.digest[:8]}.json",
+            "plan": _file(self.plan),
             "summary": self.plan.summary,
             "macs_speedup": macs_speedup(self.plan),
             "ms_per_image": None,
@@ -51,20 +51,35 @@ class FrontPoint:
         }
 
 
-def write_front(points: tuple[FrontPoint, ...], folder: Path) -> None:
-    """Write the plans, then the list of them, into a run's folder; what was found for another target stays in the list."""
+def write_front(points: tuple[FrontPoint, ...], folder: Path, own: CachePlan | None = None) -> None:
+    """Write the plans, then the list of them, into a run's folder; what was found for another target stays in the list.
+
+    Args:
+        points: what was found.
+        folder: the run's folder.
+        own: the run's own plan; None: the point that is chosen.
+    """
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     for point in points:
-        point.plan.save(folder / FOLDER / f"{point.plan.digest[:8]}.json")
+        point.plan.save(folder / _file(point.plan))
     targets = {point.target for point in points}
-    others = [{**row, "chosen": False} for row in _known(folder / FOLDER / NAME) if row.get("target") not in targets]
-    rows = sorted([*others, *(point.to_json() for point in points)], key=lambda row: (row["target"], row["macs_speedup"]))
+    others = [row for row in _known(folder / FOLDER / NAME) if row["target"] not in targets]
+    chosen = {_file(own)} if own else {_file(point.plan) for point in points if point.chosen}
+    rows = [{**row, "chosen": row["plan"] in chosen} for row in (*others, *(point.to_json() for point in points))]
+    rows.sort(key=lambda row: (row["target"], row["macs_speedup"]))
     write_atomically(folder / FOLDER / NAME, (json.dumps(rows, indent=1) + "\n").encode())
 
 
 def _known(path: Path) -> list[dict[str, Any]]:
     """Rows of an earlier list; none if there is no list, or it is damaged: the plans can be searched for again."""
     try:
-        return list(json.loads(path.read_text()))
-    except (OSError, ValueError):
+        kinds = {"target": str, "macs_speedup": float, "plan": str}
+        rows = json.loads(path.read_text())
+        return [row | {name: kind(row[name]) for name, kind in kinds.items()} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def _file(plan: CachePlan) -> str:
+    """Where a plan is in the run's folder."""
+    return f"{FOLDER}/{plan.digest[:8]}.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,9 @@ class PlannerPolicy(Policy):
         """As `plan`, for what can be planned without being asked through a context."""
         run = _Run(self, subject)
         searches = run.searches()
-        points = tuple(run.point(speedup, search, chosen=j == 0) for j, (speedup, search) in enumerate(searches.items()))
-        rows = [_row(speedup, trial, search.best) for speedup, search in searches.items() for _, trial in search.ranking()]
+        distinct = {search.best.recipe: (speedup, search) for speedup, search in reversed(searches.items())}  # of equal ones the first
+        points = tuple(run.point(*pair, chosen=j == 0) for j, pair in enumerate(reversed(distinct.values())))
+        rows = [_row(speedup, t, search.best) for speedup, search in searches.items() for t in sorted(search.trials.values(), key=_mse)]
         return PlanChoice(points[0].plan, rows, points)
 
 
@@ -146,6 +148,11 @@ class _Run:
     def __init__(self, policy: PlannerPolicy, subject: Subject) -> None:
         self.policy, self.subject, self.model, self.ranks = policy, subject, subject.model, subject.ranks
         groups = (policy.fit_images, policy.judge_images, policy.final_images)
+        if min(groups) < self.ranks.world:
+            raise PlanError(
+                f"{self.ranks.world} processes cannot share {min(groups)} images: set fit_images, judge_images and final_images to "
+                "one for each at least, or use fewer devices."
+            )
         parts = _shares(groups, self.ranks.share)
         self.target = self._run_target([index for part in parts for index in part])
         self.fitted, self.judged = len(parts[0]), len(parts[0]) + len(parts[1])
@@ -157,7 +164,7 @@ class _Run:
     def searches(self) -> dict[float, Search]:
         """The search for the target, then those for the other budgets, which start from what that one found."""
         policy, steps = self.policy, len(self.subject.reference)
-        others = [speedup for speedup in policy.front if speedup != policy.target_speedup]
+        others = [speedup for speedup in dict.fromkeys(policy.front) if speedup != policy.target_speedup]
         total = policy.evaluations + len(others) * policy.front_evaluations
         with tqdm(total=total, desc="planning", unit="plan", disable=not (policy.progress and self.ranks.first)) as bar:
 
@@ -173,6 +180,8 @@ class _Run:
                 found[speedup] = Search(self.bench, steps / speedup, progress)
                 found[speedup].try_shapes(seeds[: policy.front_evaluations])
                 found[speedup].climb(policy.front_evaluations - len(found[speedup].trials))
+        for search, other in itertools.permutations(found.values(), 2):
+            search.adopt(other)
         for speedup, search in found.items():
             if not search.trials or search.best.mse == float("inf"):
                 raise PlanError(f"no plan was found for a speed-up of {speedup:g}: lower it.")
@@ -200,6 +209,8 @@ class _Run:
         ones = torch.ones_like(mse_B)
         count, total, squares = self.ranks.total(torch.stack([ones.sum(), mse_B.sum(), mse_B.square().sum()])).tolist()
         mean = total / count
+        if not np.isfinite(mean):
+            raise PlanError(f"the plan found for a speed-up of {speedup:g} makes images NaN that the search did not look at: lower it.")
         stderr = float(np.sqrt(max(squares / count - mean**2, 0.0) / max(count - 1, 1)))
         return FrontPoint(plan, self.policy.target, mean, stderr, chosen)
 
@@ -222,6 +233,10 @@ def _shares(groups: tuple[int, ...], share: Callable[[int], slice]) -> list[rang
     """This process's image indices of each group."""
     starts = np.cumsum([0, *groups])
     return [range(start, start + count)[share(count)] for start, count in zip(starts.tolist(), groups, strict=False)]
+
+
+def _mse(trial: Trial) -> float:
+    return trial.mse
 
 
 def _row(speedup: float, trial: Trial, best: Trial) -> dict[str, Any]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
+
 from tc_lightning.costs import full_step_macs, plan_macs
+from tc_lightning.errors import RunError
 from tc_lightning.plan import CachePlan
+from tc_lightning.ranks import Ranks
 
 
 class Price(Protocol):
@@ -40,3 +45,37 @@ class ClockPrice:
     def reference_ms(self, plan: CachePlan) -> float:
         """Milliseconds an image of the full-compute run that the plan replaces."""
         return len(plan.baseline) * self.milliseconds(plan)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedPrice:
+    """The first process's price, for all that plan together: two clocks never agree, and one decision has to.
+
+    Args:
+        price: asked in the first process alone.
+        ranks: the processes, all of which ask at the same time.
+        device: where their sums are made.
+
+    Raises:
+        RunError: in the other processes, when called, if the first one fails.
+    """
+
+    price: Price
+    ranks: Ranks
+    device: torch.device
+
+    def __call__(self, plan: CachePlan) -> float:
+        """See `Price`."""
+        return self.of(lambda: self.price(plan))
+
+    def of(self, measure: Callable[[], float]) -> float:
+        """What the first process measures."""
+        try:
+            found = measure() if self.ranks.first else 0.0
+        except Exception:
+            self.ranks.of_first(math.nan, self.device)
+            raise
+        found = self.ranks.of_first(found, self.device)
+        if math.isnan(found):
+            raise RunError("the first process could not time a plan: what it printed says why.")
+        return found

@@ -23,34 +23,44 @@ class TrialRecord:
     def __init__(self, path: Path | None, search: str) -> None:
         self._path, self._search = path, search
         self._mse: dict[str, float] = {}
-        if path is not None and path.is_file():
+        self._cut = False  # whether the file ends within a line
+        if path is not None and path.exists():
             try:
-                lines = path.read_text().splitlines()
+                text = path.read_text(errors="replace")
             except OSError as error:
                 raise RunError(f"cannot read {path} ({error.strerror}): delete it, and the search starts afresh.") from error
-            for line in lines:
+            self._cut = not text.endswith("\n") and bool(text)
+            for line in text.splitlines():
                 self._take(line)
 
     def __contains__(self, recipe: str) -> bool:
         return recipe in self._mse
 
-    def __getitem__(self, recipe: str) -> float:
-        return self._mse[recipe]
+    def get(self, recipe: str) -> float:
+        """The error of a recipe; NaN if it is not known."""
+        return self._mse.get(recipe, math.nan)
 
     def __len__(self) -> int:
         return len(self._mse)
 
+    def know(self, recipe: str, mse: float) -> None:
+        """Remember an error that is in the file, or in that of another process."""
+        self._mse[recipe] = mse
+
     def add(self, recipe: str, mse: float, write: bool) -> None:
         """Remember an error, in the file too if `write` (one process of several does)."""
-        self._mse[recipe] = mse
+        self.know(recipe, mse)
         if write and self._path is not None:
+            line = json.dumps({"search": self._search, "recipe": recipe, "mse": mse if math.isfinite(mse) else None})
             with self._path.open("a") as file:
-                file.write(json.dumps({"search": self._search, "recipe": recipe, "mse": mse if math.isfinite(mse) else None}) + "\n")
+                file.write("\n" * self._cut + line + "\n")
+            self._cut = False
 
     def _take(self, line: str) -> None:
         try:
             row = json.loads(line)
-            if row["search"] == self._search:
-                self._mse[row["recipe"]] = math.inf if row["mse"] is None else float(row["mse"])
+            mse = math.inf if row["mse"] is None else float(row["mse"])
+            if row["search"] == self._search and not math.isnan(mse):
+                self._mse[row["recipe"]] = mse
         except (ValueError, KeyError, TypeError):  # the last line of a run that was killed while writing it
             return

@@ -70,6 +70,10 @@ class Search:
         """The trial of least error."""
         return min(self.trials.values(), key=lambda trial: trial.mse)
 
+    def adopt(self, other: Search) -> None:
+        """Take over what another search has tried within this one's budget: more time is never worth less."""
+        self.trials |= {recipe: trial for recipe, trial in other.trials.items() if trial.cost <= self.budget}
+
     def ranking(self) -> list[tuple[Shape, Trial]]:
         """Shapes that were tried, best first."""
         known = [(shape, self.trials[recipe]) for recipe, shape in self._shapes.items()]
@@ -86,7 +90,7 @@ class Search:
     def climb(self, attempts: int) -> None:
         """Move single full steps of the best recipe for as long as there are attempts and moves; a move that helps is kept."""
         chooser = random.Random(0)
-        while attempts > 0:
+        while attempts > 0 and self.trials:
             at = self.best.recipe
             moves = [move for move in neighbours(at) if move not in self.trials]
             chooser.shuffle(moves)
@@ -107,7 +111,8 @@ class Search:
 
 def fill(shape: Shape, budget: float, cost: Callable[[Recipe], float]) -> Recipe | None:
     """The recipe of a shape with the most full steps that the budget pays for; None if it pays for too few."""
-    low, high = 1, MAX_STEPS
+    low = 1 if at_count(shape, 1) else 2  # of one step there is no recipe
+    high = min(MAX_STEPS, int(2 * budget) + 1)  # a full step costs a half at least
     found: Recipe | None = None
     while low <= high:  # the cost rises with the number of full steps
         middle = (low + high) // 2
@@ -125,7 +130,8 @@ def at_count(shape: Shape, count: int) -> Recipe | None:
     if not count <= num_steps <= MAX_STEPS or num_steps < 2:
         return None
     full = spread(num_steps, count, shape.warmup, shape.bend)
-    return Recipe(shape.solver, shape.spacing, num_steps, full, shape.pruned, alone_steps(full, shape.alone))
+    pruned = SKIP if count == num_steps else shape.pruned  # of none, all are alike
+    return Recipe(shape.solver, shape.spacing, num_steps, full, pruned, alone_steps(full, shape.alone))
 
 
 def alone_steps(full: Sequence[int], share: float) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import Guidance
 from tc_lightning.sampling import full_plan, model_signature, sample_steps
+from tc_lightning.scores import sampler_digest
 
 NEIGHBOURS = 4  # states of the target run that one in between is interpolated from: a cubic
 
@@ -31,12 +32,14 @@ class TargetRun:
         path_SBCHW: latents before each step.
         labels_B: class of each image.
         x_0: final latents, [B, C, H, W].
+        sampler: digest of the sampler that made it.
     """
 
     times: np.ndarray
     path_SBCHW: Tensor
     labels_B: Tensor
     x_0: Tensor
+    sampler: str = ""
 
     @property
     def x_T(self) -> Tensor:
@@ -47,11 +50,18 @@ class TargetRun:
         """Latents at any time, [B, C, H, W]; None for the end.
 
         x / alpha is interpolated as a cubic in log(sigma / alpha), in which the paths are smooth; at a time of the run itself this
-        is what it passed through.
+        is what it passed through. Outside of its times, where a cubic would run away: before the first, the initial noise; after the
+        last, what has the final latents, and the noise that the last state then has, in the shares of that time.
         """
         if t is None:
             return self.x_0
+        if t >= self.times[0]:
+            return self.x_T
         schedule = NoiseSchedule()
+        if t < self.times[-1]:
+            (alpha, sigma), (alpha_S, sigma_S) = schedule.alpha_sigma(t), schedule.alpha_sigma(self.times)
+            share = float(sigma / sigma_S[-1])
+            return self.x_0 * (float(alpha) - share * float(alpha_S[-1])) + self.path_SBCHW[-1] * share
         known_S, at = _log_ratio(self.times), float(_log_ratio(np.array([t]))[0])
         place = int(np.searchsorted(-known_S, -at))
         first = min(max(place - NEIGHBOURS // 2, 0), max(len(known_S) - NEIGHBOURS, 0))
@@ -64,7 +74,7 @@ class TargetRun:
 
     def part(self, images: slice) -> TargetRun:
         """The same of some images."""
-        return TargetRun(self.times, self.path_SBCHW[:, images], self.labels_B[images], self.x_0[images])
+        return TargetRun(self.times, self.path_SBCHW[:, images], self.labels_B[images], self.x_0[images], self.sampler)
 
 
 def run_target(
@@ -96,7 +106,8 @@ def run_target(
                 bar.update()
             paths.append(torch.stack(states))
             ends.append(state.x_next)
-    return TargetRun(np.array([row.t for row in sampler.steps]), torch.cat(paths, 1), labels_B, torch.cat(ends))
+    times = np.array([row.t for row in sampler.steps])
+    return TargetRun(times, torch.cat(paths, 1), labels_B, torch.cat(ends), sampler_digest(sampler))
 
 
 def _log_ratio(times: np.ndarray) -> np.ndarray:
