@@ -30,6 +30,9 @@ COMMANDS = {
 }
 
 
+_PATHS = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # something is where a file or folder of another kind has to be
+
+
 class TokenCacheCLI(LightningCLI):
     """LightningCLI with resuming that looks for the newest valid checkpoint."""
 
@@ -67,18 +70,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         if given and given[0] in COMMANDS:
             _command(given[0])(given[1:])
-            return
-        TokenCacheCLI(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"epilog": f"Further sub-commands, each with its own --help: {', '.join(COMMANDS)}."},
-            trainer_defaults={"plugins": [{"class_path": "tc_lightning.training.checkpointing.AtomicCheckpointIO"}]},
-            args=args,
-        )
+        else:
+            _lightning(args)
     except Exception as error:
         if (told := _user_error(error)) is None:
             raise
@@ -86,6 +79,20 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(2) from error
     if torch.distributed.is_initialized():  # gloo's threads, left to the end of the process, can abort it
         torch.distributed.destroy_process_group()
+
+
+def _lightning(args: list[str] | None) -> None:
+    TokenCacheCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"epilog": f"Further sub-commands, each with its own --help: {', '.join(COMMANDS)}."},
+        trainer_defaults={"plugins": [{"class_path": "tc_lightning.training.checkpointing.AtomicCheckpointIO"}]},
+        args=args,
+    )
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
@@ -98,8 +105,10 @@ def _user_error(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, TokenCacheError):
             return str(error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, *_PATHS):
             where = error.filename or "a file of the run"
+            if error.errno in _PATHS:
+                return f"{where}: {error.strerror}. Name another path, or move away what is there; nothing else was touched."
             return f"{where}: {error.strerror}. Free space, or set another folder in the config; what was recorded is kept."
         error = error.__cause__ or error.__context__
     return None

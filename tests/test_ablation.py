@@ -228,7 +228,15 @@ def test_the_command_compares_and_goes_on(arguments: list[str], capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("more", "what"), [(["--seeds", "1"], "2 or more"), (["--order", "2"], "other settings"), (["--full", "6"], "other settings")]
+    ("more", "what"),
+    [
+        (["--seeds", "1"], "2 or more"),
+        (["--order", "2"], "other settings"),
+        (["--full", "6"], "other settings"),
+        (["--token-share", "0"], "share above 0"),
+        (["--lr-v2", "nan"], "learning rate above 0"),
+        (["-c", "none.yaml"], "no configuration none.yaml"),
+    ],
 )
 def test_the_command_refuses(arguments: list[str], more: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("a.json").write_text(json.dumps({"settings": {}, "seeds": {}}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,15 @@ import pytest
 import torch
 from conftest import make_teacher
 
+from tc_lightning import cli
 from tc_lightning.costs import macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, RunError, TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan, Guidance, skip
 from tc_lightning.planner.bench import Bench
+from tc_lightning.planner.command import fabric_of
+from tc_lightning.planner.command import main as plan_command
 from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.front import FrontPoint, write_front
 from tc_lightning.planner.policy import PlannerPolicy, images
@@ -422,3 +426,35 @@ def test_spacings_in_between() -> None:
     assert np.allclose(middle, 0.75 * low + 0.25 * high)
     with pytest.raises(TokenCacheError, match="mix:W"):
         make_sampler("ddim", 9, "mix:2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--target-ms", "nan", "--clock", "cpu"], "above 0"),
+        (["--target-ms", "3"], "needs --clock"),
+        (["--batch", "0"], "--batch is 0"),
+        (["--run", "nowhere"], "no run.json"),
+    ],
+)
+def test_bad_arguments_of_the_command(arguments: list[str], what: str) -> None:
+    with pytest.raises(RunError, match=what):
+        plan_command(["--run", "nowhere", *arguments])
+
+
+@pytest.mark.parametrize("devices", ["0", "-2", "several"])
+def test_devices_that_are_none(devices: str) -> None:
+    with pytest.raises(RunError, match=f"--devices {devices} cannot"):
+        fabric_of(devices)
+
+
+def test_a_file_in_place_of_a_folder_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(name: str) -> Callable[[list[str]], None]:
+        return lambda arguments: (tmp_path / name).touch() or (tmp_path / name).mkdir()
+
+    monkeypatch.setattr(cli, "_command", command)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["plan"])
+    assert "move away what is there" in capsys.readouterr().err

@@ -178,4 +178,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     for name, low in least.items():
         if (value := getattr(args, name)) is not None and value < low:
             raise RunError(f"--{name.replace('_', '-')} is {value}: give {low} or more.")
+    for name in ("token_share", "window_share", "block_share"):
+        if not 0.0 < (share := getattr(args, name)) <= 1.0:
+            raise RunError(f"--{name.replace('_', '-')} is {share:g}: give a share above 0, and at most 1.")
+    if not 0.0 < args.lr_v2 < float("inf"):
+        raise RunError(f"--lr-v2 is {args.lr_v2:g}: give a learning rate above 0.")
+    for config in args.config:
+        if not Path(config).is_file():
+            raise RunError(f"there is no configuration {config}: name a YAML of a distillation with -c.")
     return args
