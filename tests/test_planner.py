@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 import torch
 from conftest import make_teacher
 
-from tc_lightning import cli
+from tc_lightning.cli import _user_error
 from tc_lightning.costs import macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, RunError, TokenCacheError
@@ -448,13 +447,8 @@ def test_devices_that_are_none(devices: str) -> None:
         fabric_of(devices)
 
 
-def test_a_file_in_place_of_a_folder_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def command(name: str) -> Callable[[list[str]], None]:
-        return lambda arguments: (tmp_path / name).touch() or (tmp_path / name).mkdir()
-
-    monkeypatch.setattr(cli, "_command", command)
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["plan"])
-    assert "move away what is there" in capsys.readouterr().err
+def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "front").touch()
+    with pytest.raises(FileExistsError) as caught:
+        (tmp_path / "front").mkdir(exist_ok=True)
+    assert "move away what is there" in str(_user_error(caught.value))
