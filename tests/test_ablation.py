@@ -14,6 +14,7 @@ from conftest import CONFIG, SIGNATURE, make_plan
 
 from tc_lightning.ablation.layout import Layout, blocks_computed, without_predictor
 from tc_lightning.ablation.summary import QUESTIONS, Measured, all_answers, all_rows, table
+from tc_lightning.ablation.training import Training
 from tc_lightning.ablation.variants import EQUAL, Learned, RandomPredictor, Variant, all_variants, require_equal_cost
 from tc_lightning.cli import main
 from tc_lightning.content_predictor import ContentPredictor, Selector
@@ -225,6 +226,15 @@ def test_the_command_compares_and_goes_on(arguments: list[str], capsys: pytest.C
     main([*arguments, "--order", "0", "--out", "b.json"])
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("run.json")} == trained
     assert json.loads(Path("b.json").read_text())["rows"] != found["rows"]
+
+
+def test_settings_count_and_comments_do_not(tmp_path: Path) -> None:
+    files = [tmp_path / f"{name}.yaml" for name in "abc"]
+    for file, text in zip(files, ("data: {batch_size: 4}", "# four\ndata:\n  batch_size: 4", "data: {batch_size: 5}"), strict=True):
+        file.write_text(text)
+    a, b, c = (Training((str(file),)).digest for file in files)
+    assert a == b != c
+    assert Training((str(files[0]),), steps_v1=7).digest != a
 
 
 @pytest.mark.parametrize(

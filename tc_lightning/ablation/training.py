@@ -6,6 +6,7 @@ Every training seed has trajectories, initial weights and order of batches of it
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import warnings
@@ -44,11 +45,14 @@ class Training:
     steps_v2: int | None = None
     lr_v2: float = 1e-3
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
-        """Names the settings, the contents of the YAML files included."""
-        contents = [Path(path).read_text() for path in self.configs]
-        given = dataclasses.asdict(self) | {"configs": contents}
+        """Names the settings, those of the YAML files included, as they are when it is first asked for.
+
+        Raises:
+            RunError: if a file cannot be read.
+        """
+        given = dataclasses.asdict(self) | {"configs": [_settings(path) for path in self.configs]}
         return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
     def overlay(self, folder: Path, version: str, seed: int) -> dict[str, Any]:
@@ -90,6 +94,14 @@ def train(training: Training, folder: Path, seed: int) -> tuple[LoadedRun, Learn
     if v2.run.content is None:
         raise RunError(f"{v2.run.folder} holds no content predictor: delete the folder, and it is trained again.")
     return v1, Learned(v1.scores, v2.scores, Selector.load(v2.run.content, v2.model.config))
+
+
+def _settings(path: str) -> Any:
+    """What a YAML file says, whatever its comments."""
+    try:
+        return yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunError(f"cannot read {path}: {error}. Name the YAML of a distillation with -c.") from error
 
 
 def _run(training: Training, folder: Path, version: str, seed: int) -> LoadedRun:
