@@ -36,6 +36,22 @@ class Ranks:
         """The first process's value, on all of them: what each would measure or read for itself could differ."""
         return self.total(torch.tensor(value if self.first else 0.0, dtype=torch.float64, device=device)).item()
 
+    def gathered(self, values_BF: Tensor) -> Tensor:
+        """The rows of all processes, in the order of their ranks, on all of them."""
+        counts = self._counts(len(values_BF), values_BF.device)
+        padded = torch.zeros(self.world, max(counts), *values_BF.shape[1:], dtype=values_BF.dtype, device=values_BF.device)
+        padded[self.rank, : len(values_BF)] = values_BF
+        return torch.cat([rows[:count] for rows, count in zip(self.total(padded), counts, strict=True)])
+
+    def before(self, count: int, device: torch.device) -> int:
+        """How many rows the processes before this one have, of which each says how many it has itself."""
+        return sum(self._counts(count, device)[: self.rank])
+
+    def _counts(self, count: int, device: torch.device) -> list[int]:
+        own = torch.zeros(self.world, dtype=torch.float64, device=device)
+        own[self.rank] = count
+        return [round(number) for number in self.total(own).tolist()]
+
     def share(self, count: int) -> slice:
         """This process's part of `count` images; parts differ by one image at most."""
         bounds = [r * count // self.world for r in (self.rank, self.rank + 1)]

@@ -110,6 +110,20 @@ def sample_steps(
         TokenCacheError: if a label is out of range, or the latents become NaN.
         PlanError: if the plan is for another model or content predictor.
     """
+    yield from steps_with_gradients(model, plan, x_BCHW, labels_B, seed, first_index, solver, selector)
+
+
+def steps_with_gradients(
+    model: DiT,
+    plan: CachePlan,
+    x_BCHW: Tensor,
+    labels_B: Tensor,
+    seed: int = 0,
+    first_index: int = 0,
+    solver: Solver | None = None,
+    selector: Selector | None = None,
+) -> Iterator[SamplingStep]:
+    """As `sample_steps`, where gradients are recorded if they are wanted: the whole run can be differentiated."""
     check_labels(labels_B, plan.model.num_classes)
     plan.require_model(model_signature(model, plan.model.teacher))
     require_selector(plan, selector)

@@ -23,7 +23,8 @@ from tc_lightning.planner.command import fabric_of
 from tc_lightning.planner.command import main as plan_command
 from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.front import FrontPoint, write_front
-from tc_lightning.planner.policy import PlannerPolicy, images
+from tc_lightning.planner.pilot import images
+from tc_lightning.planner.policy import PlannerPolicy
 from tc_lightning.planner.price import ClockPrice, SharedPrice, macs_price
 from tc_lightning.planner.recipe import Kitchen, Recipe, spread
 from tc_lightning.planner.record import TrialRecord
@@ -246,14 +247,14 @@ class TestSearch:
         search.climb(4)
         assert found < len(search.trials)
         assert all(trial.cost <= 5.0 for trial in search.trials.values())
-        assert search.best.mse == min(trial.mse for trial in search.trials.values()) < math.inf
+        assert search.best.error == min(trial.error for trial in search.trials.values()) < math.inf
 
     def test_climbing_ends_at_a_hill_top(self, bench: Bench) -> None:
         search = Search(bench, 4.0)
         search.try_shapes([Shape("dpmpp_2m", "mix:0.5", 2.0)])
         search.climb(1000)
         top = search.best
-        assert all(bench.attempt(move).mse >= top.mse for move in neighbours(top.recipe) if bench.cost(move) <= 4.0)
+        assert all(bench.attempt(move).error >= top.error for move in neighbours(top.recipe) if bench.cost(move) <= 4.0)
 
     def test_the_clock_as_price(self, bench: Bench) -> None:
         bench.price = ClockPrice(lambda plan: (3.0 * len(plan.full_steps) + 0.6 * (plan.num_steps - len(plan.full_steps)), 3.0))
@@ -303,14 +304,14 @@ class TestRecord:
             return values if values.ndim else torch.tensor(next(answers))
 
         bench = Bench(model, kitchen, macs_price, target, 4, Ranks(1, 2, total))
-        assert bench.attempt(Recipe("ddim", "uniform", 5, (0, 2, 4), PrunedStep("skip", 1))).mse == 0.25
+        assert bench.attempt(Recipe("ddim", "uniform", 5, (0, 2, 4), PrunedStep("skip", 1))).error == 0.25
 
     def test_targets_of_equal_times_are_not_confused(self, model: DiT, kitchen: Kitchen, target: TargetRun) -> None:
         other = dataclasses.replace(target, sampler="other")
         assert len({Bench(model, kitchen, macs_price, run, 4, ALONE)._name() for run in (target, other)}) == 2
 
     def test_a_damaged_file_costs_its_damaged_lines(self, tmp_path: Path) -> None:
-        (tmp_path / "t").write_bytes(b'\xff\xfe\n[]\n{"search": "s", "recipe": "a", "mse": NaN}\n{"search": "s"')
+        (tmp_path / "t").write_bytes(b'\xff\xfe\n[]\n{"search": "s", "recipe": "a", "error": NaN}\n{"search": "s"')
         record = TrialRecord(tmp_path / "t", "s")
         assert len(record) == 0
         record.add("b", 2.0, write=True)
@@ -332,7 +333,16 @@ class TestRecord:
 
 class TestPolicy:
     SMALL = PlannerPolicy(
-        2.0, front=(1.5,), evaluations=8, front_evaluations=3, fit_images=2, judge_images=2, final_images=3, progress=False
+        2.0,
+        front=(1.5,),
+        evaluations=8,
+        front_evaluations=3,
+        fit_images=2,
+        judge_images=2,
+        final_images=3,
+        pool_images=0,
+        refinements=1,
+        progress=False,
     )
 
     def context(self, model: DiT, folder: Path | None = None) -> PlanningContext:
@@ -369,12 +379,12 @@ class TestPolicy:
             assert len(json.loads(listing.read_text())) == 1
 
     def test_every_trial_has_a_line_and_one_of_each_budget_is_chosen(self, model: DiT, tmp_path: Path) -> None:
-        policy = PlannerPolicy(2.0, "reference", (1.5, 1.5), 12, 6, 2, 2, 2, progress=False)
+        policy = PlannerPolicy(2.0, "reference", (1.5, 1.5), 12, 6, 2, 2, 2, 0, 0, progress=False)
         choice = policy.plan(self.context(model, tmp_path))
         assert sum(row["chosen"] for row in choice.candidates) == 2
         first = [row for row in choice.candidates if row["speedup"] == 2.0]
         second = [row for row in choice.candidates if row["speedup"] == 1.5]
-        assert min(row["mse"] for row in second) <= min(row["mse"] for row in first)  # more time is never worth less
+        assert min(row["error"] for row in second) <= min(row["error"] for row in first)  # more time is never worth less
         assert len((tmp_path / "trials.jsonl").read_text().splitlines()) >= len(first)
 
     def test_fewer_images_than_processes_are_refused(self, model: DiT) -> None:
@@ -397,7 +407,7 @@ class TestPolicy:
         assert point.mse == pytest.approx(float(mse), rel=1e-3)
 
     def test_the_converged_run_as_target(self, model: DiT) -> None:
-        policy = PlannerPolicy(2.0, "ode", (), 2, 1, 2, 2, 2, ode_steps=20, progress=False)
+        policy = PlannerPolicy(2.0, "ode", (), 2, 1, 2, 2, 2, 8, 1, ode_steps=20, progress=False)
         point = policy.plan(self.context(model)).front[0]
         assert isinstance(point, FrontPoint)
         assert point.to_json()["mse_reference"] is None

@@ -33,7 +33,7 @@ from tc_lightning.costs import full_step_macs, macs_speedup
 from tc_lightning.errors import RunError
 from tc_lightning.evaluation import BATCH, RolloutEvaluator
 from tc_lightning.models.dit import DiT
-from tc_lightning.planner.policy import images
+from tc_lightning.planner.pilot import images
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.policies.targeted import Steps
 

@@ -9,7 +9,6 @@ import math
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT
@@ -17,6 +16,7 @@ from tc_lightning.planner.fit import FittedPlan, fit_sampler
 from tc_lightning.planner.price import Price
 from tc_lightning.planner.recipe import Kitchen, Recipe
 from tc_lightning.planner.record import TrialRecord
+from tc_lightning.planner.robust import robust_mean
 from tc_lightning.planner.target import TargetRun
 from tc_lightning.ranks import Ranks
 from tc_lightning.scores import sampler_digest
@@ -29,12 +29,12 @@ class Trial:
     Args:
         recipe: what was tried.
         cost: cost of its plan in full steps.
-        mse: mean squared error of final latents on images that the fit did not see; infinite if the latents became NaN.
+        error: robust mean of the squared error of final latents, on images that the fit did not see; infinite if they became NaN.
     """
 
     recipe: Recipe
     cost: float
-    mse: float
+    error: float
 
 
 class Bench:
@@ -70,30 +70,32 @@ class Bench:
         if self.ranks.of_first(float(name in self._record), device):  # another process may not see the file
             self._record.know(name, self.ranks.of_first(self._record.get(name), device))
         else:
-            self._record.add(name, self._mse(recipe), write=self.ranks.first)
+            self._record.add(name, self._error(recipe), write=self.ranks.first)
         return Trial(recipe, self.cost(recipe), self._record.get(name))
 
     def fit(self, recipe: Recipe) -> FittedPlan:
         """The recipe's plan with its sampler fitted."""
         return fit_sampler(self.model, self.kitchen.build(recipe), self.target, self.fitted, ranks=self.ranks)
 
-    def _mse(self, recipe: Recipe) -> float:
+    def _error(self, recipe: Recipe) -> float:
         try:
-            return mean_over(self.fit(recipe).mse_B[self.fitted :], self.ranks)
+            judged_B, counts_B = self.fit(recipe).mse_B[self.fitted :], self.target.counts_B[self.fitted :]
         except TokenCacheError:  # there is nothing to fit, or the latents became NaN
             return math.inf
+        all_B = self.ranks.gathered(torch.stack([judged_B.double(), counts_B.double()], 1))
+        return float(robust_mean(*all_B.unbind(1)))
 
     def _name(self) -> str:
         """Digest of all that an error depends on beside the recipe."""
         k, t = self.kitchen, self.target
-        parts = [k.scores.digest, sampler_digest(k.reference), dataclasses.asdict(k.guidance), t.times.tolist(), t.sampler]
+        parts = [
+            "robust mean",
+            k.scores.digest,
+            sampler_digest(k.reference),
+            dataclasses.asdict(k.guidance),
+            t.times.tolist(),
+            t.sampler,
+        ]
         counts = torch.tensor([self.fitted, len(t.x_T)], dtype=torch.float64, device=t.x_T.device)  # of all processes: one name
-        sums = self.ranks.total(torch.cat([counts, t.x_T.double().sum()[None]])).tolist()
+        sums = self.ranks.total(torch.cat([counts, t.x_T.double().sum()[None], t.counts_B.double().sum()[None]])).tolist()
         return hashlib.sha256(json.dumps([*parts, self.ranks.world, sums]).encode()).hexdigest()[:16]
-
-
-def mean_over(values_B: Tensor, ranks: Ranks) -> float:
-    """Mean over the values of all processes; infinite if one of them is not finite."""
-    count = torch.tensor(float(len(values_B)), dtype=torch.float64, device=values_B.device)
-    total, number = ranks.total(torch.stack([values_B.double().sum(), count])).tolist()
-    return total / number if math.isfinite(total) else math.inf

@@ -24,8 +24,9 @@ from tc_lightning.costs import macs_speedup
 from tc_lightning.errors import RunError
 from tc_lightning.evaluation import psnr_db
 from tc_lightning.planner.front import FOLDER, write_front
-from tc_lightning.planner.policy import TARGETS, PlannerPolicy, Subject
+from tc_lightning.planner.policy import TARGETS, PlannerPolicy
 from tc_lightning.planner.price import ClockPrice, SharedPrice
+from tc_lightning.planner.run import Subject
 from tc_lightning.policies.base import PlanChoice
 from tc_lightning.ranks import Ranks
 from tc_lightning.runs import find_run, read_run
@@ -61,7 +62,9 @@ def _plan(args: argparse.Namespace) -> None:
 
 def policy_of(args: argparse.Namespace, speedup: float) -> PlannerPolicy:
     """The planner that was asked for."""
-    return PlannerPolicy(speedup, args.target, tuple(args.front), args.evaluations, args.front_evaluations)
+    return PlannerPolicy(
+        speedup, args.target, tuple(args.front), args.evaluations, args.front_evaluations, refinements=args.refinements
+    )
 
 
 def fabric_of(devices: str) -> Fabric:
@@ -134,8 +137,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--clock", choices=("cpu", "cuda"), help="budgets in time on this provider, instead of MACs")
     parser.add_argument("--target-ms", type=float, help="with --clock: milliseconds an image, instead of --target-speedup")
     parser.add_argument("--batch", type=int, default=8, help="with --clock: images at a time")
-    parser.add_argument("--evaluations", type=int, default=60, help="plans tried for the target")
-    parser.add_argument("--front-evaluations", type=int, default=20, help="plans tried for each further speed-up")
+    parser.add_argument("--evaluations", type=int, default=40, help="plans tried for the target")
+    parser.add_argument("--front-evaluations", type=int, default=12, help="plans tried for each further speed-up")
+    parser.add_argument("--refinements", type=int, default=3, help="steps of Gauss-Newton on each best plan's sampler")
     parser.add_argument("--devices", default="auto", help="devices to use (default: all GPUs, or one CPU process)")
     parser.add_argument("--keep-plan", action="store_true", help="write the front only, and leave plan.json as it is")
     args = parser.parse_args(arguments)

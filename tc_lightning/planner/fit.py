@@ -2,9 +2,10 @@
 
 A step of the sampler is a weighted sum of x, its m and the last ones (`tc_lightning.diffusion.table`). While a plan runs, the
 coefficients of each step are set by least squares, so that x_next comes as near as they can bring it to where the target run is at
-that time, over all pixels of the images that are fitted on; then the step is taken with them, and the next is fitted from there.
-One run of the plan fits it. Solvers with coefficients of each step's own, learned for a model, are known from Shaul et al., arXiv
-2403.01329 (there by gradients through the whole run, and without a cache).
+that time, over all pixels of the images that are fitted on; then the step is taken with them, and the next is fitted from there. The
+images are reweighted as for a robust mean: one that has ended up elsewhere would outweigh all others. One run of the plan fits it.
+Solvers with coefficients of each step's own, learned for a model, are known from Shaul et al., arXiv 2403.01329 (there by gradients
+through the whole run, and without a cache).
 
 Shape suffixes: B images, C H W latent, F coefficients.
 """
@@ -20,10 +21,12 @@ from tc_lightning.diffusion.table import SamplerStep, SamplerTable
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
+from tc_lightning.planner.robust import robust_weights
 from tc_lightning.planner.target import TargetRun
 from tc_lightning.ranks import ALONE, Ranks
 from tc_lightning.sampling import sample_steps
 
+REWEIGHTED = 2  # times that the weights of images are set anew within a step
 RIDGE = 1e-6  # of the features' own squares: the coefficients of an analytic solver are kept where the data says nothing
 SUFFIX = "-fitted"  # of the sampler's name
 _NAMES = ("next_x", "next_m", "next_m_prev", "next_m_prev2")
@@ -92,9 +95,25 @@ class _Fitter:
             raise TokenCacheError(f"latents became NaN or infinite at step {step} of a fit: check the teacher's weights.")
 
     def _solve(self, features: list[Tensor], wanted: Tensor, base_F: Tensor) -> Tensor:
-        """Ridge regression towards `base_F`; the sums are over the images of all processes."""
-        columns_PF = torch.stack([f[: self._fitted].flatten() for f in features], 1).double()
-        rest_P = wanted[: self._fitted].flatten().double() - columns_PF @ base_F.to(columns_PF)
-        gram_FF = self._ranks.total(columns_PF.T @ columns_PF).cpu()
-        moment_F = self._ranks.total(columns_PF.T @ rest_P).cpu()
+        """Ridge regression towards `base_F`, in which images that have left the path already count for little."""
+        columns_BPF = torch.stack([f[: self._fitted].double().flatten(1) for f in features], 2)
+        wanted_BP = wanted[: self._fitted].double().flatten(1)
+        found_F = base_F.to(columns_BPF)
+        for _ in range(REWEIGHTED):
+            weights_B = self._weights((wanted_BP - columns_BPF @ found_F).square().mean(1))
+            found_F = self._regression(columns_BPF, wanted_BP, weights_B, base_F.to(columns_BPF))
+        return found_F.cpu()
+
+    def _weights(self, left_B: Tensor) -> Tensor:
+        """How much each image's pixels count, by what is left of its error."""
+        counts_B = self._target.counts_B[: self._fitted].double()
+        all_B, first = self._ranks.gathered(torch.stack([left_B, counts_B], 1)), self._ranks.before(len(left_B), left_B.device)
+        return robust_weights(*all_B.unbind(1))[first : first + len(left_B)]
+
+    def _regression(self, columns_BPF: Tensor, wanted_BP: Tensor, weights_B: Tensor, base_F: Tensor) -> Tensor:
+        """The sums are over the images of all processes."""
+        rest_BP = wanted_BP - columns_BPF @ base_F
+        weighted_BPF = columns_BPF * weights_B[:, None, None]
+        gram_FF = self._ranks.total(torch.einsum("bpf,bpg->fg", weighted_BPF, columns_BPF))
+        moment_F = self._ranks.total(torch.einsum("bpf,bp->f", weighted_BPF, rest_BP))
         return base_F + torch.linalg.solve(gram_FF + self._ridge * torch.diag(gram_FF.diagonal()), moment_F)

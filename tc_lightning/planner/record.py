@@ -22,7 +22,7 @@ class TrialRecord:
 
     def __init__(self, path: Path | None, search: str) -> None:
         self._path, self._search = path, search
-        self._mse: dict[str, float] = {}
+        self._errors: dict[str, float] = {}
         self._cut = False  # whether the file ends within a line
         if path is not None and path.exists():
             try:
@@ -34,24 +34,24 @@ class TrialRecord:
                 self._take(line)
 
     def __contains__(self, recipe: str) -> bool:
-        return recipe in self._mse
+        return recipe in self._errors
 
     def get(self, recipe: str) -> float:
         """The error of a recipe; NaN if it is not known."""
-        return self._mse.get(recipe, math.nan)
+        return self._errors.get(recipe, math.nan)
 
     def __len__(self) -> int:
-        return len(self._mse)
+        return len(self._errors)
 
-    def know(self, recipe: str, mse: float) -> None:
+    def know(self, recipe: str, error: float) -> None:
         """Remember an error that is in the file, or in that of another process."""
-        self._mse[recipe] = mse
+        self._errors[recipe] = error
 
-    def add(self, recipe: str, mse: float, write: bool) -> None:
+    def add(self, recipe: str, error: float, write: bool) -> None:
         """Remember an error, in the file too if `write` (one process of several does)."""
-        self.know(recipe, mse)
+        self.know(recipe, error)
         if write and self._path is not None:
-            line = json.dumps({"search": self._search, "recipe": recipe, "mse": mse if math.isfinite(mse) else None})
+            line = json.dumps({"search": self._search, "recipe": recipe, "error": error if math.isfinite(error) else None})
             with self._path.open("a") as file:
                 file.write("\n" * self._cut + line + "\n")
             self._cut = False
@@ -59,8 +59,8 @@ class TrialRecord:
     def _take(self, line: str) -> None:
         try:
             row = json.loads(line)
-            mse = math.inf if row["mse"] is None else float(row["mse"])
-            if row["search"] == self._search and not math.isnan(mse):
-                self._mse[row["recipe"]] = mse
+            error = math.inf if row["error"] is None else float(row["error"])
+            if row["search"] == self._search and not math.isnan(error):
+                self._errors[row["recipe"]] = error
         except (ValueError, KeyError, TypeError):  # the last line of a run that was killed while writing it
             return

@@ -68,7 +68,7 @@ class Search:
     @property
     def best(self) -> Trial:
         """The trial of least error."""
-        return min(self.trials.values(), key=lambda trial: trial.mse)
+        return min(self.trials.values(), key=lambda trial: trial.error)
 
     def adopt(self, other: Search) -> None:
         """Take over what another search has tried within this one's budget: more time is never worth less."""
@@ -77,7 +77,7 @@ class Search:
     def ranking(self) -> list[tuple[Shape, Trial]]:
         """Shapes that were tried, best first."""
         known = [(shape, self.trials[recipe]) for recipe, shape in self._shapes.items()]
-        return sorted(known, key=lambda pair: pair[1].mse)
+        return sorted(known, key=lambda pair: pair[1].error)
 
     def try_shapes(self, shapes: Iterable[Shape]) -> None:
         """Try every shape that the budget has room for."""

@@ -33,6 +33,7 @@ class TargetRun:
         labels_B: class of each image.
         x_0: final latents, [B, C, H, W].
         sampler: digest of the sampler that made it.
+        weights_B: how much each image counts, [B]; None: all alike.
     """
 
     times: np.ndarray
@@ -40,6 +41,12 @@ class TargetRun:
     labels_B: Tensor
     x_0: Tensor
     sampler: str = ""
+    weights_B: Tensor | None = None
+
+    @property
+    def counts_B(self) -> Tensor:
+        """How much each image counts, [B]."""
+        return torch.ones(len(self.x_0), device=self.x_0.device) if self.weights_B is None else self.weights_B
 
     @property
     def x_T(self) -> Tensor:
@@ -74,7 +81,8 @@ class TargetRun:
 
     def part(self, images: slice) -> TargetRun:
         """The same of some images."""
-        return TargetRun(self.times, self.path_SBCHW[:, images], self.labels_B[images], self.x_0[images], self.sampler)
+        weights_B = None if self.weights_B is None else self.weights_B[images]
+        return TargetRun(self.times, self.path_SBCHW[:, images], self.labels_B[images], self.x_0[images], self.sampler, weights_B)
 
 
 def run_target(

@@ -1,0 +1,210 @@
+"""Refining a fitted sampler end to end: Gauss-Newton on the error of the final images.
+
+`tc_lightning.planner.fit` brings each state of a run near to where the target run is, one after the other. What counts is the end: an
+error may be made up for by a later step, and one that is made near a fork of an image's path grows, others fade. So the coefficients
+theta of all steps are then moved together. With e_b(theta) the difference of image b's final latents to the target's,
+
+    (H + lambda diag H) delta = -g      g = sum_B w_b J_b^T e_b      H = sum_B w_b J_b^T J_b      J_b = d e_b / d theta
+
+where w_b are the weights of a robust mean (`tc_lightning.planner.robust`). g takes one backward pass. H is estimated with random signs
+v, since E (J^T v)(J^T v)^T = J^T J: one more pass for each, which gives J_b^T v_b of every image at once, because each has coefficients
+of its own in the graph. H changes little, so it is estimated once and kept. The best of a few lambda is taken in the first step, and
+kept; a step that does not help is the last. (Solvers with learned coefficients:
+Shaul et al., arXiv 2403.01329, by gradient descent. Estimates by random probes: Hutchinson, 1989.)
+
+Shape suffixes: B images, C H W latent, T steps, F coefficients of a step, P = T F.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.models.dit import DiT
+from tc_lightning.plan import CachePlan
+from tc_lightning.planner.robust import robust_mean, robust_weights
+from tc_lightning.planner.target import TargetRun
+from tc_lightning.ranks import ALONE, Ranks
+from tc_lightning.sampling import sample, steps_with_gradients
+
+PROBES = 6
+DAMPING = (1e-1, 1e-2, 1e-3)
+COEFFICIENTS = ("next_x", "next_m", "next_m_prev", "next_m_prev2")
+CPU_BYTES = 4 << 30  # what the graph of one backward pass may take; on a GPU half of what is free
+_SEED = 0x50726F62
+
+OnPass = Callable[[], object]
+
+
+def refine_sampler(
+    model: DiT, plan: CachePlan, target: TargetRun, iterations: int, ranks: Ranks | None = None, on_pass: OnPass = lambda: None
+) -> CachePlan:
+    """Move the sampler's coefficients towards less error of final latents.
+
+    Args:
+        model: the teacher; its weights are left alone.
+        plan: a plan whose sampler was fitted.
+        target: the run to reproduce, of this process's images, and what each counts.
+        iterations: steps of Gauss-Newton at most; fewer are taken if one does not help. The first is the dear one.
+        ranks: the processes that refine together, each with images of its own.
+        on_pass: called after every iteration.
+
+    Returns:
+        The plan with the coefficients found; the plan itself, with a warning, if there is no memory for its graph.
+
+    Raises:
+        PlanError: if the plan scales its eps or its sampler adds noise.
+        TokenCacheError: if the plan's own latents become NaN.
+    """
+    if plan.eps_scale or plan.sampler.stochastic:
+        raise PlanError("a sampler that scales eps or adds noise cannot be refined: start from ddim or dpmpp_2m.")
+    refiner = _Refiner(model, target, ranks or ALONE)
+    batch = refiner.images_at_a_time(plan)
+    if iterations and not batch:
+        warnings.warn("no memory for the gradients of one image's run: the sampler stays as it was fitted.", stacklevel=2)
+        return plan
+    errors_B = refiner.errors(plan)
+    damping: tuple[float, ...] = DAMPING
+    gram_PP: Tensor | None = None
+    for _ in range(iterations):
+        found_PP, slope_P = refiner.normal_equations(plan, errors_B, batch, PROBES if gram_PP is None else 0)
+        gram_PP = found_PP if gram_PP is None else gram_PP
+        moves = {lam: moved(plan, solve(gram_PP, slope_P, lam)) for lam in damping}
+        better = refiner.best(plan, errors_B, moves)
+        on_pass()
+        if better is None:
+            break
+        damping, plan, errors_B = (better[0],), *better[1:]
+    return plan
+
+
+def images_in(memory: float, image: float) -> int:
+    """How many images' graphs fit into memory, both in bytes."""
+    return int(memory // image)
+
+
+class _Refiner:
+    """One target and the processes that share its images."""
+
+    def __init__(self, model: DiT, target: TargetRun, ranks: Ranks) -> None:
+        self._model, self._target, self._ranks = model, target, ranks
+
+    def images_at_a_time(self, plan: CachePlan) -> int:
+        """Images whose graph there is memory for; 0 in all processes if it is 0 in one."""
+        one = self._target.part(slice(0, 1))
+        size = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal size
+            size += tensor.numel() * tensor.element_size()
+            return tensor
+
+        weights = {p.data_ptr() for p in self._model.parameters()}  # saved too, but not anew
+        pack: Callable[[Tensor], Tensor] = lambda t: t if t.data_ptr() in weights else count(t)  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            _final(self._model, plan, one, _own(coefficients(plan), 1))
+        device = one.x_0.device
+        free = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else CPU_BYTES
+        fits = images_in(free, max(size, 1))
+        none = self._ranks.total(torch.tensor(float(fits == 0), dtype=torch.float64, device=device)).item()
+        return 0 if none else min(fits, len(self._target.x_0))
+
+    def errors(self, plan: CachePlan) -> Tensor:
+        """Mean squared error of final latents of this process's images, [B]; infinite if the latents became NaN."""
+        t = self._target
+        try:
+            return (sample(self._model, plan, t.x_T, t.labels_B) - t.x_0).square().flatten(1).mean(1)
+        except TokenCacheError:
+            return torch.full((len(t.x_0),), torch.inf, device=t.x_0.device)
+
+    def value(self, errors_B: Tensor) -> float:
+        """Robust mean over the images of all processes."""
+        all_B = self._ranks.gathered(torch.stack([errors_B.double(), self._target.counts_B.double()], 1))
+        return float(robust_mean(*all_B.unbind(1)))
+
+    def best(self, plan: CachePlan, errors_B: Tensor, moves: dict[float, CachePlan]) -> tuple[float, CachePlan, Tensor] | None:
+        """The best of a few moves, its name first and its errors last; None if none is better than the plan."""
+        tried = [(lam, move, self.errors(move)) for lam, move in moves.items()]
+        best = min(tried, key=lambda one: self.value(one[2]))
+        return best if self.value(best[2]) < self.value(errors_B) else None
+
+    def normal_equations(self, plan: CachePlan, errors_B: Tensor, batch: int, probes: int) -> tuple[Tensor, Tensor]:
+        """H [P, P] from so many probes (0 without any), and g [P], over the images of all processes."""
+        both = torch.stack([errors_B.double(), self._target.counts_B.double()], 1)
+        all_B, first = self._ranks.gathered(both), self._ranks.before(len(both), both.device)
+        weights_B = robust_weights(*all_B.unbind(1))[first : first + len(both)]
+        size = coefficients(plan).numel()
+        gram_PP = torch.zeros(size, size, dtype=torch.float64, device=both.device)
+        slope_P = torch.zeros(size, dtype=torch.float64, device=both.device)
+        for start in range(0, len(both), batch):
+            part = slice(start, start + batch)
+            of_error_BP, *of_signs = self._products(plan, self._target.part(part), first + start, probes)
+            slope_P += weights_B[part] @ of_error_BP
+            for rows_BP in of_signs:
+                gram_PP += (rows_BP * weights_B[part, None]).T @ rows_BP / probes
+        return self._ranks.total(gram_PP).cpu(), self._ranks.total(slope_P).cpu()
+
+    def _products(self, plan: CachePlan, target: TargetRun, first: int, probes: int) -> list[Tensor]:
+        """J_b^T v_b of each image, [B, P]: for v the error, then for each of the random signs, which `first` keys."""
+        own_BTF = _own(coefficients(plan), len(target.x_0)).to(target.x_0.device)
+        end = _final(self._model, plan, target, own_BTF)
+        signs = torch.stack([_signs(first + b, probes, target.x_0.shape[1:]) for b in range(len(target.x_0))], 1).to(end)
+        vectors = [(end - target.x_0).detach(), *signs]
+        gradients = [torch.autograd.grad(end, own_BTF, v, retain_graph=j < probes)[0] for j, v in enumerate(vectors)]
+        return [gradient.flatten(1).double() for gradient in gradients]
+
+
+def coefficients(plan: CachePlan) -> Tensor:
+    """What each step multiplies x, its m and the last ones with, [T, F]."""
+    return torch.tensor([[getattr(row, name) for name in COEFFICIENTS] for row in plan.sampler.steps])
+
+
+def moved(plan: CachePlan, delta_P: Tensor) -> CachePlan:
+    """The plan with its coefficients changed by so much."""
+    rows = []
+    for row, change in zip(plan.sampler.steps, delta_P.view(-1, len(COEFFICIENTS)).tolist(), strict=True):
+        values = {name: getattr(row, name) + by for name, by in zip(COEFFICIENTS, change, strict=True)}
+        rows.append(dataclasses.replace(row, **values))
+    return dataclasses.replace(plan, sampler=dataclasses.replace(plan.sampler, steps=tuple(rows)))
+
+
+def solve(gram_PP: Tensor, slope_P: Tensor, damping: float) -> Tensor:
+    """delta [P] of the module's equation; 0 for coefficients of outputs that do not exist."""
+    used_P = gram_PP.diagonal() > 0
+    scale = gram_PP.diagonal()[used_P].sqrt()
+    scaled = gram_PP[used_P][:, used_P] / scale[:, None] / scale
+    delta_P = torch.zeros_like(slope_P)
+    delta_P[used_P] = torch.linalg.solve(scaled + damping * torch.eye(len(scale)).to(scaled), -slope_P[used_P] / scale) / scale
+    return delta_P
+
+
+def _own(coefficients_TF: Tensor, images: int) -> Tensor:
+    """Coefficients of each image's own, [B, T, F]: the gradient of one is then that image's alone."""
+    return coefficients_TF.repeat(images, 1, 1)
+
+
+def _final(model: DiT, plan: CachePlan, target: TargetRun, own_BTF: Tensor) -> Tensor:
+    """Final latents [B, C, H, W], with the graph that leads to them from the coefficients, which become a leaf of it."""
+    own_BTF.requires_grad_()
+
+    def solver(step: int, x: Tensor, eps: Tensor, past: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        row = plan.sampler.steps[step]
+        m = x * row.m_x + eps * row.m_eps
+        terms = [f * own_BTF[:, step, j, None, None, None] for j, f in enumerate((x, m, *past))]
+        return torch.stack(terms).sum(0), m
+
+    with torch.enable_grad():
+        for state in steps_with_gradients(model, plan, target.x_T, target.labels_B, solver=solver):
+            end = state.x_next
+    return end
+
+
+def _signs(image: int, probes: int, shape: torch.Size) -> Tensor:
+    """Random signs of one image, [probes, C, H, W]: the same wherever it is computed."""
+    generator = torch.Generator().manual_seed(_SEED + image)
+    return torch.randint(0, 2, (probes, *shape), generator=generator) * 2.0 - 1.0
