@@ -101,6 +101,8 @@ def published(
 ) -> tuple[list[Subject], list[Missing]]:
     """Plans of every policy at every budget, and the policies that gave none.
 
+    A method that reaches none of the budgets is shown with the plan of the greatest speed-up that it reaches.
+
     Args:
         context: what policies may look at.
         reference: the reference run at full compute.
@@ -108,18 +110,27 @@ def published(
         policies: the policies for a budget, by name.
         on_plan: called with a policy's name before it plans.
     """
-    subjects, missing = [], []
+    found: list[Subject | Missing] = []
     for budget in budgets:
         for method, policy in policies(budget).items():
             on_plan(f"{method} {budget:g}x")
-            try:
-                if (reason := policy.unavailable(context)) is not None:
-                    missing.append(Missing(method, budget, reason))
-                else:
-                    subjects.append(_subject(reference, policy.plan(context).plan, PUBLISHED, method))
-            except TokenCacheError as error:
-                missing.append(Missing(method, budget, str(error)))
-    return subjects, missing
+            found.append(_published(context, reference, method, budget, policy))
+    shown = {one.method for one in found if isinstance(one, Subject)}
+    for method, policy in policies(min(budgets)).items():
+        most = math.floor(100 * policy.most(context)) / 100
+        if method not in shown and 1 < most < min(budgets):
+            on_plan(f"{method} {most:g}x")
+            found.append(_published(context, reference, method, most, policies(most)[method]))
+    return [one for one in found if isinstance(one, Subject)], [one for one in found if isinstance(one, Missing)]
+
+
+def _published(context: PlanningContext, reference: CachePlan, method: str, budget: float, policy: Policy) -> Subject | Missing:
+    try:
+        if (reason := policy.unavailable(context)) is not None:
+            return Missing(method, budget, reason)
+        return _subject(reference, policy.plan(context).plan, PUBLISHED, method)
+    except TokenCacheError as error:
+        return Missing(method, budget, str(error))
 
 
 def distinct(subjects: Iterable[Subject]) -> list[Subject]:

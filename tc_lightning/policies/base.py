@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -92,6 +93,10 @@ class Policy(ABC):
         Raises:
             PlanError: if no scores would let the policy satisfy what was asked for.
         """
+
+    def most(self, context: PlanningContext) -> float:
+        """The greatest speed-up in MACs that the method reaches; infinite where there is no limit, or none is known."""
+        return math.inf
 
     def unavailable(self, context: PlanningContext) -> str | None:
         """Why the policy cannot plan here, in a sentence; None if it can."""

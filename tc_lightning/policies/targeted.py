@@ -73,6 +73,10 @@ class TargetedPolicy(Policy):
         """See `Policy.check`."""
         self._check(signature, sampler, sampler)
 
+    def most(self, context: PlanningContext) -> float:
+        """See `Policy.most`."""
+        return reference_macs(context.signature, context.baseline) / self.least_macs(context.signature, context.sampler)
+
     def unavailable(self, context: PlanningContext) -> str | None:
         """See `Policy.unavailable`."""
         try:

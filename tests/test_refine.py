@@ -1,0 +1,216 @@
+"""Robust means, the choice of images, and Gauss-Newton: by hand, by identities, against finite differences."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.errors import PlanError
+from tc_lightning.models.checkpoints import TeacherSpec, load_teacher
+from tc_lightning.models.dit import DiT
+from tc_lightning.plan import CachePlan, Guidance, compute, skip
+from tc_lightning.planner import refine
+from tc_lightning.planner.fit import fit_sampler
+from tc_lightning.planner.pilot import as_they_come, difficulty, images, stratified
+from tc_lightning.planner.refine import coefficients, moved, refine_sampler, solve
+from tc_lightning.planner.robust import TAIL, robust_mean, robust_weights, weighted_median
+from tc_lightning.planner.target import TargetRun, run_target
+from tc_lightning.ranks import ALONE, Ranks
+from tc_lightning.sampling import full_plan, model_signature, sample
+
+GUIDANCE = Guidance(1.5, 1)
+SHIPPED = TeacherSpec(str(Path(__file__).parents[1] / "data" / "digits_dit.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def model() -> DiT:
+    """The shipped one: random weights do not denoise, and what they make has no paths to keep to."""
+    return load_teacher(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def target(model: DiT) -> TargetRun:
+    run = run_target(model, make_sampler("ddim", 12), GUIDANCE, *images(model, list(range(6))), batch=3)
+    return dataclasses.replace(run, weights_B=torch.tensor([1.0, 1.0, 2.0, 2.0, 2.0, 2.0]))
+
+
+@pytest.fixture(scope="module")
+def fitted(model: DiT, target: TargetRun) -> CachePlan:
+    """Six steps of which two skip all blocks."""
+    steps = tuple((skip(0, 12, 1),) if i in (3, 4) else (compute(0, 12),) for i in range(6))
+    plan = dataclasses.replace(full_plan(model_signature(model), make_sampler("dpmpp_2m", 6, "mix:0.5"), GUIDANCE), steps=steps)
+    return fit_sampler(model, plan, target, 6).plan
+
+
+def error(model: DiT, plan: CachePlan, target: TargetRun) -> float:
+    mse_B = (sample(model, plan, target.x_T, target.labels_B) - target.x_0).square().flatten(1).mean(1)
+    return float(robust_mean(mse_B, target.counts_B))
+
+
+def two_processes(work: Callable[[Ranks], CachePlan]) -> list[CachePlan]:
+    """Run two processes' work in two threads that really wait for each other's sums."""
+    barrier, given, found = threading.Barrier(2, timeout=60), {}, {}
+
+    def run(rank: int) -> None:
+        def total(values: Tensor) -> Tensor:
+            given[rank] = values
+            barrier.wait()
+            both = given[0] + given[1]
+            barrier.wait()
+            return both
+
+        found[rank] = work(Ranks(rank, 2, total))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[0], found[1]]
+
+
+class TestRobust:
+    def test_median_by_hand(self) -> None:
+        values = torch.tensor([3.0, 1.0, 2.0])
+        assert weighted_median(values, torch.ones(3)) == 2.0
+        assert weighted_median(values, torch.tensor([5.0, 1.0, 1.0])) == 3.0
+
+    def test_equal_errors_by_hand(self) -> None:
+        mean = robust_mean(torch.full((4,), 0.5, dtype=torch.float64), torch.ones(4))
+        assert float(mean) == pytest.approx(0.5 * TAIL * float(torch.tensor(1 / TAIL, dtype=torch.float64).log1p()))
+
+    def test_twice_the_errors_twice_the_mean(self) -> None:
+        errors, weights = torch.rand(9, dtype=torch.float64), torch.rand(9, dtype=torch.float64)
+        assert float(robust_mean(2 * errors, weights)) == pytest.approx(2 * float(robust_mean(errors, weights)))
+
+    def test_one_image_cannot_make_it(self) -> None:
+        errors = torch.ones(33, dtype=torch.float64)
+        errors[7] = 1e6
+        assert robust_mean(errors, torch.ones(33)) < 10 < errors.mean()
+
+    def test_weights_are_its_derivative(self) -> None:
+        errors = torch.tensor([0.1, 0.4, 0.2, 90.0, 0.3], dtype=torch.float64, requires_grad=True)
+        counts = torch.tensor([1.0, 2.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+        (slope,) = torch.autograd.grad(robust_mean(errors, counts), errors)
+        median = int((errors == weighted_median(errors, counts)).nonzero())
+        others = [j for j in range(5) if j != median]  # the scale hangs on the median itself
+        assert torch.allclose(slope[others], robust_weights(errors, counts)[others])
+
+    def test_nothing_wrong_and_nothing_finite(self) -> None:
+        assert robust_mean(torch.zeros(3), torch.ones(3)) == 0.0
+        assert robust_mean(torch.tensor([1.0, torch.inf]), torch.ones(2)) == torch.inf
+
+
+class TestPilot:
+    def test_stratified_by_hand(self) -> None:
+        chosen = stratified(torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 0.0]), 3)
+        assert chosen.indices == (0, 4, 1)  # the hardest; places 1 and 3 of 2, 4, 3, 1, 5
+        assert chosen.weights == (1.0, 2.5, 2.5)
+
+    @pytest.mark.parametrize(("pool", "count"), [(160, 32), (96, 24), (7, 5)])
+    def test_they_stand_for_the_pool(self, pool: int, count: int) -> None:
+        chosen = stratified(torch.rand(pool, generator=torch.Generator().manual_seed(0)), count)
+        assert len(set(chosen.indices)) == count
+        assert sum(chosen.weights) == pytest.approx(pool)
+
+    @pytest.mark.parametrize("first", [1, 5, 12, 31])
+    def test_parts_have_hard_and_easy_ones(self, first: int) -> None:
+        chosen = stratified(torch.arange(160.0), 32)
+        parts = chosen.split(first)
+        assert [len(part.indices) for part in parts] == [first, 32 - first]
+        assert {*parts[0].indices, *parts[1].indices} == set(chosen.indices)
+        if 3 <= first <= 29:
+            assert all(len(set(part.weights)) == 2 for part in parts)
+
+    def test_a_pool_of_no_more_is_taken_whole(self) -> None:
+        assert stratified(torch.rand(4), 5) == as_they_come(0, 4)
+
+    def test_difficulty_is_that_of_the_image_whatever_the_batch(self, model: DiT) -> None:
+        noise = images(model, list(range(4)))
+        one, other = (difficulty(model, GUIDANCE, 20, *noise, batch, None) for batch in (4, 3))
+        assert torch.allclose(one, other, rtol=1e-3)
+        assert (one > 0).all()
+
+
+class TestRefine:
+    def test_solve_by_hand(self) -> None:
+        gram = torch.diag(torch.tensor([2.0, 0.0, 8.0]))
+        assert solve(gram, torch.tensor([2.0, 0.0, -8.0]), 0.5).tolist() == pytest.approx([-1 / 1.5, 0.0, 1 / 1.5])
+
+    def test_moving_by_nothing(self, fitted: CachePlan) -> None:
+        assert moved(fitted, torch.zeros(coefficients(fitted).numel())) == fitted
+
+    def test_products_are_those_of_finite_differences(self, model: DiT, target: TargetRun, fitted: CachePlan) -> None:
+        run = target.part(slice(0, 2))
+        of_error, *_ = refine._Refiner(model, run, ALONE)._products(fitted, run, 0, 1)
+        for place in (0, 9, 17):  # x at step 0, m at step 2, m at step 4, which skips
+            by = torch.zeros(coefficients(fitted).numel())
+            by[place] = 2e-3
+            ends = [sample(model, moved(fitted, sign * by), run.x_T, run.labels_B) for sign in (1, -1)]
+            error = sample(model, fitted, run.x_T, run.labels_B) - run.x_0
+            expected = ((ends[0] - ends[1]) / 4e-3 * error).flatten(1).sum(1)
+            assert of_error[:, place] == pytest.approx(expected.double(), rel=0.03, abs=1e-6)
+
+    def test_random_signs_estimate_the_gram_matrix(self, model: DiT, target: TargetRun) -> None:
+        """Its diagonal against the sum over unit vectors, which is exact."""
+        plan = full_plan(model_signature(model), make_sampler("dpmpp_2m", 3, "mix:0.5"), GUIDANCE)
+        run = target.part(slice(0, 1))
+        refiner = refine._Refiner(model, run, ALONE)
+        estimate, _ = refiner.normal_equations(plan, refiner.errors(plan), 1, 64)
+        own = refine._own(coefficients(plan), 1)
+        end = refine._final(model, plan, run, own)
+        rows = [torch.autograd.grad(value, own, retain_graph=True)[0].flatten() for value in end.flatten()]
+        exact = torch.stack(rows).double().square().sum(0) * float(robust_weights(refiner.errors(plan), run.counts_B))
+        used = exact > 0
+        assert (estimate.diagonal()[used] / exact[used]).log().abs().median() < 0.3
+
+    def test_errors_fall_and_weights_stay(self, model: DiT, target: TargetRun, fitted: CachePlan) -> None:
+        before, passes = [p.clone() for p in model.parameters()], []
+        refined = refine_sampler(model, fitted, target, 3, on_pass=lambda: passes.append(1))
+        assert error(model, refined, target) < 0.9 * error(model, fitted, target)
+        assert 1 <= len(passes) <= 3
+        assert refined.steps == fitted.steps
+        assert [row.t for row in refined.sampler.steps] == [row.t for row in fitted.sampler.steps]
+        assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
+
+    def test_no_iterations_no_change(self, model: DiT, target: TargetRun, fitted: CachePlan) -> None:
+        assert refine_sampler(model, fitted, target, 0) is fitted
+
+    def test_how_many_images_share_a_graph_does_not_matter(
+        self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = refine_sampler(model, fitted, target, 1)
+        monkeypatch.setattr(refine, "images_in", lambda memory, image: 1)
+        single = refine_sampler(model, fitted, target, 1)
+        assert torch.allclose(coefficients(whole), coefficients(single), atol=1e-4)
+
+    def test_without_memory_the_plan_stays(
+        self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(refine, "CPU_BYTES", 1000)
+        with pytest.warns(UserWarning, match="no memory"):
+            assert refine_sampler(model, fitted, target, 2) is fitted
+
+    def test_a_sampler_that_adds_noise_is_refused(self, model: DiT, target: TargetRun) -> None:
+        with pytest.raises(PlanError, match="cannot be refined"):
+            refine_sampler(model, full_plan(model_signature(model), make_sampler("ddpm", 5), GUIDANCE), target, 1)
+
+    def test_two_processes_end_where_one_does(self, model: DiT, target: TargetRun, fitted: CachePlan) -> None:
+        """Unequal shares: two images in one, four in the other."""
+
+        def work(ranks: Ranks) -> CachePlan:
+            run = target.part(slice(0, 2) if ranks.first else slice(2, 6))
+            plan = fit_sampler(model, fitted, run, len(run.x_0), ranks=ranks).plan
+            return refine_sampler(model, plan, run, 1, ranks)
+
+        first, second = two_processes(work)
+        assert first == second
+        alone = refine_sampler(model, fit_sampler(model, fitted, target, 6).plan, target, 1)
+        assert torch.allclose(coefficients(first), coefficients(alone), atol=1e-3)
