@@ -270,6 +270,9 @@ def test_missing_policies_are_told(tmp_path):
     assert [(s.group, s.method) for s in subjects] == [(PUBLISHED, "fora")]
     assert [(m.method, m.budget) for m in missing] == [("fora", 50.0)]
     assert "not reachable" in missing[0].reason
+    greatest, missing = published(context, reference, (50.0,), lambda s: {"fora": standard_policies(s)["fora"]})
+    assert [(m.method, m.budget) for m in missing] == [("fora", 50.0)]
+    assert f"up to {greatest[0].speedup:.2f}" in missing[0].reason  # what it does reach is shown
 
 
 def _teacher(folder: Path):

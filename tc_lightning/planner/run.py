@@ -153,7 +153,10 @@ class PlannerRun:
         recipes = dict.fromkeys(search.best.recipe for search in searches.values())
         total = len(recipes) * self.settings.refinements
         with tqdm(total=total, desc="refining", unit="pass", disable=not (self._shown and total)) as bar:
-            finished = {recipe: self._finished(recipe, bar) for recipe in recipes}
+            finished = {}
+            for j, recipe in enumerate(recipes, 1):
+                finished[recipe] = self._finished(recipe, bar)
+                bar.update(j * self.settings.refinements - bar.n)  # fewer passes were made if one did not help
         taken: dict[Recipe, float] = {}
         for speedup, search in searches.items():
             paid = [recipe for recipe in recipes if recipe in search.trials]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
