@@ -38,7 +38,7 @@ trainer: {max_steps: 4, val_check_interval: 2}
 SEARCH = """
 model:
   init_args:
-    policy: {init_args: {evaluations: 3, front: [], fit_images: 2, judge_images: 2, final_images: 2}}
+    policy: {init_args: {evaluations: 3, front: [], fit_images: 2, judge_images: 2, final_images: 2, pool_images: 0}}
 """
 SHORT = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.accelerator", "cpu"]
 

@@ -22,7 +22,8 @@ model:
     teacher: {weights: tiny.safetensors}
     num_steps: 8
     sensitivity_samples: 2
-    policy: {init_args: {target_speedup: 1.5, front: [], evaluations: 3, fit_images: 2, judge_images: 2, final_images: 2}}
+    policy:
+      init_args: {target_speedup: 1.5, front: [], evaluations: 3, fit_images: 2, judge_images: 2, final_images: 2, pool_images: 0}
 data:
   init_args: {num_train: 16, num_val: 16}
 trainer: {max_steps: 2, val_check_interval: 2}

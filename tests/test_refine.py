@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.errors import PlanError
+from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan, Guidance, compute, skip
@@ -107,6 +107,9 @@ class TestRobust:
         assert robust_mean(torch.zeros(3), torch.ones(3)) == 0.0
         assert robust_mean(torch.tensor([1.0, torch.inf]), torch.ones(2)) == torch.inf
 
+    def test_where_most_have_no_error_it_is_small_and_finite(self) -> None:
+        assert 0 < robust_mean(torch.tensor([0.0, 0.0, 0.0, 5.0]), torch.ones(4)) < 1e-3
+
 
 class TestPilot:
     def test_stratified_by_hand(self) -> None:
@@ -164,7 +167,7 @@ class TestRefine:
         run = target.part(slice(0, 1))
         refiner = refine._Refiner(model, run, ALONE)
         estimate, _ = refiner.normal_equations(plan, refiner.errors(plan), 1, 64)
-        own = refine._own(coefficients(plan), 1)
+        own = refine._own(plan, run)
         end = refine._final(model, plan, run, own)
         rows = [torch.autograd.grad(value, own, retain_graph=True)[0].flatten() for value in end.flatten()]
         exact = torch.stack(rows).double().square().sum(0) * float(robust_weights(refiner.errors(plan), run.counts_B))
@@ -187,7 +190,7 @@ class TestRefine:
         self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         whole = refine_sampler(model, fitted, target, 1)
-        monkeypatch.setattr(refine, "images_in", lambda memory, image: 1)
+        monkeypatch.setattr(refine._Refiner, "images_at_a_time", lambda self, plan: 1)
         single = refine_sampler(model, fitted, target, 1)
         assert torch.allclose(coefficients(whole), coefficients(single), atol=1e-4)
 
@@ -195,8 +198,21 @@ class TestRefine:
         self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(refine, "CPU_BYTES", 1000)
-        with pytest.warns(UserWarning, match="no memory"):
+        with pytest.warns(UserWarning, match="stays as it was fitted"):
             assert refine_sampler(model, fitted, target, 2) is fitted
+
+    def test_latents_that_are_not_finite_are_told(self, model: DiT, target: TargetRun, fitted: CachePlan) -> None:
+        broken = moved(fitted, 1e30 * coefficients(fitted).flatten())
+        with pytest.raises(TokenCacheError, match="cannot be refined"):
+            refine_sampler(model, broken, target, 1)
+
+    def test_gradients_that_overflow_leave_the_plan(
+        self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        size = coefficients(fitted).numel()
+        bad = lambda *_: (torch.full((size, size), torch.nan), torch.ones(size))  # noqa: E731
+        monkeypatch.setattr(refine._Refiner, "normal_equations", bad)
+        assert refine_sampler(model, fitted, target, 2) is fitted
 
     def test_a_sampler_that_adds_noise_is_refused(self, model: DiT, target: TargetRun) -> None:
         with pytest.raises(PlanError, match="cannot be refined"):

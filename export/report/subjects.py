@@ -21,6 +21,7 @@ from tc_lightning.policies.fewer_steps import fewer_steps_plan
 REFERENCE, PLANNED, PUBLISHED, FEWER = "reference", "planned", "published", "fewer steps"
 TARGET_NAMES = {"reference": "reference", "ode": "ODE"}
 ROUNDING = 1.005  # a plan counts for a budget that it misses by half a percent
+ROUNDED_UP = 1.01  # the least speed-up that is still one when rounded down
 SLOWER = 1.12  # fewer steps are also measured with this much more work: a cache's saving on the clock is less than in MACs
 
 Evaluate = Callable[[CachePlan], float]
@@ -117,10 +118,13 @@ def published(
             found.append(_published(context, reference, method, budget, policy))
     shown = {one.method for one in found if isinstance(one, Subject)}
     for method, policy in policies(min(budgets)).items():
-        most = math.floor(100 * policy.most(context)) / 100
-        if method not in shown and 1 < most < min(budgets):
-            on_plan(f"{method} {most:g}x")
-            found.append(_published(context, reference, method, most, policies(most)[method]))
+        most = policy.most(context)
+        if method in shown or not ROUNDED_UP <= most < min(budgets):
+            continue
+        on_plan(f"{method} {most:.2f}x")
+        most = math.floor(100 * most) / 100
+        greatest = _published(context, reference, method, most, policies(most)[method])
+        found += [greatest] if isinstance(greatest, Subject) else []  # why it has no plan is told of the budgets
     return [one for one in found if isinstance(one, Subject)], [one for one in found if isinstance(one, Missing)]
 
 

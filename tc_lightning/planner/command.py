@@ -63,7 +63,16 @@ def _plan(args: argparse.Namespace) -> None:
 def policy_of(args: argparse.Namespace, speedup: float) -> PlannerPolicy:
     """The planner that was asked for."""
     return PlannerPolicy(
-        speedup, args.target, tuple(args.front), args.evaluations, args.front_evaluations, refinements=args.refinements
+        speedup,
+        args.target,
+        tuple(args.front),
+        args.evaluations,
+        args.front_evaluations,
+        args.fit_images,
+        args.judge_images,
+        args.final_images,
+        args.pool_images,
+        args.refinements,
     )
 
 
@@ -139,6 +148,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="with --clock: images at a time")
     parser.add_argument("--evaluations", type=int, default=40, help="plans tried for the target")
     parser.add_argument("--front-evaluations", type=int, default=12, help="plans tried for each further speed-up")
+    parser.add_argument("--fit-images", type=int, default=12, help="images that samplers are fitted on")
+    parser.add_argument("--judge-images", type=int, default=20, help="images that plans are compared on")
+    parser.add_argument("--final-images", type=int, default=32, help="images that the plans found are measured on")
+    parser.add_argument("--pool-images", type=int, default=160, help="images of which the hardest are planned on (0: as they come)")
     parser.add_argument("--refinements", type=int, default=3, help="steps of Gauss-Newton on each best plan's sampler")
     parser.add_argument("--devices", default="auto", help="devices to use (default: all GPUs, or one CPU process)")
     parser.add_argument("--keep-plan", action="store_true", help="write the front only, and leave plan.json as it is")

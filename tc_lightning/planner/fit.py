@@ -7,7 +7,7 @@ images are reweighted as for a robust mean: one that has ended up elsewhere woul
 Solvers with coefficients of each step's own, learned for a model, are known from Shaul et al., arXiv 2403.01329 (there by gradients
 through the whole run, and without a cache).
 
-Shape suffixes: B images, C H W latent, F coefficients.
+Shape suffixes: B images, C H W latent, P pixels, F coefficients.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tc_lightning.sampling import sample_steps
 REWEIGHTED = 2  # times that the weights of images are set anew within a step
 RIDGE = 1e-6  # of the features' own squares: the coefficients of an analytic solver are kept where the data says nothing
 SUFFIX = "-fitted"  # of the sampler's name
-_NAMES = ("next_x", "next_m", "next_m_prev", "next_m_prev2")
+COEFFICIENTS = ("next_x", "next_m", "next_m_prev", "next_m_prev2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +81,10 @@ class _Fitter:
         m = x * row.m_x + eps * row.m_eps
         features = [x, m, *self._past]
         self._past = [m, *self._past][: self._history]
-        base_F = torch.tensor([getattr(row, name) for name in _NAMES[: len(features)]], dtype=torch.float64)
+        base_F = torch.tensor([getattr(row, name) for name in COEFFICIENTS[: len(features)]], dtype=torch.float64)
         next_t = self._table.steps[step + 1].t if step + 1 < len(self._table) else None
         found_F = self._solve(features, self._target.at(next_t), base_F)
-        self.rows.append(dataclasses.replace(row, **dict(zip(_NAMES, found_F.tolist(), strict=False))))
+        self.rows.append(dataclasses.replace(row, **dict(zip(COEFFICIENTS, found_F.tolist(), strict=False))))
         x_next = torch.stack([f * c for f, c in zip(features, found_F.tolist(), strict=True)]).sum(0)
         self._require_finite(step, x_next)
         return x_next, m

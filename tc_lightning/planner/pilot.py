@@ -1,8 +1,8 @@
 """Which images to plan on: a pool's hardest ones, and some of the others to stand for the rest.
 
 The mean error over many images is made by the few whose path comes near a fork. A handful of images taken as they come has none of
-them, and a plan that was fitted and chosen on those meets them later. Two coarse runs at full compute show which they are, for a small
-part of what planning costs: where these differ most, other plans differ too.
+them, and a plan that was fitted and chosen on those meets them later. Two coarse runs at full compute show which they are: where these
+differ most, other plans differ too.
 
 Shape suffixes: P images of the pool, B images that are planned on.
 """

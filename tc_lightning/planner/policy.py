@@ -10,6 +10,7 @@ from tc_lightning.errors import PlanError
 from tc_lightning.plan import ModelSignature
 from tc_lightning.planner.bench import Trial
 from tc_lightning.planner.price import Price, macs_price
+from tc_lightning.planner.recipe import Recipe
 from tc_lightning.planner.run import PlannerRun, Settings, Subject
 from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
 
@@ -28,7 +29,8 @@ class PlannerPolicy(Policy):
         fit_images: images that samplers are fitted on.
         judge_images: images that plans are compared on.
         final_images: images that the figures of the plans found are measured on, and nothing else is.
-        pool_images: images of which the hardest are among those that are fitted and judged on; 0 takes images as they come.
+        pool_images: images of which the hardest are among those that are fitted and judged on; as few as these, or 0, takes images as
+            they come.
         refinements: steps of Gauss-Newton on the sampler of the best plan of each budget.
         ode_steps: steps of the run that counts as converged.
         progress: show progress bars.
@@ -63,18 +65,18 @@ class PlannerPolicy(Policy):
         if min(pool_images, refinements) < 0:
             raise PlanError("pool_images and refinements must be 0 or more.")
         self.settings = Settings(
-            float(target_speedup),
-            target,
-            tuple(map(float, front)),
-            evaluations,
-            front_evaluations,
-            fit_images,
-            judge_images,
-            final_images,
-            pool_images,
-            refinements,
-            ode_steps,
-            progress,
+            target_speedup=float(target_speedup),
+            target=target,
+            front=tuple(map(float, front)),
+            evaluations=evaluations,
+            front_evaluations=front_evaluations,
+            fit_images=fit_images,
+            judge_images=judge_images,
+            final_images=final_images,
+            pool_images=pool_images,
+            refinements=refinements,
+            ode_steps=ode_steps,
+            progress=progress,
         )
         self.price: Price = macs_price
 
@@ -105,10 +107,10 @@ class PlannerPolicy(Policy):
         """As `plan`, for what can be planned without being asked through a context."""
         run = PlannerRun(dataclasses.replace(self.settings, price=self.price), subject)
         searches = run.searches()
-        points = run.points(searches)
-        rows = [
-            _row(speedup, t, search.best) for speedup, search in searches.items() for t in sorted(search.trials.values(), key=_error)
-        ]
+        finished = run.finish(searches)
+        points = run.points(finished)
+        trials = {speedup: sorted(search.trials.values(), key=_error) for speedup, search in searches.items()}
+        rows = [_row(speedup, trial, finished[speedup].recipe) for speedup, ones in trials.items() for trial in ones]
         return PlanChoice(points[0].plan, rows, points)
 
 
@@ -116,7 +118,7 @@ def _error(trial: Trial) -> float:
     return trial.error
 
 
-def _row(speedup: float, trial: Trial, best: Trial) -> dict[str, Any]:
+def _row(speedup: float, trial: Trial, chosen: Recipe) -> dict[str, Any]:
     recipe = trial.recipe
     pruned = {f"pruned_{name}": value for name, value in dataclasses.asdict(recipe.pruned).items()}
     return {
@@ -129,5 +131,5 @@ def _row(speedup: float, trial: Trial, best: Trial) -> dict[str, Any]:
         **pruned,
         "cost": trial.cost,
         "error": trial.error,
-        "chosen": trial.recipe == best.recipe,
+        "chosen": trial.recipe == chosen,
     }

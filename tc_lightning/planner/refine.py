@@ -27,6 +27,7 @@ from torch import Tensor
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
+from tc_lightning.planner.fit import COEFFICIENTS
 from tc_lightning.planner.robust import robust_mean, robust_weights
 from tc_lightning.planner.target import TargetRun
 from tc_lightning.ranks import ALONE, Ranks
@@ -34,8 +35,7 @@ from tc_lightning.sampling import sample, steps_with_gradients
 
 PROBES = 6
 DAMPING = (1e-1, 1e-2, 1e-3)
-COEFFICIENTS = ("next_x", "next_m", "next_m_prev", "next_m_prev2")
-CPU_BYTES = 4 << 30  # what the graph of one backward pass may take; on a GPU half of what is free
+CPU_BYTES = 4 << 30  # what the graph of one backward pass may take on a CPU
 _SEED = 0x50726F62
 
 OnPass = Callable[[], object]
@@ -55,25 +55,30 @@ def refine_sampler(
         on_pass: called after every iteration.
 
     Returns:
-        The plan with the coefficients found; the plan itself, with a warning, if there is no memory for its graph.
+        The plan with the coefficients found; the plan itself, with a warning, if there is no memory for its gradients.
 
     Raises:
         PlanError: if the plan scales its eps or its sampler adds noise.
-        TokenCacheError: if the plan's own latents become NaN.
+        TokenCacheError: in all processes, if the plan's own latents become NaN.
     """
     if plan.eps_scale or plan.sampler.stochastic:
         raise PlanError("a sampler that scales eps or adds noise cannot be refined: start from ddim or dpmpp_2m.")
-    refiner = _Refiner(model, target, ranks or ALONE)
-    batch = refiner.images_at_a_time(plan)
-    if iterations and not batch:
-        warnings.warn("no memory for the gradients of one image's run: the sampler stays as it was fitted.", stacklevel=2)
+    if not iterations:
         return plan
+    refiner = _Refiner(model, target, ranks or ALONE)
     errors_B = refiner.errors(plan)
+    if refiner.value(errors_B) == torch.inf:
+        raise TokenCacheError(f"the plan {plan.summary} makes latents NaN or infinite: it cannot be refined.")
+    batch = refiner.images_at_a_time(plan)
+    if not batch:
+        return plan
     damping: tuple[float, ...] = DAMPING
     gram_PP: Tensor | None = None
     for _ in range(iterations):
         found_PP, slope_P = refiner.normal_equations(plan, errors_B, batch, PROBES if gram_PP is None else 0)
         gram_PP = found_PP if gram_PP is None else gram_PP
+        if not (gram_PP.isfinite().all() and slope_P.isfinite().all()):  # a path so unstable that its gradients overflow
+            break
         moves = {lam: moved(plan, solve(gram_PP, slope_P, lam)) for lam in damping}
         better = refiner.best(plan, errors_B, moves)
         on_pass()
@@ -83,11 +88,6 @@ def refine_sampler(
     return plan
 
 
-def images_in(memory: float, image: float) -> int:
-    """How many images' graphs fit into memory, both in bytes."""
-    return int(memory // image)
-
-
 class _Refiner:
     """One target and the processes that share its images."""
 
@@ -95,24 +95,31 @@ class _Refiner:
         self._model, self._target, self._ranks = model, target, ranks
 
     def images_at_a_time(self, plan: CachePlan) -> int:
-        """Images whose graph there is memory for; 0 in all processes if it is 0 in one."""
-        one = self._target.part(slice(0, 1))
-        size = 0
+        """Images whose graph there is memory for; 0 in all processes, with a warning in the first, if it is 0 in one."""
+        need, free = self._graph_bytes(plan), free_bytes(self._target.x_0.device)
+        short = torch.tensor(float(need > free), dtype=torch.float64, device=self._target.x_0.device)
+        if self._ranks.total(short).item() == 0:
+            return min(int(free // need), len(self._target.x_0))
+        if self._ranks.first:
+            warnings.warn(
+                f"the sampler stays as it was fitted: the gradients of one image's run take {need / 1e9:.3g} GB, and "
+                f"{free / 1e9:.3g} GB are free for them here. Plan on a device with more memory, or with refinements 0.",
+                stacklevel=3,
+            )
+        return 0
 
-        def count(tensor: Tensor) -> Tensor:
-            nonlocal size
-            size += tensor.numel() * tensor.element_size()
-            return tensor
-
+    def _graph_bytes(self, plan: CachePlan) -> float:
+        """What the graph of one image's run holds; nothing of it is kept while it is counted."""
+        size, one = 0, self._target.part(slice(0, 1))
         weights = {p.data_ptr() for p in self._model.parameters()}  # saved too, but not anew
-        pack: Callable[[Tensor], Tensor] = lambda t: t if t.data_ptr() in weights else count(t)  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            _final(self._model, plan, one, _own(coefficients(plan), 1))
-        device = one.x_0.device
-        free = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else CPU_BYTES
-        fits = images_in(free, max(size, 1))
-        none = self._ranks.total(torch.tensor(float(fits == 0), dtype=torch.float64, device=device)).item()
-        return 0 if none else min(fits, len(self._target.x_0))
+
+        def count(tensor: Tensor) -> None:
+            nonlocal size
+            size += 0 if tensor.data_ptr() in weights else tensor.numel() * tensor.element_size()
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda _: torch.empty(0)):
+            _final(self._model, plan, one, _own(plan, one))
+        return float(max(size, 1))
 
     def errors(self, plan: CachePlan) -> Tensor:
         """Mean squared error of final latents of this process's images, [B]; infinite if the latents became NaN."""
@@ -151,7 +158,7 @@ class _Refiner:
 
     def _products(self, plan: CachePlan, target: TargetRun, first: int, probes: int) -> list[Tensor]:
         """J_b^T v_b of each image, [B, P]: for v the error, then for each of the random signs, which `first` keys."""
-        own_BTF = _own(coefficients(plan), len(target.x_0)).to(target.x_0.device)
+        own_BTF = _own(plan, target)
         end = _final(self._model, plan, target, own_BTF)
         signs = torch.stack([_signs(first + b, probes, target.x_0.shape[1:]) for b in range(len(target.x_0))], 1).to(end)
         vectors = [(end - target.x_0).detach(), *signs]
@@ -183,9 +190,17 @@ def solve(gram_PP: Tensor, slope_P: Tensor, damping: float) -> Tensor:
     return delta_P
 
 
-def _own(coefficients_TF: Tensor, images: int) -> Tensor:
+def free_bytes(device: torch.device) -> float:
+    """Memory that a graph may take: on a GPU half of what is free, and of what torch holds without need."""
+    if device.type != "cuda":
+        return CPU_BYTES
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + unused) / 2
+
+
+def _own(plan: CachePlan, target: TargetRun) -> Tensor:
     """Coefficients of each image's own, [B, T, F]: the gradient of one is then that image's alone."""
-    return coefficients_TF.repeat(images, 1, 1)
+    return coefficients(plan).to(target.x_0.device).repeat(len(target.x_0), 1, 1)
 
 
 def _final(model: DiT, plan: CachePlan, target: TargetRun, own_BTF: Tensor) -> Tensor:
@@ -205,6 +220,6 @@ def _final(model: DiT, plan: CachePlan, target: TargetRun, own_BTF: Tensor) -> T
 
 
 def _signs(image: int, probes: int, shape: torch.Size) -> Tensor:
-    """Random signs of one image, [probes, C, H, W]: the same wherever it is computed."""
+    """Random signs of one image, [probes, C, H, W], by its place among those of all processes."""
     generator = torch.Generator().manual_seed(_SEED + image)
     return torch.randint(0, 2, (probes, *shape), generator=generator) * 2.0 - 1.0

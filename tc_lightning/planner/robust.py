@@ -3,7 +3,7 @@
 Near a fork of its path an image may end elsewhere, a thousand times farther off than the others, after the least of changes. Such an
 image counts, but by the logarithm of its error: how far off it is says little.
 
-    mean(e) = c sum_B w log(1 + e / c) / sum_B w        c = 20 times the median of e
+    mean(e) = c sum_B w log(1 + e / c) / sum_B w        c = 20 times the weighted median of e
 
 which is Cauchy's loss (Black and Anandan, 1996) with a scale taken from the errors themselves, so that errors that are all twice as
 large have twice the mean.
@@ -35,9 +35,10 @@ def robust_mean(errors_B: Tensor, weights_B: Tensor) -> Tensor:
 
 
 def robust_weights(errors_B: Tensor, weights_B: Tensor) -> Tensor:
-    """What each image's error counts for in the mean's derivative, for iteratively reweighted least squares; they sum to 1 or less."""
+    """What each error counts for in the mean's derivative at fixed c, for iteratively reweighted least squares; at most 1 in all."""
     return weights_B / weights_B.sum() / (1 + errors_B / _tail_start(errors_B, weights_B))
 
 
 def _tail_start(errors_B: Tensor, weights_B: Tensor) -> Tensor:
-    return (TAIL * weighted_median(errors_B, weights_B)).clamp_min(torch.finfo(errors_B.dtype).tiny)
+    least = 1e-6 * errors_B.max()  # where half of the images have no error at all
+    return torch.maximum(TAIL * weighted_median(errors_B, weights_B), least).clamp_min(torch.finfo(errors_B.dtype).tiny)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan, ModelSignature
 from tc_lightning.planner.bench import Bench, Trial
 from tc_lightning.planner.front import TRIALS, FrontPoint
-from tc_lightning.planner.pilot import Sample, as_they_come, difficulty, images, stratified
+from tc_lightning.planner.pilot import HARD, Sample, as_they_come, difficulty, images, stratified
 from tc_lightning.planner.price import Price, macs_price
 from tc_lightning.planner.recipe import Kitchen, Recipe
 from tc_lightning.planner.refine import refine_sampler
@@ -82,6 +83,14 @@ class Subject:
     folder: Path | None = None
 
 
+class Finished(NamedTuple):
+    """A recipe's plan, fitted and refined, and its robust error on the images that were looked at."""
+
+    recipe: Recipe
+    plan: CachePlan
+    error: float
+
+
 class PlannerRun:
     """Searches and points of one run.
 
@@ -141,27 +150,29 @@ class PlannerRun:
                 raise PlanError(f"no plan was found for a speed-up of {speedup:g}: lower it.")
         return found
 
-    def points(self, searches: dict[float, Search]) -> tuple[FrontPoint, ...]:
-        """The plan of every budget, that of the target first; budgets that come to the same plan have one point.
+    def finish(self, searches: dict[float, Search]) -> dict[float, Finished]:
+        """The plan of every budget: each search's best, fitted and refined on all images that were looked at.
 
-        Each search's best is fitted and refined on all images that were looked at. Of these plans a budget takes the best that it can
-        pay for, and that one is measured on images that nothing has looked at.
+        Of these a budget takes the best that it can pay for, which may be what another one found.
+        """
+        recipes = dict.fromkeys(search.best.recipe for search in searches.values())
+        total = len(recipes) * self.settings.refinements
+        finished: dict[Recipe, Finished] = {}
+        with tqdm(total=total, desc="refining", unit="pass", disable=not (self._shown and total)) as bar:
+            for j, recipe in enumerate(recipes, 1):
+                finished[recipe] = self._finished(recipe, bar)
+                bar.update(j * self.settings.refinements - bar.n)  # fewer passes were made if one did not help
+        paid = {speedup: [one for recipe, one in finished.items() if recipe in search.trials] for speedup, search in searches.items()}
+        return {speedup: min(ones, key=lambda one: one.error) for speedup, ones in paid.items()}
+
+    def points(self, finished: dict[float, Finished]) -> tuple[FrontPoint, ...]:
+        """Plans, measured on images that nothing has looked at, that of the target first; budgets of the same plan have one point.
 
         Raises:
             PlanError: if one of these images becomes NaN.
         """
-        recipes = dict.fromkeys(search.best.recipe for search in searches.values())
-        total = len(recipes) * self.settings.refinements
-        with tqdm(total=total, desc="refining", unit="pass", disable=not (self._shown and total)) as bar:
-            finished = {}
-            for j, recipe in enumerate(recipes, 1):
-                finished[recipe] = self._finished(recipe, bar)
-                bar.update(j * self.settings.refinements - bar.n)  # fewer passes were made if one did not help
-        taken: dict[Recipe, float] = {}
-        for speedup, search in searches.items():
-            paid = [recipe for recipe in recipes if recipe in search.trials]
-            taken.setdefault(min(paid, key=lambda recipe: finished[recipe][1]), speedup)
-        return tuple(self._point(speedup, finished[recipe][0], chosen=j == 0) for j, (recipe, speedup) in enumerate(taken.items()))
+        distinct = {one.recipe: (speedup, one.plan) for speedup, one in reversed(finished.items())}  # of equal ones the first
+        return tuple(self._point(*pair, chosen=j == 0) for j, pair in enumerate(reversed(distinct.values())))
 
     @property
     def _seen(self) -> TargetRun:
@@ -179,7 +190,7 @@ class PlannerRun:
     def _pick(self) -> Sample:
         """The images that plans are fitted and judged on; all processes pick the same."""
         count = self.settings.fit_images + self.settings.judge_images
-        if self._pool_size == count:
+        if self._pool_size == count or count < HARD:
             return as_they_come(0, count)
         own = range(self._pool_size)[self.ranks.share(self._pool_size)]
         what = "hard images" if self._shown else None
@@ -194,12 +205,11 @@ class PlannerRun:
             search.try_shapes(list(variations(shape, self.subject.guidance.doubles_batch))[:room])
         search.climb(count - len(search.trials))
 
-    def _finished(self, recipe: Recipe, bar: tqdm[None]) -> tuple[CachePlan, float]:
-        """A recipe's plan, fitted and refined on all images that were looked at, and its robust error on them."""
+    def _finished(self, recipe: Recipe, bar: tqdm[None]) -> Finished:
         wide = Bench(self.model, self.bench.kitchen, self.settings.price, self._seen, self.judged, self.ranks)
         plan = refine_sampler(self.model, wide.fit(recipe).plan, self._seen, self.settings.refinements, self.ranks, bar.update)
         both = torch.stack([self._errors(plan, self._seen), self._seen.counts_B.double()], 1)
-        return plan, float(robust_mean(*self.ranks.gathered(both).unbind(1)))
+        return Finished(recipe, plan, float(robust_mean(*self.ranks.gathered(both).unbind(1))))
 
     def _point(self, speedup: float, plan: CachePlan, chosen: bool) -> FrontPoint:
         mse_B = self.ranks.gathered(self._errors(plan, self.target.part(slice(self.judged, None))))
