@@ -373,6 +373,12 @@ class TestPolicy:
         other = dataclasses.replace(point.plan, provenance={})
         write_front((dataclasses.replace(point, target="ode"),), tmp_path, own=other)  # as with --keep-plan
         assert [row["chosen"] for row in json.loads(listing.read_text())] == [False, False]
+        assert len(list((tmp_path / "front").glob("????????.json"))) == 1  # both rows are of the same plan
+        last = dataclasses.replace(point, plan=other)
+        for _ in range(2):
+            write_front((last,), tmp_path)
+            write_front((dataclasses.replace(last, target="ode"),), tmp_path)
+        assert [p.name for p in (tmp_path / "front").glob("????????.json")] == [f"{other.digest[:8]}.json"]
         for damaged in ("{", "[1]", '[{"plan": "x"}]', '{"a": 1}'):
             listing.write_text(damaged)
             write_front((point,), tmp_path)
@@ -424,6 +430,11 @@ class TestPolicy:
     def test_a_budget_of_less_than_two_steps_is_refused_before_training(self, model: DiT) -> None:
         with pytest.raises(PlanError, match="fewer than 2"):
             PlannerPolicy(8.0).check(model_signature(model), make_sampler("ddim", STEPS))
+
+    def test_a_run_that_adds_noise_is_no_target(self, model: DiT) -> None:
+        with pytest.raises(PlanError, match="adds noise"):
+            PlannerPolicy(2.0).check(model_signature(model), make_sampler("ddpm", STEPS))
+        PlannerPolicy(2.0, "ode", (2.0,)).check(model_signature(model), make_sampler("ddpm", STEPS))
 
     def test_without_a_model_nothing_can_be_run(self, model: DiT) -> None:
         with pytest.raises(PlanError, match="needs the model"):

@@ -1,6 +1,6 @@
 """The front: the best plan at every budget that was searched, as files of the run's folder.
 
-front/front.json      a list of {"plan", "macs_speedup", "ms_per_image", "mse_reference", "mse_ode", "target", "chosen"}
+front/front.json      a list of {"plan", "summary", "macs_speedup", "mse_reference", "mse_ode", "mse_stderr", "target", "chosen"}
 front/<digest>.json   each plan
 """
 
@@ -42,7 +42,6 @@ class FrontPoint:
             "plan": _file(self.plan),
             "summary": self.plan.summary,
             "macs_speedup": macs_speedup(self.plan),
-            "ms_per_image": None,
             "mse_reference": self.mse if self.target == "reference" else None,
             "mse_ode": self.mse if self.target == "ode" else None,
             "mse_stderr": self.stderr,
@@ -52,7 +51,7 @@ class FrontPoint:
 
 
 def write_front(points: tuple[FrontPoint, ...], folder: Path, own: CachePlan | None = None) -> None:
-    """Write the plans, then the list of them, into a run's folder; what was found for another target stays in the list.
+    """Write the plans, then the list of them, into a run's folder; what was found for another target stays.
 
     Args:
         points: what was found.
@@ -68,6 +67,9 @@ def write_front(points: tuple[FrontPoint, ...], folder: Path, own: CachePlan | N
     rows = [{**row, "chosen": row["plan"] in chosen} for row in (*others, *(point.to_json() for point in points))]
     rows.sort(key=lambda row: (row["target"], row["macs_speedup"]))
     write_atomically(folder / FOLDER / NAME, (json.dumps(rows, indent=1) + "\n").encode())
+    for path in (folder / FOLDER).glob("????????.json"):  # plans of an earlier list
+        if f"{FOLDER}/{path.name}" not in {row["plan"] for row in rows}:
+            path.unlink()
 
 
 def _known(path: Path) -> list[dict[str, Any]]:

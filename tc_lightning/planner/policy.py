@@ -81,11 +81,13 @@ class PlannerPolicy(Policy):
         self.price: Price = macs_price
 
     def check(self, signature: ModelSignature, sampler: SamplerTable) -> None:
-        """Whether the budgets pay for anything.
+        """Whether the budgets pay for anything, and the target is one.
 
         Raises:
-            PlanError: if they pay for less than two full steps.
+            PlanError: if they pay for less than two full steps, or images would have to come near to a run that adds noise.
         """
+        if sampler.stochastic and self.settings.target == "reference":
+            raise PlanError(f"{sampler.name} adds noise, so no plan can come near to its images: plan with target ode.")
         for speedup in self.settings.speedups:
             if len(sampler) / speedup < 2.0:
                 most = len(sampler) / 2
