@@ -6,7 +6,8 @@ import random
 
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature, Segment, compute, partial, skip
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature
+from tc_lightning.segments import Segment, compute, partial, skip
 
 WARMUP = 3  # full steps at the start, so that forecasts of order 2 are what they say
 

@@ -11,7 +11,8 @@ from typing import Any
 from export.programs import FULL, LoweredPlan
 from tc_lightning.costs import cache_bytes_per_image, entry_bytes, full_step_macs, halves_share, macs_speedup, selector_runs, step_macs
 from tc_lightning.dataflow import Entry, trace
-from tc_lightning.plan import MODES, CachePlan, Segment
+from tc_lightning.plan import CachePlan
+from tc_lightning.segments import MODES, Segment
 
 _GUIDANCE = {
     "both": "",

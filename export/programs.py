@@ -13,7 +13,8 @@ import dataclasses
 
 from tc_lightning.dataflow import Entry, StepFlow, assign_slots, trace
 from tc_lightning.guidance import BOTH, GuidanceMode
-from tc_lightning.plan import CachePlan, Segment
+from tc_lightning.plan import CachePlan
+from tc_lightning.segments import Segment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from export.cuda_provider import CUDA
 from export.runtime import CachedSampler
-from tc_lightning.cache import TorchOps
+from tc_lightning.array_ops import TorchOps
 from tc_lightning.diffusion.update import advance, coefficients, guide
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT

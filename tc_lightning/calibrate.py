@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tc_lightning.cache import Step, TorchOps, forecast, run_blocks
+from tc_lightning.array_ops import TorchOps
+from tc_lightning.cache import Step, forecast, run_blocks
 from tc_lightning.calibration import MAX_GAP, Calibration
 from tc_lightning.dataflow import Entry, lagrange_weights
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT, FinalModulation
-from tc_lightning.plan import BRANCHES, MAX_ORDER, CachePlan, Guidance, compute
+from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.sampling import full_plan, sample_steps
 from tc_lightning.scores import sampler_digest
+from tc_lightning.segments import BRANCHES, MAX_ORDER, compute
 from tc_lightning.step_effect import step_effect
 from tc_lightning.superposition import enter, guided_eps
 

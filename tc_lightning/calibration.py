@@ -15,7 +15,7 @@ import numpy as np
 
 from tc_lightning.atomic import write_atomically
 from tc_lightning.errors import RunError
-from tc_lightning.plan import MAX_ORDER
+from tc_lightning.segments import MAX_ORDER
 
 MAX_GAP = 8  # steps between a computation and its reuse that are measured, unless told otherwise
 _ARRAYS = ("drift_TGL2", "gap_error_TGSO", "effect_T")

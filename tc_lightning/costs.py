@@ -6,7 +6,8 @@ import math
 
 from tc_lightning.dataflow import Entry, assign_slots, trace
 from tc_lightning.guidance import Guidance, GuidanceMode
-from tc_lightning.plan import CachePlan, ModelSignature, Segment
+from tc_lightning.plan import CachePlan, ModelSignature
+from tc_lightning.segments import Segment
 
 TIME_FEATURES = 256  # width of the sinusoidal timestep features
 

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, Segment
+from tc_lightning.plan import CachePlan
+from tc_lightning.segments import Segment
 
 
 class Entry(NamedTuple):

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from tc_lightning.plan import BRANCHES
 from tc_lightning.scores import Scores
+from tc_lightning.segments import BRANCHES
 
 COLUMNS = 8  # steps shown
 

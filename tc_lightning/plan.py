@@ -29,112 +29,16 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tc_lightning.atomic import write_atomically
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.guidance import BOTH, GUIDANCE_MODES, Guidance, GuidanceMode
+from tc_lightning.plan_json import as_list, check_keys, from_fields
+from tc_lightning.segments import MAX_ORDER, Segment, require_valid
 
 FORMAT_VERSION = 2
-MODES = ("compute", "partial", "reuse", "skip")
-BRANCHES = ("attn", "mlp")
-CHOICES = ("static", "content")
-MAX_ORDER = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Segment:
-    """What happens to blocks `start` to `stop` (exclusive) in one step; see the module's description.
-
-    Args:
-        start: first block.
-        stop: one past the last block.
-        mode: compute, partial, reuse or skip.
-        order: forecast order of what comes from the cache, 0 to 2.
-        branches: reuse: the branches that come from the cache; partial: those recomputed for the kept tokens.
-        tokens: partial, static: the tokens that are recomputed, ascending.
-        choice: partial: static (the listed tokens) or content (those that the content predictor scores highest).
-        keep: partial: how many tokens are recomputed; of static ones, always as many as are listed.
-    """
-
-    start: int
-    stop: int
-    mode: str
-    order: int = 0
-    branches: tuple[str, ...] = ()
-    tokens: tuple[int, ...] = ()
-    choice: str = "static"
-    keep: int = 0
-
-    def __post_init__(self) -> None:
-        if self.choice == "static":
-            object.__setattr__(self, "keep", len(self.tokens))
-
-    @property
-    def is_content(self) -> bool:
-        """Whether its tokens depend on the image."""
-        return self.choice == "content"
-
-    @property
-    def blocks(self) -> range:
-        """The blocks covered."""
-        return range(self.start, self.stop)
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields that the mode uses."""
-        raw: dict[str, Any] = {"blocks": [self.start, self.stop], "mode": self.mode}
-        if self.mode == "partial":
-            raw |= {"keep": self.keep} | ({"choice": "content"} if self.is_content else {"tokens": list(self.tokens)})
-        if self.mode in ("partial", "reuse"):
-            raw["branches"] = list(self.branches)
-        if self.mode != "compute":
-            raw["order"] = self.order
-        return raw
-
-    @classmethod
-    def from_json(cls, raw: Any, where: str) -> Segment:
-        """Inverse of `to_json`.
-
-        Raises:
-            PlanError: if a key is missing or unknown, or a value has the wrong type.
-        """
-        _check_keys(raw, {"blocks", "mode"}, {"choice", "keep", "tokens", "branches", "order"}, where)
-        blocks, tokens = raw["blocks"], raw.get("tokens", [])
-        choice, keep = raw.get("choice", "static"), raw.get("keep", len(tokens))
-        if not (_is_ints(blocks) and len(blocks) == 2 and _is_ints(tokens) and _is_ints([keep, raw.get("order", 0)])):
-            raise PlanError(f"{where}: blocks must be two integers, tokens a list of integers, keep and order an integer each.")
-        if choice == "static" and keep != len(tokens):
-            raise PlanError(f"{where}: keep is {keep}, but {len(tokens)} tokens are listed.")
-        branches = raw.get("branches", list(BRANCHES) if raw["mode"] == "partial" else [])
-        if not (isinstance(branches, list) and all(isinstance(branch, str) for branch in branches)):
-            raise PlanError(f"{where}: branches must be a list of names.")
-        return cls(blocks[0], blocks[1], raw["mode"], raw.get("order", 0), tuple(branches), tuple(tokens), choice, keep)
-
-
-def compute(start: int, stop: int) -> Segment:
-    """Segment that computes everything."""
-    return Segment(start, stop, "compute")
-
-
-def skip(start: int, stop: int, order: int = 0) -> Segment:
-    """Segment whose summed residual comes from the cache."""
-    return Segment(start, stop, "skip", order)
-
-
-def partial(start: int, stop: int, tokens: tuple[int, ...], order: int = 0, branches: tuple[str, ...] = BRANCHES) -> Segment:
-    """Segment that recomputes the given tokens."""
-    return Segment(start, stop, "partial", order, branches, tuple(sorted(tokens)))
-
-
-def content(start: int, stop: int, keep: int, order: int = 0, branches: tuple[str, ...] = BRANCHES) -> Segment:
-    """Segment that recomputes the `keep` tokens which the content predictor scores highest."""
-    return Segment(start, stop, "partial", order, branches, choice="content", keep=keep)
-
-
-def reuse(start: int, stop: int, branches: tuple[str, ...], order: int = 0) -> Segment:
-    """Segment whose named branches come from the cache, before the gate."""
-    return Segment(start, stop, "reuse", order, branches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,19 +165,19 @@ class CachePlan:
         if isinstance(raw, dict) and (version := raw.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
             raise PlanError(f"plan format version {version} is not {FORMAT_VERSION}: make the plan again.")
         keys = {"format_version", "model", "sampler", "guidance", "steps", "provenance", "reference"}
-        _check_keys(raw, keys, {"eps_scale", "selector"}, "plan")
-        eps_scale = _as_list(raw.get("eps_scale", []), "eps_scale")
+        check_keys(raw, keys, {"eps_scale", "selector"}, "plan")
+        eps_scale = as_list(raw.get("eps_scale", []), "eps_scale")
         if not isinstance(raw["provenance"], dict):
             raise PlanError(f"provenance: expected an object, found {type(raw['provenance']).__name__}.")
         if not all(type(factor) in (int, float) for factor in eps_scale):
             raise PlanError(f"eps_scale: expected a list of numbers, found {eps_scale}.")
         if not isinstance(raw.get("selector", ""), str):
             raise PlanError(f"selector: expected a sha256, found {raw['selector']!r}.")
-        steps = _as_list(raw["steps"], "steps")
+        steps = as_list(raw["steps"], "steps")
         return cls(
-            _from_fields(ModelSignature, raw["model"], "model"),
+            from_fields(ModelSignature, raw["model"], "model"),
             SamplerTable.from_json(raw["sampler"]),
-            _from_fields(Guidance, raw["guidance"], "guidance"),
+            from_fields(Guidance, raw["guidance"], "guidance"),
             tuple(_segments_from_json(step, i) for i, step in enumerate(steps)),
             raw["provenance"],
             None if raw["reference"] is None else SamplerTable.from_json(raw["reference"]),
@@ -340,7 +244,7 @@ def _validate(plan: CachePlan) -> None:
     for i, segments in enumerate(plan.steps):
         reached = 0
         for segment in segments:
-            _validate_segment(segment, reached, plan.model, f"step {i}, blocks [{segment.start}, {segment.stop})")
+            require_valid(segment, reached, plan.model.depth, plan.model.tokens, f"step {i}, blocks [{segment.start}, {segment.stop})")
             reached = segment.stop
         if reached != plan.model.depth:
             raise PlanError(f"step {i} covers {reached} of {plan.model.depth} blocks: the plan is for another depth, or a gap.")
@@ -363,69 +267,8 @@ def _validate_mode(mode: GuidanceMode, guidance: Guidance, where: str) -> None:
         raise PlanError(f"{where}: mode {mode.mode} leaves out the unconditional half, and at guidance scale 1 there is none.")
 
 
-def _validate_segment(segment: Segment, reached: int, model: ModelSignature, where: str) -> None:
-    def fail(reason: str) -> NoReturn:
-        raise PlanError(f"{where}: {reason}.")
-
-    if segment.mode not in MODES:
-        fail(f"unknown mode {segment.mode!r}, choose one of {', '.join(MODES)}")
-    if segment.start != reached or segment.stop <= segment.start or segment.stop > model.depth:
-        fail(f"segments must cover blocks 0 to {model.depth} in order without gap or overlap; {reached} was reached")
-    if not 0 <= segment.order <= MAX_ORDER:
-        fail(f"order {segment.order} is not 0, 1 or 2")
-    if len(set(segment.branches)) != len(segment.branches) or not set(segment.branches) <= set(BRANCHES):
-        fail(f"branches {list(segment.branches)} must be distinct and of {list(BRANCHES)}")
-    if segment.choice not in CHOICES or (segment.is_content and segment.mode != "partial"):
-        fail(f"choice {segment.choice!r} must be of {list(CHOICES)}, and content only where the mode is partial")
-    if segment.is_content and (segment.tokens or not 1 <= segment.keep <= model.tokens):
-        fail(f"content keeps 1 to {model.tokens} tokens and lists none; found keep {segment.keep}, {len(segment.tokens)} listed")
-    if not segment.is_content and (segment.mode == "partial") != bool(segment.tokens):
-        fail("tokens are listed if and only if the mode is partial, and at least one must be")
-    if segment.tokens and (segment.tokens[0] < 0 or segment.tokens[-1] >= model.tokens):
-        fail(f"tokens must lie in 0 to {model.tokens - 1}; the plan is for another token count")
-    if any(a >= b for a, b in zip(segment.tokens, segment.tokens[1:], strict=False)):
-        fail("tokens must be ascending and distinct")
-    if segment.mode == "reuse" and not segment.branches:
-        fail("reuse must name the branches that come from the cache")
-    if segment.mode == "partial" and "mlp" not in segment.branches:
-        fail("partial recomputes attn and mlp, or mlp alone")
-    if segment.mode == "compute" and (segment.order or segment.branches):
-        fail("compute takes neither order nor branches")
-    if segment.mode == "skip" and segment.branches:
-        fail("skip takes no branches")
-
-
 def _segments_from_json(raw: Any, i: int) -> tuple[Segment, ...]:
-    _check_keys(raw, {"step", "segments"}, {"guidance"}, f"step {i}")
+    check_keys(raw, {"step", "segments"}, {"guidance"}, f"step {i}")
     if raw["step"] != i:
         raise PlanError(f"steps must be listed in order: found step {raw['step']} at place {i}.")
-    return tuple(Segment.from_json(s, f"step {i}, segment {j}") for j, s in enumerate(_as_list(raw["segments"], f"step {i}")))
-
-
-def _check_keys(raw: Any, required: set[str], optional: set[str], where: str) -> None:
-    if not isinstance(raw, dict):
-        raise PlanError(f"{where}: expected an object, found {type(raw).__name__}.")
-    if missing := required - set(raw):
-        raise PlanError(f"{where}: missing {', '.join(sorted(missing))}.")
-    if unknown := set(raw) - required - optional:
-        raise PlanError(f"{where}: unknown {', '.join(sorted(unknown))}.")
-
-
-def _from_fields(cls: Any, raw: Any, where: str) -> Any:
-    types = {field.name: field.type for field in dataclasses.fields(cls)}
-    _check_keys(raw, set(types), set(), where)
-    allowed: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
-    for name, kind in types.items():
-        if type(raw[name]) not in allowed[str(kind)]:
-            raise PlanError(f"{where}.{name}: expected {kind}, found {raw[name]!r}.")
-    return cls(**raw)
-
-
-def _as_list(raw: Any, where: str) -> list[Any]:
-    if not isinstance(raw, list):
-        raise PlanError(f"{where}: expected a list, found {type(raw).__name__}.")
-    return raw
-
-
-def _is_ints(raw: Any) -> bool:
-    return isinstance(raw, list) and all(type(value) is int for value in raw)
+    return tuple(Segment.from_json(s, f"step {i}, segment {j}") for j, s in enumerate(as_list(raw["segments"], f"step {i}")))

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tc_lightning.cache import Guided, Step, TorchOps, forecast, predict
+from tc_lightning.array_ops import TorchOps
+from tc_lightning.cache import Guided, Step, forecast, predict
 from tc_lightning.content_predictor import Selector, require_selector
 from tc_lightning.dataflow import Entry, StepFlow, trace
 from tc_lightning.diffusion.table import SamplerTable
@@ -20,7 +21,8 @@ from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.checkpoints import teacher_digest
 from tc_lightning.models.dit import DiT
 from tc_lightning.noise import initial_noise
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature, Segment, compute
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature
+from tc_lightning.segments import Segment, compute
 
 OPS = TorchOps()
 

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tc_lightning.cache import BlockCache, BranchCache, TorchOps, full_block, mixed_block, mixed_branches
+from tc_lightning.array_ops import TorchOps
+from tc_lightning.cache import BlockCache, BranchCache, full_block, mixed_block, mixed_branches
 from tc_lightning.diffusion.update import guide
 from tc_lightning.models.dit import DiT, FinalModulation, Modulation
 from tc_lightning.plan import Guidance

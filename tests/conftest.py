@@ -15,8 +15,9 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.guidance import GuidanceMode
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature, Segment, compute, partial, reuse, skip
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.sampling import model_signature
+from tc_lightning.segments import Segment, compute, partial, reuse, skip
 
 torch.set_num_threads(1)
 

@@ -23,8 +23,9 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.models.checkpoints import save_teacher
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
-from tc_lightning.plan import Guidance, Segment, compute, skip
+from tc_lightning.plan import Guidance
 from tc_lightning.scores import Scores, sampler_digest
+from tc_lightning.segments import Segment, compute, skip
 
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"
 STEPS, L, N = 8, 4, 16

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from conftest import FULL, make_plan, make_teacher
 from torch import Tensor
 
-from tc_lightning.cache import BlockCache, Cache, Step, TorchOps, forecast, full_block, mixed_block, mixed_branches, run_blocks
+from tc_lightning.array_ops import TorchOps
+from tc_lightning.cache import BlockCache, Cache, Step, forecast, full_block, mixed_block, mixed_branches, run_blocks
 from tc_lightning.dataflow import Entry
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT, KeyValue, Modulation
-from tc_lightning.plan import CachePlan, Guidance, compute, partial, reuse, skip
+from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.sampling import full_plan, kept_tokens, model_signature, noise_for, sample, sample_steps
+from tc_lightning.segments import compute, partial, reuse, skip
 
 OPS = TorchOps()
 LABELS = torch.tensor([0, 3])

@@ -11,9 +11,10 @@ from torch import Tensor
 from tc_lightning.calibrate import BATCH, calibrate
 from tc_lightning.calibration import Calibration
 from tc_lightning.errors import RunError, TokenCacheError
-from tc_lightning.plan import Guidance, compute, skip
+from tc_lightning.plan import Guidance
 from tc_lightning.sampling import full_plan, model_signature, noise_for, sample_steps
 from tc_lightning.scores import sampler_digest
+from tc_lightning.segments import compute, skip
 from tc_lightning.step_effect import step_effect
 from tc_lightning.superposition import enter, record_caches, reused_eps
 

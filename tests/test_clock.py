@@ -6,8 +6,8 @@ import pytest
 from conftest import FULL, make_plan, make_teacher
 
 from export.clock import ProgramClock
-from tc_lightning.plan import skip
 from tc_lightning.planner.price import ClockPrice
+from tc_lightning.segments import skip
 
 
 def test_each_program_is_timed_once_whatever_plan_it_is_in() -> None:

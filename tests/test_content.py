@@ -23,7 +23,8 @@ from export.programs import computed_tokens, lower
 from export.runtime import CachedSampler
 from export.symbolic import Graph, OnnxOps
 from export.verify import rebuild_selector
-from tc_lightning.cache import Step, TorchOps, choose_tokens, run_blocks
+from tc_lightning.array_ops import TorchOps
+from tc_lightning.cache import Step, choose_tokens, run_blocks
 from tc_lightning.content_predictor import ContentPredictor, Selector, selector_for
 from tc_lightning.costs import block_macs, plan_macs, selector_macs, step_macs
 from tc_lightning.dataflow import Entry, entries_read
@@ -31,8 +32,9 @@ from tc_lightning.errors import PlanError, RunError
 from tc_lightning.evaluation import RolloutEvaluator
 from tc_lightning.guidance import BOTH, GuidanceMode
 from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan, Guidance, Segment, compute, content, partial, skip
+from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.sampling import noise_for, sample, sample_steps
+from tc_lightning.segments import Segment, compute, content, partial, skip
 
 OPS = TorchOps()
 LABELS = torch.tensor([0, 3])

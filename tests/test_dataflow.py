@@ -19,7 +19,8 @@ from tc_lightning.costs import (
 )
 from tc_lightning.dataflow import Entry, Read, StepFlow, assign_slots, lagrange_weights, trace
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature, compute, partial, reuse, skip
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature
+from tc_lightning.segments import compute, partial, reuse, skip
 
 XL = ModelSignature("dit", 28, 256, 1152, 16, 4608, 2, 4, 8, 32, 1000, "0" * 64)
 SPAN = Entry("span", 0, 4)

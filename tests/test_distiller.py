@@ -18,14 +18,15 @@ from torch.utils.data import DataLoader
 
 from data.rollouts import RolloutDataModule
 from data.trajectory_module import TrajectoryDataModule
-from tc_lightning.cache import Step, TorchOps, run_blocks
+from tc_lightning.array_ops import TorchOps
+from tc_lightning.cache import Step, run_blocks
 from tc_lightning.calibration import Calibration
 from tc_lightning.costs import macs_speedup
 from tc_lightning.dataflow import Entry
 from tc_lightning.errors import PlanError, RunError, TeacherError
 from tc_lightning.models.checkpoints import TeacherSpec, save_teacher
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
-from tc_lightning.plan import CachePlan, compute, partial, skip
+from tc_lightning.plan import CachePlan
 from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
 from tc_lightning.policies.dp_placement import DPPlacementPolicy
 from tc_lightning.policies.harmonica import HarmoniCaPolicy
@@ -34,6 +35,7 @@ from tc_lightning.predictor import INITIAL_IMPORTANCE
 from tc_lightning.runs import read_run
 from tc_lightning.sampling import full_plan, kept_tokens
 from tc_lightning.scores import Scores, sampler_digest
+from tc_lightning.segments import compute, partial, skip
 from tc_lightning.superposition import enter, guided_eps, mixed_eps, record_caches, reused_eps
 from tc_lightning.training.checkpointing import AtomicCheckpointIO
 from tc_lightning.training.distiller import TokenCacheDistiller

@@ -10,8 +10,9 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.evaluation import BATCH, RolloutEvaluator, psnr_db
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
-from tc_lightning.plan import CachePlan, Guidance, compute, skip
+from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.sampling import full_plan, model_signature, noise_for, sample
+from tc_lightning.segments import compute, skip
 
 CONFIG = DiTConfig(input_size=4, patch_size=2, in_channels=2, hidden_size=16, depth=3, num_heads=2, num_classes=5, learn_sigma=False)
 GUIDANCE = Guidance(1.5, 2)

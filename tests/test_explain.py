@@ -14,7 +14,8 @@ from tc_lightning.costs import macs_speedup
 from tc_lightning.dataflow import assign_slots, trace
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import Guidance, compute, partial, reuse, skip
+from tc_lightning.plan import Guidance
+from tc_lightning.segments import compute, partial, reuse, skip
 
 SKIP = (skip(0, 4, 1),)
 

@@ -31,8 +31,9 @@ from tc_lightning.costs import cache_bytes_per_image, macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan, Guidance, partial, skip
+from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.sampling import full_plan, model_signature, noise_for, reference_plan, sample
+from tc_lightning.segments import partial, skip
 
 
 def export(model: DiT, plan: CachePlan, out: Path, precision: str = "fp32") -> dict[str, Any]:

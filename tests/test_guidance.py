@@ -17,15 +17,17 @@ from export.parity import relative_l2
 from export.programs import FULL as STEP_FULL
 from export.programs import lower
 from export.runtime import CachedSampler
-from tc_lightning.cache import Guided, Step, TorchOps, predict
+from tc_lightning.array_ops import TorchOps
+from tc_lightning.cache import Guided, Step, predict
 from tc_lightning.costs import cache_bytes_per_image, fixed_macs, full_step_macs, macs_speedup, plan_macs
 from tc_lightning.dataflow import Entry, Read, assign_slots, lagrange_weights, trace
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.guidance import GuidanceMode
 from tc_lightning.models.dit import DiT, KeyValue
-from tc_lightning.plan import CachePlan, Guidance, compute, partial, reuse, skip
+from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.sampling import noise_for, reference_plan, sample, sample_steps
+from tc_lightning.segments import compute, partial, reuse, skip
 
 SKIP = (skip(0, 4, 1),)
 DIFFERENCE = Entry("guidance", 0, 4)

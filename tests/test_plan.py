@@ -15,7 +15,8 @@ from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.table import SamplerStep, SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature, Segment, compute, partial, reuse, skip
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature
+from tc_lightning.segments import Segment, compute, partial, reuse, skip
 
 PLAN = make_plan(SIGNATURE, policy="test", arguments={"share": 0.1, "names": ["a"]})
 

@@ -17,7 +17,7 @@ from tc_lightning.costs import macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, RunError, TokenCacheError
 from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan, Guidance, skip
+from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.planner.bench import Bench
 from tc_lightning.planner.command import fabric_of
 from tc_lightning.planner.command import main as plan_command
@@ -35,6 +35,7 @@ from tc_lightning.policies.pruned_steps import PrunedStep
 from tc_lightning.ranks import ALONE, Ranks
 from tc_lightning.sampling import full_plan, model_signature, sample
 from tc_lightning.scores import Scores, sampler_digest
+from tc_lightning.segments import skip
 
 GUIDANCE = Guidance(1.5, 3)
 STEPS = 12

@@ -20,7 +20,7 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.evaluation import RolloutEvaluator
-from tc_lightning.plan import BRANCHES, CachePlan, Guidance, ModelSignature, compute, partial, reuse, skip
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.policies.base import PlanningContext, Policy
 from tc_lightning.policies.delta_dit import DeltaDiTPolicy
 from tc_lightning.policies.dp_placement import DPPlacementPolicy, interval_costs, place_full_steps
@@ -36,6 +36,7 @@ from tc_lightning.policies.tokencache_v1 import TokenCacheV1Policy
 from tc_lightning.policies.whole_steps import affordable_interval, interval_steps
 from tc_lightning.sampling import full_plan, model_signature, noise_for, sample
 from tc_lightning.scores import Scores, sampler_digest
+from tc_lightning.segments import BRANCHES, compute, partial, reuse, skip
 
 XL = ModelSignature("dit", 28, 256, 1152, 16, 4608, 2, 4, 8, 32, 1000, "0" * 64)
 

@@ -11,7 +11,8 @@ from export.programs import FULL as STEP_FULL
 from export.programs import computed_tokens, lower, merge
 from tc_lightning.dataflow import Entry, is_updated, is_written, trace
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.plan import CachePlan, Segment, compute, content, partial, reuse, skip
+from tc_lightning.plan import CachePlan
+from tc_lightning.segments import Segment, compute, content, partial, reuse, skip
 
 SPAN = Entry("span", 0, 4)
 SKIP = (skip(0, 4, 1),)

@@ -15,7 +15,7 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher
 from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan, Guidance, compute, skip
+from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.planner import refine
 from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.pilot import as_they_come, difficulty, images, stratified
@@ -24,6 +24,7 @@ from tc_lightning.planner.robust import TAIL, robust_mean, robust_weights, weigh
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.ranks import ALONE, Ranks
 from tc_lightning.sampling import full_plan, model_signature, sample
+from tc_lightning.segments import compute, skip
 
 GUIDANCE = Guidance(1.5, 1)
 SHIPPED = TeacherSpec(str(Path(__file__).parents[1] / "data" / "digits_dit.safetensors"))

@@ -22,11 +22,12 @@ from tc_lightning.cli import main
 from tc_lightning.context import load_run, planning_context
 from tc_lightning.costs import full_step_macs, plan_macs
 from tc_lightning.errors import PlanError, RunError, TokenCacheError
-from tc_lightning.plan import CachePlan, compute, partial, skip
+from tc_lightning.plan import CachePlan
 from tc_lightning.policies.registry import standard_policies
 from tc_lightning.runs import read_run
 from tc_lightning.sampling import full_plan, model_signature, noise_for, reference_plan, sample
 from tc_lightning.scores import Scores, sampler_digest
+from tc_lightning.segments import compute, partial, skip
 from tc_lightning.targets import TargetKey, cached_targets, compute_targets
 
 STEPS = tuple(FULL if i in (0, 1, 2, 4, 7) else (skip(0, 4, 1),) for i in range(10))

@@ -9,13 +9,14 @@ from tc_lightning.costs import block_macs, full_step_macs, plan_macs, step_macs
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.evaluation import RolloutEvaluator
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature, compute, reuse
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.harmonica import HarmoniCaPolicy
 from tc_lightning.policies.learning_to_cache import LearningToCachePolicy
 from tc_lightning.policies.routers import RouterPolicy, lowest_within_budget, router_steps
 from tc_lightning.sampling import full_plan, model_signature, noise_for, sample
 from tc_lightning.scores import Scores, sampler_digest
+from tc_lightning.segments import compute, reuse
 
 T, L, N = 6, SIGNATURE.depth, SIGNATURE.tokens
 SAMPLER, GUIDANCE = make_sampler("ddim", T), Guidance(1.5, 3)

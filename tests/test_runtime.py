@@ -21,7 +21,8 @@ from export.sessions import RuntimeUnavailableError, packed_graphs
 from tc_lightning.costs import cache_bytes_per_image
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.plan import Guidance, skip
+from tc_lightning.plan import Guidance
+from tc_lightning.segments import skip
 
 LABELS = [0, 3, 1]
 

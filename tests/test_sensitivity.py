@@ -5,10 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tc_lightning.cache import Step, TorchOps, run_blocks
+from tc_lightning.array_ops import TorchOps
+from tc_lightning.cache import Step, run_blocks
 from tc_lightning.dataflow import Entry
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
-from tc_lightning.plan import BRANCHES, Guidance, Segment, compute, reuse
+from tc_lightning.plan import Guidance
+from tc_lightning.segments import BRANCHES, Segment, compute, reuse
 from tc_lightning.sensitivity import branch_sensitivity, probes_for, token_sensitivity
 from tc_lightning.superposition import enter, guided_eps
 

@@ -6,8 +6,9 @@ from conftest import make_plan, make_teacher
 
 from tc_lightning.diffusion.update import advance, coefficients
 from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan, Guidance, compute, skip
+from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.sampling import sample_steps
+from tc_lightning.segments import compute, skip
 from tc_lightning.step_effect import step_effect
 from tc_lightning.superposition import enter, guided_eps
 

@@ -15,8 +15,9 @@ from tc_lightning.costs import full_step_macs, step_macs
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.guidance import Guidance
-from tc_lightning.plan import CachePlan, ModelSignature, Segment, compute, skip
+from tc_lightning.plan import CachePlan, ModelSignature
 from tc_lightning.planner.recipe import spread
+from tc_lightning.segments import Segment, compute, skip
 
 Segments = tuple[Segment, ...]
 WARMUP = 3  # full steps at the start, as in the planner

@@ -21,11 +21,12 @@ from tc_lightning.ablation.layout import Layout, Segments, blocks_computed, with
 from tc_lightning.content_predictor import ContentPredictor, Selector
 from tc_lightning.errors import PlanError
 from tc_lightning.models.dit import DiTConfig, Modulation
-from tc_lightning.plan import CachePlan, Segment, content, partial, skip
+from tc_lightning.plan import CachePlan
 from tc_lightning.policies.pruned_steps import best_edges, best_window, top_tokens
 from tc_lightning.policies.tokencache_v1 import important_blocks
 from tc_lightning.policies.tokencache_v2 import block_keeps, kept_segments
 from tc_lightning.scores import Scores
+from tc_lightning.segments import Segment, content, partial, skip
 
 GROUPS = ("tokens", "blocks", "context")
 EQUAL = 0.005  # largest relative difference of MACs within a group

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tc_lightning.diffusion.table import SamplerStep
 
 if TYPE_CHECKING:
-    from tc_lightning.cache import Ops
+    from tc_lightning.array_ops import Ops
 
 Array = Any
 

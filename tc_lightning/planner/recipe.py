@@ -15,9 +15,10 @@ import numpy as np
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.guidance import BOTH, Guidance, GuidanceMode
-from tc_lightning.plan import MAX_ORDER, CachePlan, ModelSignature, compute
+from tc_lightning.plan import CachePlan, ModelSignature
 from tc_lightning.policies.pruned_steps import PrunedStep
 from tc_lightning.scores import Scores
+from tc_lightning.segments import MAX_ORDER, compute
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from tc_lightning.costs import segment_macs
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import ModelSignature, Segment, compute, skip
+from tc_lightning.plan import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.targeted import MAX_INTERVAL, Offer, Steps, TargetedPolicy, largest, reference_macs
 from tc_lightning.policies.whole_steps import interval_steps
+from tc_lightning.segments import Segment, compute, skip
 
 
 class DeltaDiTPolicy(TargetedPolicy):

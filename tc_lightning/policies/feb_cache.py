@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from tc_lightning.costs import step_macs
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import ModelSignature, Segment, compute, reuse
+from tc_lightning.plan import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.targeted import MAX_INTERVAL, Offer, Steps, TargetedPolicy
+from tc_lightning.segments import Segment, compute, reuse
 
 EPS_SCALE = (0.98, 0.96)
 

@@ -7,9 +7,10 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.schedule import SPACINGS
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature, compute
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.targeted import Offer, TargetedPolicy
+from tc_lightning.segments import compute
 
 
 def fewer_steps_plan(

@@ -18,8 +18,9 @@ import numpy as np
 
 from tc_lightning.costs import full_step_macs, step_macs
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import BRANCHES, ModelSignature, Segment, compute, partial, reuse, skip
+from tc_lightning.plan import ModelSignature
 from tc_lightning.scores import Scores
+from tc_lightning.segments import BRANCHES, Segment, compute, partial, reuse, skip
 
 
 @dataclasses.dataclass(frozen=True)

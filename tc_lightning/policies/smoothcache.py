@@ -12,10 +12,11 @@ from tc_lightning.calibration import MAX_GAP
 from tc_lightning.costs import step_macs
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import BRANCHES, ModelSignature
+from tc_lightning.plan import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.feb_cache import branch_step
 from tc_lightning.policies.targeted import Offer, Steps, TargetedPolicy
+from tc_lightning.segments import BRANCHES
 
 
 class SmoothCachePolicy(TargetedPolicy):

@@ -10,9 +10,10 @@ from typing import Any
 from tc_lightning.costs import full_step_macs, macs_speedup, plan_macs
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, ModelSignature, Segment
+from tc_lightning.plan import CachePlan, ModelSignature
 from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
 from tc_lightning.scores import sampler_digest
+from tc_lightning.segments import Segment
 
 Steps = tuple[tuple[Segment, ...], ...]
 MAX_INTERVAL = 10  # steps from one full step to the next that a policy considers, unless told otherwise

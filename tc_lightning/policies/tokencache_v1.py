@@ -16,12 +16,13 @@ import numpy as np
 from tc_lightning.costs import step_macs
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import ModelSignature, Segment, compute, partial, skip
+from tc_lightning.plan import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import top_tokens
 from tc_lightning.policies.targeted import MAX_INTERVAL, Offer, TargetedPolicy, largest, reference_macs
 from tc_lightning.policies.tprr import Rounds
 from tc_lightning.scores import Scores
+from tc_lightning.segments import Segment, compute, partial, skip
 
 
 class TokenCacheV1Policy(TargetedPolicy):

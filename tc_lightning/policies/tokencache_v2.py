@@ -25,11 +25,12 @@ from tc_lightning.costs import full_step_macs, selector_runs, step_macs
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.guidance import BOTH
-from tc_lightning.plan import MAX_ORDER, ModelSignature, Segment, compute, content, partial, skip
+from tc_lightning.plan import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import top_tokens
 from tc_lightning.policies.targeted import Offer, Steps, TargetedPolicy, largest
 from tc_lightning.scores import Scores
+from tc_lightning.segments import MAX_ORDER, Segment, compute, content, partial, skip
 
 
 def percentile_steps(importance_TLN: np.ndarray, count: int) -> list[int]:

@@ -20,10 +20,11 @@ from tc_lightning.costs import macs_speedup
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.evaluation import psnr_db
-from tc_lightning.plan import MAX_ORDER, CachePlan, Guidance, ModelSignature, Segment, compute
+from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
 from tc_lightning.policies.pruned_steps import KINDS, PrunedStep
 from tc_lightning.scores import Scores, sampler_digest
+from tc_lightning.segments import MAX_ORDER, Segment, compute
 
 BUDGET_SLACK = 0.12  # a candidate that leaves more than this share of the affordable MACs unused is not tried
 

@@ -8,8 +8,9 @@ from collections.abc import Collection
 from tc_lightning.costs import full_step_macs, step_macs
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import BRANCHES, ModelSignature, Segment, compute, reuse, skip
+from tc_lightning.plan import ModelSignature
 from tc_lightning.policies.targeted import Steps
+from tc_lightning.segments import BRANCHES, Segment, compute, reuse, skip
 
 
 def interval_steps(num_steps: int, interval: float, warmup: int = 1) -> list[int]:
