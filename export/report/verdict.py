@@ -126,7 +126,7 @@ def _compare(budget: float, equal: str, target: str, ours: Row, rivals: list[Row
 def _told(c: Comparison) -> str:
     what = "equal multiplications" if c.equal == "MACs" else "equal time"
     if c.ratio >= 1:
-        outcome = f"LOSES to {c.best}: its error is {c.ratio:.2g} times as large"
+        outcome = f"LOSES to {c.best}: its error is {c.ratio:.3g} times as large"
     else:
         aim = "at most a third" if c.ratio <= THIRD else "more than a third"
         outcome = f"beats {c.best}: its error is {c.ratio:.2g} times as large ({aim})"
