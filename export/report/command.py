@@ -26,7 +26,7 @@ from tc_lightning.policies.registry import standard_policies
 from tc_lightning.runs import find_run, read_run
 
 SEED = 6_180_339_887  # far from the seeds that people choose for training
-DEFAULT_IMAGES, DEFAULT_BATCH, DEFAULT_FRONT = 24, 8, 9
+DEFAULT_IMAGES, DEFAULT_BATCH, DEFAULT_FRONT = 16, 8, 9
 
 
 def main(args: list[str]) -> None:
