@@ -133,13 +133,6 @@ class TestFit:
         other = dataclasses.replace(target, x_0=torch.cat([target.x_0[:4], -target.x_0[4:]]))
         assert fit_sampler(model, plan, target, 4).plan == fit_sampler(model, plan, other, 4).plan
 
-    def test_two_processes_with_the_same_images_fit_as_one(self, model: DiT, target: TargetRun) -> None:
-        plan = full_plan(model_signature(model), make_sampler("ddim", 5), GUIDANCE)
-        two = Ranks(0, 2, lambda values: 2 * values)  # what a sum over two equal processes is
-        one, both = (fit_sampler(model, plan, target, 4, ranks=ranks).plan.sampler.steps for ranks in (ALONE, two))
-        for a, b in zip(one, both, strict=True):
-            assert dataclasses.astuple(a) == pytest.approx(dataclasses.astuple(b), rel=1e-6, abs=1e-9)
-
     def test_all_processes_stop_if_one_has_to(self, model: DiT, target: TargetRun) -> None:
         """The other process's latents are not finite, ours are: without a word from it, we would wait for its sums."""
 

@@ -16,7 +16,7 @@ from tc_lightning.planner.fit import FittedPlan, fit_sampler
 from tc_lightning.planner.price import Price
 from tc_lightning.planner.recipe import Kitchen, Recipe
 from tc_lightning.planner.record import TrialRecord
-from tc_lightning.planner.robust import robust_mean
+from tc_lightning.planner.robust import robust_mean_of_all
 from tc_lightning.planner.target import TargetRun
 from tc_lightning.ranks import Ranks
 from tc_lightning.scores import sampler_digest
@@ -82,8 +82,7 @@ class Bench:
             judged_B, counts_B = self.fit(recipe).mse_B[self.fitted :], self.target.counts_B[self.fitted :]
         except TokenCacheError:  # there is nothing to fit, or the latents became NaN
             return math.inf
-        all_B = self.ranks.gathered(torch.stack([judged_B.double(), counts_B.double()], 1))
-        return float(robust_mean(*all_B.unbind(1)))
+        return robust_mean_of_all(judged_B, counts_B, self.ranks)
 
     def _name(self) -> str:
         """Digest of all that an error depends on beside the recipe."""

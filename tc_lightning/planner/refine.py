@@ -28,7 +28,7 @@ from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
 from tc_lightning.planner.fit import COEFFICIENTS
-from tc_lightning.planner.robust import robust_mean, robust_weights
+from tc_lightning.planner.robust import robust_mean_of_all, robust_weights
 from tc_lightning.planner.target import TargetRun
 from tc_lightning.ranks import ALONE, Ranks
 from tc_lightning.sampling import sample, steps_with_gradients
@@ -131,8 +131,7 @@ class _Refiner:
 
     def value(self, errors_B: Tensor) -> float:
         """Robust mean over the images of all processes."""
-        all_B = self._ranks.gathered(torch.stack([errors_B.double(), self._target.counts_B.double()], 1))
-        return float(robust_mean(*all_B.unbind(1)))
+        return robust_mean_of_all(errors_B, self._target.counts_B, self._ranks)
 
     def best(self, plan: CachePlan, errors_B: Tensor, moves: dict[float, CachePlan]) -> tuple[float, CachePlan, Tensor] | None:
         """The best of a few moves, its name first and its errors last; None if none is better than the plan."""

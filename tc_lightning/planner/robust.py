@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tc_lightning.ranks import Ranks
+
 TAIL = 20.0  # medians
 
 
@@ -32,6 +34,12 @@ def robust_mean(errors_B: Tensor, weights_B: Tensor) -> Tensor:
         return torch.tensor(torch.inf)
     start = _tail_start(errors_B, weights_B)
     return (weights_B * start * (errors_B / start).log1p()).sum() / weights_B.sum()
+
+
+def robust_mean_of_all(errors_B: Tensor, weights_B: Tensor, ranks: Ranks) -> float:
+    """The same over the images of all processes."""
+    all_B = ranks.gathered(torch.stack([errors_B.double(), weights_B.double()], 1))
+    return float(robust_mean(*all_B.unbind(1)))
 
 
 def robust_weights(errors_B: Tensor, weights_B: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from tc_lightning.planner.pilot import HARD, Sample, as_they_come, difficulty, i
 from tc_lightning.planner.price import Price, macs_price
 from tc_lightning.planner.recipe import Kitchen, Recipe
 from tc_lightning.planner.refine import refine_sampler
-from tc_lightning.planner.robust import robust_mean
+from tc_lightning.planner.robust import robust_mean_of_all
 from tc_lightning.planner.search import Search, grid, native, variations
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.ranks import ALONE, Ranks
@@ -208,8 +208,7 @@ class PlannerRun:
     def _finished(self, recipe: Recipe, bar: tqdm[None]) -> Finished:
         wide = Bench(self.model, self.bench.kitchen, self.settings.price, self._seen, self.judged, self.ranks)
         plan = refine_sampler(self.model, wide.fit(recipe).plan, self._seen, self.settings.refinements, self.ranks, bar.update)
-        both = torch.stack([self._errors(plan, self._seen), self._seen.counts_B.double()], 1)
-        return Finished(recipe, plan, float(robust_mean(*self.ranks.gathered(both).unbind(1))))
+        return Finished(recipe, plan, robust_mean_of_all(self._errors(plan, self._seen), self._seen.counts_B, self.ranks))
 
     def _point(self, speedup: float, plan: CachePlan, chosen: bool) -> FrontPoint:
         mse_B = self.ranks.gathered(self._errors(plan, self.target.part(slice(self.judged, None))))
