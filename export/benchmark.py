@@ -121,7 +121,7 @@ def benchmark(
             "provider": args.provider,
             "device": _device(args.provider),
             "precision": precision,
-            "steps": len(first.plan.baseline),
+            "steps": len(first.plan.reference),
             "repeats": args.repeats,
             "weights_mb": weights_mb,
             "product_tflops": product_tflops(_torch_device(args.provider), TORCH_TYPES[precision]),

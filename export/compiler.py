@@ -68,7 +68,7 @@ def export_artefact(
     """
     plan.require_model(model_signature(model))
     require_selector(plan, selector)
-    for table in (plan.sampler, plan.baseline):
+    for table in (plan.sampler, plan.reference):
         if table.stochastic:
             raise TokenCacheError(f"the sampler {table.name} adds noise at every step and cannot be exported: plan with ddim.")
     if precision == "bf16" and provider == "cpu":
@@ -158,10 +158,10 @@ def _describe(
         "model": dataclasses.asdict(plan.model),
         "dit_config": dataclasses.asdict(model.config),
         "sampler": {"name": plan.sampler.name, "spacing": plan.sampler.spacing},
-        "reference": {"name": plan.baseline.name, "spacing": plan.baseline.spacing},
+        "reference": {"name": plan.reference.name, "spacing": plan.reference.spacing},
         "guidance": dataclasses.asdict(plan.guidance),
         "steps": plan.num_steps,
-        "full_steps": len(plan.baseline),
+        "full_steps": len(plan.reference),
         "full_offset": condition_times(plan)[1],
         "precision": precision,
         "programs": {p.name: _interface(p, graphs[p.graph], plan) for p in lowered.programs},

@@ -72,7 +72,7 @@ class Emitter:
         ops, signature, guidance = OnnxOps(g), self.plan.model, self.plan.guidance
         latent: list[int | str] = ["batch", signature.in_channels, signature.input_size, signature.input_size]
         x = g.input("x", "fp32", latent)
-        table = self.plan.baseline if program.name == FULL else self.plan.scaled_sampler
+        table = self.plan.reference if program.name == FULL else self.plan.scaled_sampler
         history = PAST[: table.history]
         past = [g.input(name, "fp32", latent) for name in history]
         step, first_bad = g.input("step", "int64", []), g.input("first_bad", "int64", [])
@@ -179,7 +179,7 @@ def _union(programs: Sequence[Program]) -> Program:
 
 def condition_times(plan: CachePlan) -> tuple[list[float], int]:
     """Times that the condition graph knows, and the place of the reference's first step among them: 0 where it has the plan's."""
-    own, reference = ([row.t for row in table.steps] for table in (plan.sampler, plan.baseline))
+    own, reference = ([row.t for row in table.steps] for table in (plan.sampler, plan.reference))
     return (own, 0) if own == reference else (own + reference, len(own))
 
 

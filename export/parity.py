@@ -88,7 +88,7 @@ def prove(
         final = state.x_next
     full = next(p for p in lowered.programs if p.name == FULL)
     if not full.steps:  # no step of the plan runs it: take those of the reference, until its sampler uses all that it may
-        for state in itertools.islice(sample_steps(model, reference_plan(plan), x_T, labels), plan.baseline.history + 1):
+        for state in itertools.islice(sample_steps(model, reference_plan(plan), x_T, labels), plan.reference.history + 1):
             checks += _check_program(plan, full, sampler, state, labels)
     assert final is not None
     latents = sampler.sample(labels.tolist(), seed=seed).latents

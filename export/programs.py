@@ -104,7 +104,7 @@ def lower(plan: CachePlan, share_graphs: bool = True) -> LoweredPlan:
 
 def shares_reference(plan: CachePlan) -> bool:
     """Whether the plan's steps have the coefficients of the reference's."""
-    return plan.scaled_sampler.steps == plan.baseline.steps
+    return plan.scaled_sampler.steps == plan.reference.steps
 
 
 def computed_tokens(segment: Segment, num_tokens: int) -> int:

@@ -58,13 +58,13 @@ def torch_latents(eps: Denoiser, plan: CachePlan, x_BCHW: Tensor, labels_B: Tens
     ops, doubled, channels = TorchOps(), plan.guidance.doubles_batch, plan.model.in_channels
     y = torch.cat([labels_B, torch.full_like(labels_B, plan.model.num_classes)]) if doubled else labels_B
     past: tuple[Tensor, ...] = ()
-    for row in plan.baseline.steps:
+    for row in plan.reference.steps:
         x = torch.cat([x_BCHW, x_BCHW]) if doubled else x_BCHW
         e = eps(x.to(dtype), torch.full((len(y),), row.t, device=x.device), y).float()
         if doubled:
             e = guide(e, plan.guidance.scale, plan.guidance.channels, channels, ops)
         x_BCHW, m = advance(x_BCHW, e, past, coefficients(row))
-        past = (m, *past)[: plan.baseline.history]
+        past = (m, *past)[: plan.reference.history]
     return x_BCHW.cpu()
 
 

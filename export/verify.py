@@ -129,10 +129,10 @@ def _fill(module: nn.Module, sampler: CachedSampler, stem: str = "") -> None:
 
 def _baselines(plan: CachePlan) -> dict[str, CachePlan]:
     """What one would do without this package, at the plan's MACs or up to one full step above them: rounding is in their favour."""
-    step, budget, table = full_step_macs(plan.model), plan_macs(plan), plan.baseline
+    step, budget, table = full_step_macs(plan.model), plan_macs(plan), plan.reference
     baselines = {}
     if table.name in SAMPLERS:  # a table of one's own making is for its own number of steps
-        fewer = fewer_steps_plan(plan.model, table.name, table.spacing, plan.guidance, math.ceil(budget / step) * step)
+        fewer = fewer_steps_plan(plan.model, table.name, table.spacing, plan.guidance, math.ceil(budget / step) * step, table)
         baselines[f"{table.name}, {fewer.num_steps} steps"] = fewer
     speedup = len(table) * step / (budget + step)
     if speedup > 1.0:  # a plan that saves less than a step leaves nothing to reuse

@@ -56,7 +56,9 @@ def planning_context(loaded: LoadedRun, targets: Targets) -> PlanningContext:
     plan = reference_plan(loaded.plan)
     evaluate = RolloutEvaluator(loaded.model, targets.x_T, targets.labels, targets.reference)
     measure = functools.partial(_calibration, loaded, targets)
-    return PlanningContext(plan.model, plan.sampler, plan.guidance, loaded.scores, evaluate, calibrate=measure, model=loaded.model)
+    return PlanningContext(
+        plan.model, plan.sampler, plan.guidance, loaded.scores, evaluate, plan.reference, calibrate=measure, model=loaded.model
+    )
 
 
 def _calibration(loaded: LoadedRun, targets: Targets) -> Calibration:

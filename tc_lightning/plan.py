@@ -38,7 +38,7 @@ from tc_lightning.guidance import BOTH, GUIDANCE_MODES, Guidance, GuidanceMode
 from tc_lightning.plan_json import as_list, check_keys, from_fields
 from tc_lightning.segments import MAX_ORDER, Segment, require_valid
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +68,15 @@ class CachePlan:
         sampler: coefficients of the sampler.
         guidance: guidance scale and channels.
         steps: the segments of each sampling step, noisiest step first.
+        reference: the sampler of the full-compute run that the plan replaces: the run that savings and errors are measured against.
+            Stated in every plan, equal to the plan's own or not: a plan whose sampler is replaced still replaces the same run.
         provenance: policy, its arguments, digests of what it was made from: plain JSON values.
-        reference: the sampler of the full-compute run that the plan replaces, where it is not the plan's own: the run that savings
-            and errors are measured against.
         eps_scale: one factor a step by which the guided eps is multiplied (EB-Cache, arXiv 2503.07120: caching amplifies exposure
             bias, and a factor a little below 1 makes up for it); empty for none. The reference run has none.
         guidance_modes: which halves of the guided batch each step computes; empty: both at every step, as in the reference run.
         selector: sha256 of the content predictor that chooses the tokens of content segments; empty if there are none.
+        fewer_steps: a sampler with which full compute costs no more than the plan's budget, fitted as the plan's own was: what the
+            plan has to beat, for whoever verifies it. Never run by the plan; None where none was fitted, or the plan is that run.
 
     Raises:
         PlanError: if segments do not cover the blocks, a token or block does not exist, something is reused that was never
@@ -86,24 +88,18 @@ class CachePlan:
     sampler: SamplerTable
     guidance: Guidance
     steps: tuple[tuple[Segment, ...], ...]
+    reference: SamplerTable
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    reference: SamplerTable | None = None
     eps_scale: tuple[float, ...] = ()
     guidance_modes: tuple[GuidanceMode, ...] = ()
     selector: str = ""
+    fewer_steps: SamplerTable | None = None
 
     def __post_init__(self) -> None:
         if set(self.guidance_modes) == {BOTH} and len(self.guidance_modes) == self.num_steps:
             object.__setattr__(self, "guidance_modes", ())
         object.__setattr__(self, "eps_scale", tuple(map(float, self.eps_scale)))
-        if self.reference == self.sampler:  # equal plans are written alike
-            object.__setattr__(self, "reference", None)
         _validate(self)
-
-    @property
-    def baseline(self) -> SamplerTable:
-        """The sampler of the full-compute run that the plan replaces."""
-        return self.reference or self.sampler
 
     @functools.cached_property
     def scaled_sampler(self) -> SamplerTable:
@@ -120,6 +116,11 @@ class CachePlan:
         """The I-steps: those that compute every block, in both halves if there are two."""
         computed = [all(s.mode == "compute" for s in segments) for segments in self.steps]
         return [i for i, everything in enumerate(computed) if everything and not self.guidance_mode(i).single]
+
+    @property
+    def caches(self) -> bool:
+        """Whether any step takes something from a cache; else the plan is full compute, with a sampler of its own."""
+        return len(self.full_steps) < self.num_steps
 
     def guidance_mode(self, step: int) -> GuidanceMode:
         """Which halves of the guided batch a step computes."""
@@ -139,7 +140,8 @@ class CachePlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` inverts it exactly."""
-        optional = {"eps_scale": list(self.eps_scale), "selector": self.selector}
+        fewer = None if self.fewer_steps is None else self.fewer_steps.to_json()
+        optional = {"eps_scale": list(self.eps_scale), "selector": self.selector, "fewer_steps": fewer}
         return {
             "format_version": FORMAT_VERSION,
             "model": dataclasses.asdict(self.model),
@@ -147,7 +149,7 @@ class CachePlan:
             "guidance": dataclasses.asdict(self.guidance),
             "steps": [self._step_to_json(i) for i in range(self.num_steps)],
             "provenance": dict(self.provenance),
-            "reference": None if self.reference is None else self.reference.to_json(),
+            "reference": self.reference.to_json(),
         } | {name: value for name, value in optional.items() if value}
 
     def _step_to_json(self, i: int) -> dict[str, Any]:
@@ -165,7 +167,7 @@ class CachePlan:
         if isinstance(raw, dict) and (version := raw.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
             raise PlanError(f"plan format version {version} is not {FORMAT_VERSION}: make the plan again.")
         keys = {"format_version", "model", "sampler", "guidance", "steps", "provenance", "reference"}
-        check_keys(raw, keys, {"eps_scale", "selector"}, "plan")
+        check_keys(raw, keys, {"eps_scale", "selector", "fewer_steps"}, "plan")
         eps_scale = as_list(raw.get("eps_scale", []), "eps_scale")
         if not isinstance(raw["provenance"], dict):
             raise PlanError(f"provenance: expected an object, found {type(raw['provenance']).__name__}.")
@@ -179,11 +181,12 @@ class CachePlan:
             SamplerTable.from_json(raw["sampler"]),
             from_fields(Guidance, raw["guidance"], "guidance"),
             tuple(_segments_from_json(step, i) for i, step in enumerate(steps)),
+            SamplerTable.from_json(raw["reference"]),
             raw["provenance"],
-            None if raw["reference"] is None else SamplerTable.from_json(raw["reference"]),
             tuple(eps_scale),
             tuple(GuidanceMode.from_json(step.get("guidance", {"mode": "both"}), f"step {i}") for i, step in enumerate(steps)),
             raw.get("selector", ""),
+            SamplerTable.from_json(raw["fewer_steps"]) if "fewer_steps" in raw else None,
         )
 
     def save(self, path: Path) -> None:

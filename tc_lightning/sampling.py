@@ -69,14 +69,14 @@ def model_signature(model: DiT, digest: str | None = None) -> ModelSignature:
 
 
 def full_plan(signature: ModelSignature, sampler: SamplerTable, guidance: Guidance) -> CachePlan:
-    """The plan that computes everything."""
+    """The plan that computes everything: the run that it stands for is its own."""
     everything = (compute(0, signature.depth),)
-    return CachePlan(signature, sampler, guidance, (everything,) * len(sampler), {"policy": "full"})
+    return CachePlan(signature, sampler, guidance, (everything,) * len(sampler), sampler, {"policy": "full"})
 
 
 def reference_plan(plan: CachePlan) -> CachePlan:
     """The full-compute run that a plan replaces, as a plan of its own."""
-    return full_plan(plan.model, plan.baseline, plan.guidance)
+    return full_plan(plan.model, plan.reference, plan.guidance)
 
 
 def noise_for(seed: int, indices: range, model: DiT, device: torch.device | str = "cpu", stream: int = 0) -> Tensor:

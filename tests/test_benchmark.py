@@ -21,7 +21,7 @@ def test_the_torch_baseline_is_full_compute(teacher, sampler, guidance):
     labels = torch.tensor([0, 3])
     x = noise_for(0, range(2), teacher)
     for plan in (make_plan(teacher, EVERY_MODE, guidance, sampler), make_plan(teacher, EVERY_MODE, guidance, reference=reference)):
-        expected = sample(teacher, full_plan(plan.model, plan.baseline, guidance), x, labels)
+        expected = sample(teacher, full_plan(plan.model, plan.reference, guidance), x, labels)
         assert torch.equal(torch_latents(teacher.eps, plan, x, labels, torch.float32), expected)
 
 

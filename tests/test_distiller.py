@@ -52,7 +52,7 @@ class EveryOtherStep(Policy):
     def plan(self, context: PlanningContext) -> PlanChoice:
         L = context.signature.depth
         steps = tuple((skip(0, L),) if i % 2 else (compute(0, L),) for i in range(len(context.sampler)))
-        plan = CachePlan(context.signature, context.sampler, context.guidance, steps, {"policy": "every-other"})
+        plan = CachePlan(context.signature, context.sampler, context.guidance, steps, context.reference, {"policy": "every-other"})
         full = full_plan(context.signature, context.sampler, context.guidance)
         rows = [
             {"plan": "full", "mse": context.evaluate(full, 2)},

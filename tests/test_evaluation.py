@@ -34,7 +34,7 @@ def evaluator(model: DiT) -> RolloutEvaluator:
 def caching_plan(model: DiT, signature_changes: dict[str, str] | None = None) -> CachePlan:
     signature = dataclasses.replace(model_signature(model), **(signature_changes or {}))
     full, skipped = (compute(0, 3),), (skip(0, 3),)
-    return CachePlan(signature, SAMPLER, GUIDANCE, (full, skipped, full, skipped))
+    return CachePlan(signature, SAMPLER, GUIDANCE, (full, skipped, full, skipped), SAMPLER)
 
 
 def test_psnr_is_the_mean_over_images():

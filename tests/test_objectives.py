@@ -81,7 +81,7 @@ def test_a_student_with_hard_weights_walks_as_its_plan_does(sampler: str) -> Non
     batches = rollouts(task)
     mask = ~computed.numpy()
     mask[0] = False
-    plan = CachePlan(task.signature, task.sampler, GUIDANCE, router_steps(mask))
+    plan = CachePlan(task.signature, task.sampler, GUIDANCE, router_steps(mask), task.sampler)
     content = batches[0].content
     for batch, state in zip(batches, list(sample_steps(TEACHER, plan, content["noise"], content["label"]))[1:], strict=True):
         torch.testing.assert_close(objective._before(state.step, batch).x, state.x, rtol=1e-5, atol=1e-5)
@@ -141,7 +141,10 @@ def test_reusing_everything_costs_one_at_the_median_step() -> None:
     x, y = noise_for(5, range(6), TEACHER), torch.arange(6) % 5
     mask = np.zeros((T, L, 2), dtype=bool)
     mask[2] = True
-    plans = full_plan(task.signature, task.sampler, GUIDANCE), CachePlan(task.signature, task.sampler, GUIDANCE, router_steps(mask))
+    plans = (
+        full_plan(task.signature, task.sampler, GUIDANCE),
+        CachePlan(task.signature, task.sampler, GUIDANCE, router_steps(mask), task.sampler),
+    )
     full, cached = (list(sample_steps(TEACHER, plan, x, y))[2].eps for plan in plans)
     assert float((cached - full).square().mean()) == pytest.approx(float(reuse_damage(task, x, y)[2]), rel=1e-4)
     assert float(relative.weight_T[2] / relative.weight_T[3]) == pytest.approx(float(1 / _damage(task)[2] * _damage(task)[3]), rel=1e-4)

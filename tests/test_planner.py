@@ -73,7 +73,8 @@ def bench(model: DiT, kitchen: Kitchen, target: TargetRun) -> Bench:
 class TestTarget:
     def test_it_is_the_full_run_whatever_the_batch(self, model: DiT, target: TargetRun) -> None:
         plan = full_plan(model_signature(model), make_sampler("ddim", STEPS), GUIDANCE)
-        assert torch.allclose(sample(model, plan, target.x_T, target.labels_B), target.x_0, atol=1e-5)
+        again = sample(model, plan, target.x_T, target.labels_B)
+        assert (again - target.x_0).norm() < 1e-5 * target.x_0.norm()  # processors round differently
 
     def test_at_its_own_times_it_is_what_it_passed_through(self, target: TargetRun) -> None:
         for j, t in enumerate(target.times):
@@ -112,7 +113,7 @@ class TestFit:
     def test_a_run_fitted_to_itself_keeps_its_coefficients(self, model: DiT, target: TargetRun) -> None:
         plan = full_plan(model_signature(model), make_sampler("ddim", STEPS), GUIDANCE)
         fitted = fit_sampler(model, plan, target, 4, history=0)
-        assert fitted.mse_B.max() < 1e-8
+        assert fitted.mse_B.max() < 1e-9 * target.x_0.square().mean()
         for ours, theirs in zip(fitted.plan.sampler.steps, plan.sampler.steps, strict=True):
             assert (ours.next_x, ours.next_m) == pytest.approx((theirs.next_x, theirs.next_m), abs=1e-3)
 
@@ -342,7 +343,7 @@ class TestPolicy:
     def context(self, model: DiT, folder: Path | None = None) -> PlanningContext:
         table = make_sampler("ddim", STEPS)
         return PlanningContext(
-            model_signature(model), table, GUIDANCE, make_scores(model), lambda plan, n: math.nan, model=model, folder=folder
+            model_signature(model), table, GUIDANCE, make_scores(model), lambda plan, n: math.nan, table, model=model, folder=folder
         )
 
     def test_plans_reach_their_speed_ups_and_the_first_is_chosen(self, model: DiT, tmp_path: Path) -> None:

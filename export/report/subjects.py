@@ -189,4 +189,4 @@ def _representatives(entries: list[dict[str, Any]], budgets: Sequence[float], mo
 
 def _computation(plan: CachePlan) -> str:
     """The plan's digest without its provenance and its reference: what is computed, not who asked for it or in place of what."""
-    return dataclasses.replace(plan, provenance={}, reference=None).digest
+    return dataclasses.replace(plan, provenance={}, reference=plan.sampler, fewer_steps=None).digest

@@ -45,11 +45,11 @@ def main(arguments: list[str]) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     loaded = load_run(read_run(args.run or find_run(Path("runs"))))  # what is wrong is told before there are several processes
-    if loaded.scores.sampler != sampler_digest(loaded.plan.baseline):
+    if loaded.scores.sampler != sampler_digest(loaded.plan.reference):
         raise RunError(f"{loaded.run.scores} has scores of other steps than the run that {loaded.run.plan} replaces: fit again.")
     policy = policy_of(args, args.target_speedup)
     if args.target_ms is None:
-        policy.check(loaded.plan.model, loaded.plan.baseline)
+        policy.check(loaded.plan.model, loaded.plan.reference)
     fabric = fabric_of(args.devices)
     fabric.launch()
     subject = subject_of(loaded, fabric)
@@ -94,14 +94,14 @@ def timed(args: argparse.Namespace, loaded: LoadedRun, subject: Subject, fabric:
     price, speedup = SharedPrice(clock, subject.ranks, fabric.device), args.target_speedup
     if args.target_ms is not None:
         full_ms = price.of(lambda: clock.reference_ms(plan))
-        speedup, most = full_ms / args.target_ms, len(plan.baseline) / 2
+        speedup, most = full_ms / args.target_ms, len(plan.reference) / 2
         if not 1.0 < speedup <= most:
             raise RunError(
                 f"--target-ms {args.target_ms:g}: the full-compute run takes {full_ms:.3g} ms an image here; ask for less than that, "
                 f"and for {full_ms / most:.3g} or more, which pay for two full steps."
             )
     policy = policy_of(args, speedup)
-    policy.check(plan.model, plan.baseline)
+    policy.check(plan.model, plan.reference)
     policy.price = price
     return policy
 
@@ -112,7 +112,7 @@ def subject_of(loaded: LoadedRun, fabric: Fabric) -> Subject:
     folder.mkdir(parents=True, exist_ok=True)
     ranks = Ranks(fabric.global_rank, fabric.world_size, lambda values: fabric.all_reduce(values, reduce_op="sum"))  # type: ignore[return-value, arg-type]
     model = loaded.model.to(fabric.device)
-    return Subject(model, plan.model, plan.guidance, loaded.scores, plan.baseline, plan.baseline, ranks, folder)
+    return Subject(model, plan.model, plan.guidance, loaded.scores, plan.reference, plan.reference, ranks, folder)
 
 
 def clock_price(loaded: LoadedRun, provider: str, batch: int) -> ClockPrice:

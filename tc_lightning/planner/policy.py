@@ -102,8 +102,8 @@ class PlannerPolicy(Policy):
         if context.model is None:
             raise PlanError("the planner runs plans and needs the model: plan with `lightning fit` or `python -m tc_lightning plan`.")
         c = context
-        self.check(c.signature, c.baseline)
-        return self.search(Subject(context.model, c.signature, c.guidance, c.scores, c.sampler, c.baseline, c.ranks, c.folder))
+        self.check(c.signature, c.reference)
+        return self.search(Subject(context.model, c.signature, c.guidance, c.scores, c.sampler, c.reference, c.ranks, c.folder))
 
     def search(self, subject: Subject) -> PlanChoice:
         """As `plan`, for what can be planned without being asked through a context."""

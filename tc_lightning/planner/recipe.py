@@ -86,7 +86,7 @@ class Kitchen:
         modes = tuple(GuidanceMode("forecast", MAX_ORDER) if i in recipe.alone else BOTH for i in range(recipe.num_steps))
         provenance = {"policy": "planner", "arguments": recipe.to_json(), "scores": self.scores.digest}
         return CachePlan(
-            self.signature, sampler, self.guidance, steps, provenance, self.reference, guidance_modes=modes if recipe.alone else ()
+            self.signature, sampler, self.guidance, steps, self.reference, provenance, guidance_modes=modes if recipe.alone else ()
         )
 
     def _scores_at(self, sampler: SamplerTable) -> Scores:

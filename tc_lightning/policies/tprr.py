@@ -70,6 +70,7 @@ def tprr_plan(
     signature: ModelSignature,
     sampler: SamplerTable,
     guidance: Guidance,
+    reference: SamplerTable,
     *,
     boundary: int,
     k1: int,
@@ -84,6 +85,7 @@ def tprr_plan(
         signature: the model.
         sampler: the sampler; its length is the number of steps.
         guidance: guidance scale and channels.
+        reference: sampler of the run that the plan replaces.
         boundary: first step of the second phase; at 0, or from the number of steps on, there is one phase.
         k1: interval of the first phase.
         k2: interval of the second phase.
@@ -96,7 +98,7 @@ def tprr_plan(
     """
     full = set(Rounds(boundary, k1, k2, warmup).full_steps(len(sampler)))
     steps = tuple((compute(0, signature.depth),) if i in full else pruned_step(i) for i in range(len(sampler)))
-    return CachePlan(signature, sampler, guidance, steps, {"policy": "tprr", **(provenance or {})})
+    return CachePlan(signature, sampler, guidance, steps, reference, {"policy": "tprr", **(provenance or {})})
 
 
 class _Candidate(NamedTuple):
@@ -263,7 +265,9 @@ def _build(context: PlanningContext, rounds: Rounds, pruned: PrunedStep) -> Cach
 
     where = dataclasses.asdict(rounds)
     provenance = {"arguments": {**where, **dataclasses.asdict(pruned)}, "scores": context.scores.digest}
-    return tprr_plan(context.signature, context.sampler, context.guidance, **where, pruned_step=pruned_step, provenance=provenance)
+    return tprr_plan(
+        context.signature, context.sampler, context.guidance, context.reference, **where, pruned_step=pruned_step, provenance=provenance
+    )
 
 
 def _row(candidate: _Candidate, screened: float, mse: float | None, chosen: bool) -> dict[str, Any]:

@@ -134,6 +134,7 @@ class PlanningJob:
             module.guidance,
             scores,
             evaluate,
+            module.sampler,
             calibrate=functools.cache(lambda: self._calibrate(endpoints)),
             model=self.teacher,
             ranks=self._ranks(),
