@@ -28,7 +28,8 @@ from tc_lightning.planner.policy import PlannerPolicy
 from tc_lightning.planner.price import ClockPrice, SharedPrice, macs_price
 from tc_lightning.planner.recipe import Kitchen, Recipe, spread
 from tc_lightning.planner.record import TrialRecord
-from tc_lightning.planner.search import Search, Shape, at_count, fill, grid, neighbours, variations
+from tc_lightning.planner.search import Search
+from tc_lightning.planner.shapes import Shape, at_count, fewer_steps, fill, grid, halves, neighbours, variations
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import PrunedStep
@@ -226,8 +227,30 @@ class TestSearch:
         assert bench.cost(Recipe("euler", "uniform", 6, (0, 3), PrunedStep("skip", 1))) == math.inf
 
     def test_a_fixed_number_of_steps_holds_no_more_full_ones(self) -> None:
-        assert at_count(Shape("ddim", "uniform", 12.0), 13) is None
-        assert at_count(Shape("ddim", "uniform", 12.0), 12) is not None
+        assert at_count(Shape("ddim", "uniform", num_steps=9), 10) is None
+        recipe = at_count(Shape("ddim", "uniform", num_steps=9), 4)
+        assert recipe is not None
+        assert (recipe.num_steps, len(recipe.full)) == (9, 4)
+
+    def test_the_kinds_of_recipe(self) -> None:
+        for shape, kind in [(next(fewer_steps()), "full"), (next(halves(next(fewer_steps()))), "halves")]:
+            recipe = at_count(shape, 9)
+            assert recipe is not None
+            assert (recipe.kind, len(recipe.full)) == (kind, recipe.num_steps)
+        recipe = at_count(next(grid(("ddim", "uniform", STEPS))), 6)
+        assert recipe is not None
+        assert recipe.kind == "cache"
+
+    def test_every_budget_is_tried_without_skips(self, bench: Bench) -> None:
+        search = Search(bench, 7.5)
+        search.try_without_skips(forecast_guidance=True)
+        assert {trial.recipe.kind for trial in search.trials.values()} == {"full", "halves"}
+        assert {r.spacing for r in search.trials if r.kind == "full"} == {shape.spacing for shape in fewer_steps()}
+        assert {r.num_steps for r in search.trials if r.kind == "full"} == {7}
+        assert all(r.num_steps > 7 for r in search.trials if r.kind == "halves")
+        alone = Search(bench, 7.5)
+        alone.try_without_skips(forecast_guidance=False)
+        assert {trial.recipe.kind for trial in alone.trials.values()} == {"full"}
 
     def test_neighbours_move_one_step_and_never_the_first(self) -> None:
         recipe = Recipe("ddim", "uniform", 6, (0, 2, 3), PrunedStep("skip", 1), alone=(3,))
@@ -238,7 +261,7 @@ class TestSearch:
         search = Search(bench, 5.0)
         search.try_shapes(grid(("ddim", "uniform", STEPS)))
         found = len(search.trials)
-        search.try_shapes(list(variations(search.ranking()[0][0], guided=True)))
+        search.try_shapes(list(variations(search.ranking("cache")[0][0], guided=True)))
         search.climb(4)
         assert found < len(search.trials)
         assert all(trial.cost <= 5.0 for trial in search.trials.values())
@@ -285,7 +308,7 @@ class TestRecord:
 
     def test_processes_of_unequal_shares_remember_under_one_name(self, model: DiT, kitchen: Kitchen, target: TargetRun) -> None:
         """Three images of the fit on two processes: one has one of them, the other two, and both sum to the same."""
-        whole = torch.tensor([3.0, 8.0, 0.0], dtype=torch.float64)
+        whole = torch.tensor([3.0, 8.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
         benches = [
             Bench(model, kitchen, macs_price, target.part(part), fitted, Ranks(rank, 2, lambda values: whole))
             for rank, (part, fitted) in enumerate([(slice(0, 4), 1), (slice(4, 8), 2)])
@@ -334,6 +357,7 @@ class TestPolicy:
         front_evaluations=3,
         fit_images=2,
         judge_images=2,
+        choice_images=2,
         final_images=3,
         pool_images=0,
         refinements=1,
@@ -350,8 +374,7 @@ class TestPolicy:
         choice = self.SMALL.plan(self.context(model))
         assert all(macs_speedup(point.plan) >= 1.5 for point in choice.front)
         assert macs_speedup(choice.plan) >= 2.0
-        assert choice.plan == choice.front[0].plan
-        assert [point.chosen for point in choice.front] == [True, False][: len(choice.front)]
+        assert [point.plan for point in choice.front if point.chosen] == [choice.plan]
         assert sum(row["chosen"] for row in choice.candidates) == 2
         write_front(choice.front, tmp_path)
         rows = json.loads((tmp_path / "front" / "front.json").read_text())
@@ -380,7 +403,7 @@ class TestPolicy:
             assert len(json.loads(listing.read_text())) == 1
 
     def test_every_trial_has_a_line_and_one_of_each_budget_is_chosen(self, model: DiT, tmp_path: Path) -> None:
-        policy = PlannerPolicy(2.0, "reference", (1.5, 1.5), 12, 6, 2, 2, 2, 0, 0, progress=False)
+        policy = PlannerPolicy(2.0, "reference", (1.5, 1.5), 12, 6, "auto", 2, 2, 2, 2, 0, 0, progress=False)
         choice = policy.plan(self.context(model, tmp_path))
         assert sum(row["chosen"] for row in choice.candidates) == 2
         first = [row for row in choice.candidates if row["speedup"] == 2.0]
@@ -403,12 +426,12 @@ class TestPolicy:
 
     def test_what_is_measured_at_the_end_was_not_looked_at_before(self, model: DiT) -> None:
         point = self.SMALL.plan(self.context(model)).front[0]
-        run = run_target(model, make_sampler("ddim", STEPS), GUIDANCE, *images(model, [4, 5, 6]), batch=4)
+        run = run_target(model, make_sampler("ddim", STEPS), GUIDANCE, *images(model, [6, 7, 8]), batch=4)
         mse = (sample(model, point.plan, run.x_T, run.labels_B) - run.x_0).square().mean()
         assert point.mse == pytest.approx(float(mse), rel=1e-3)
 
     def test_the_converged_run_as_target(self, model: DiT) -> None:
-        policy = PlannerPolicy(2.0, "ode", (), 2, 1, 2, 2, 2, 8, 1, ode_steps=20, progress=False)
+        policy = PlannerPolicy(2.0, "ode", (), 2, 1, "auto", 2, 2, 2, 2, 8, 1, ode_steps=20, progress=False)
         point = policy.plan(self.context(model)).front[0]
         assert isinstance(point, FrontPoint)
         assert point.to_json()["mse_reference"] is None

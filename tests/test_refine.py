@@ -18,7 +18,7 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.planner import refine
 from tc_lightning.planner.fit import fit_sampler
-from tc_lightning.planner.pilot import as_they_come, difficulty, images, stratified
+from tc_lightning.planner.pilot import dealt, difficulty, images, stratified
 from tc_lightning.planner.refine import coefficients, moved, refine_sampler, solve
 from tc_lightning.planner.robust import TAIL, robust_mean, robust_weights, weighted_median
 from tc_lightning.planner.target import TargetRun, run_target
@@ -114,19 +114,19 @@ class TestRobust:
 
 class TestPilot:
     def test_stratified_by_hand(self) -> None:
-        chosen = stratified(torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 0.0]), 3)
+        chosen = stratified([0, 2, 4, 3, 1, 5], 3)
         assert chosen.indices == (0, 4, 1)  # the hardest; places 1 and 3 of 2, 4, 3, 1, 5
         assert chosen.weights == (1.0, 2.5, 2.5)
 
     @pytest.mark.parametrize(("pool", "count"), [(160, 32), (96, 24), (7, 5)])
     def test_they_stand_for_the_pool(self, pool: int, count: int) -> None:
-        chosen = stratified(torch.rand(pool, generator=torch.Generator().manual_seed(0)), count)
+        chosen = stratified(torch.randperm(pool, generator=torch.Generator().manual_seed(0)).tolist(), count)
         assert len(set(chosen.indices)) == count
         assert sum(chosen.weights) == pytest.approx(pool)
 
     @pytest.mark.parametrize("first", [1, 5, 12, 31])
     def test_parts_have_hard_and_easy_ones(self, first: int) -> None:
-        chosen = stratified(torch.arange(160.0), 32)
+        chosen = stratified(list(range(160)), 32)
         parts = chosen.split(first)
         assert [len(part.indices) for part in parts] == [first, 32 - first]
         assert {*parts[0].indices, *parts[1].indices} == set(chosen.indices)
@@ -134,7 +134,17 @@ class TestPilot:
             assert all(len(set(part.weights)) == 2 for part in parts)
 
     def test_a_pool_of_no_more_is_taken_whole(self) -> None:
-        assert stratified(torch.rand(4), 5) == as_they_come(0, 4)
+        chosen = stratified([2, 0, 3, 1], 5)
+        assert (chosen.indices, chosen.weights) == ((2, 0, 3, 1), (1.0,) * 4)
+
+    def test_two_parts_of_a_pool_share_no_image_and_are_equally_hard(self) -> None:
+        assert dealt(torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 0.0]), 0.5) == ([2, 3, 5], [0, 4, 1])
+        difficulty_P = torch.rand(96, generator=torch.Generator().manual_seed(0))
+        first, second = dealt(difficulty_P, 0.6)
+        assert not set(first) & set(second)
+        assert sorted(first + second) == list(range(96))
+        assert abs(len(first) - 0.6 * 96) < 1
+        assert difficulty_P[first].mean() == pytest.approx(float(difficulty_P[second].mean()), rel=0.05)
 
     def test_difficulty_is_that_of_the_image_whatever_the_batch(self, model: DiT) -> None:
         noise = images(model, list(range(4)))

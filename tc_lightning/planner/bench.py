@@ -15,7 +15,7 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.planner.fit import FittedPlan, fit_sampler
 from tc_lightning.planner.price import Price
 from tc_lightning.planner.recipe import Kitchen, Recipe
-from tc_lightning.planner.record import TrialRecord
+from tc_lightning.planner.record import TrialRecord, code_digest
 from tc_lightning.planner.robust import robust_mean_of_all
 from tc_lightning.planner.target import TargetRun
 from tc_lightning.ranks import Ranks
@@ -88,13 +88,17 @@ class Bench:
         """Digest of all that an error depends on beside the recipe."""
         k, t = self.kitchen, self.target
         parts = [
-            "robust mean",
+            code_digest(),
+            dataclasses.asdict(k.signature),
             k.scores.digest,
+            sampler_digest(k.scored),
             sampler_digest(k.reference),
             dataclasses.asdict(k.guidance),
             t.times.tolist(),
             t.sampler,
         ]
         counts = torch.tensor([self.fitted, len(t.x_T)], dtype=torch.float64, device=t.x_T.device)  # of all processes: one name
-        sums = self.ranks.total(torch.cat([counts, t.x_T.double().sum()[None], t.counts_B.double().sum()[None]])).tolist()
+        noise_B = t.x_T.double().flatten(1).sum(1)
+        images = torch.stack([values.double().sum() for values in (noise_B, t.labels_B, t.labels_B * noise_B, t.counts_B)])
+        sums = self.ranks.total(torch.cat([counts, images])).tolist()
         return hashlib.sha256(json.dumps([*parts, self.ranks.world, sums]).encode()).hexdigest()[:16]

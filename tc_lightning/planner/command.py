@@ -23,6 +23,7 @@ from tc_lightning.context import LoadedRun, load_run
 from tc_lightning.costs import macs_speedup
 from tc_lightning.errors import RunError
 from tc_lightning.evaluation import psnr_db
+from tc_lightning.planner.finalists import CACHE_USES
 from tc_lightning.planner.front import FOLDER, write_front
 from tc_lightning.planner.policy import TARGETS, PlannerPolicy
 from tc_lightning.planner.price import ClockPrice, SharedPrice
@@ -68,8 +69,10 @@ def policy_of(args: argparse.Namespace, speedup: float) -> PlannerPolicy:
         tuple(args.front),
         args.evaluations,
         args.front_evaluations,
+        "none" if args.no_cache else args.cache,
         args.fit_images,
         args.judge_images,
+        args.choice_images,
         args.final_images,
         args.pool_images,
         args.refinements,
@@ -146,13 +149,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--clock", choices=("cpu", "cuda"), help="budgets in time on this provider, instead of MACs")
     parser.add_argument("--target-ms", type=float, help="with --clock: milliseconds an image, instead of --target-speedup")
     parser.add_argument("--batch", type=int, default=8, help="with --clock: images at a time")
-    parser.add_argument("--evaluations", type=int, default=40, help="plans tried for the target")
-    parser.add_argument("--front-evaluations", type=int, default=12, help="plans tried for each further speed-up")
+    parser.add_argument("--evaluations", type=int, default=28, help="plans with P-steps tried for the target")
+    parser.add_argument("--front-evaluations", type=int, default=6, help="plans with P-steps tried for each further speed-up")
+    use = parser.add_mutually_exclusive_group()
+    use.add_argument("--cache", choices=CACHE_USES, default="auto", help="auto: with or without one; keep: with; none: without")
+    use.add_argument("--no-cache", action="store_true", help="as --cache none: fewer steps with a fitted sampler, the quickest to plan")
     parser.add_argument("--fit-images", type=int, default=12, help="images that samplers are fitted on")
-    parser.add_argument("--judge-images", type=int, default=20, help="images that plans are compared on")
+    parser.add_argument("--judge-images", type=int, default=20, help="images that plans are compared on while searching")
+    parser.add_argument("--choice-images", type=int, default=32, help="images that the refined plans are compared on")
     parser.add_argument("--final-images", type=int, default=32, help="images that the plans found are measured on")
-    parser.add_argument("--pool-images", type=int, default=160, help="images of which the hardest are planned on (0: as they come)")
-    parser.add_argument("--refinements", type=int, default=3, help="steps of Gauss-Newton on each best plan's sampler")
+    parser.add_argument("--pool-images", type=int, default=192, help="images of which the hardest are planned on (0: as they come)")
+    parser.add_argument("--refinements", type=int, default=3, help="steps of Gauss-Newton on the samplers of the best plans")
     parser.add_argument("--devices", default="auto", help="devices to use (default: all GPUs, or one CPU process)")
     parser.add_argument("--keep-plan", action="store_true", help="write the front only, and leave plan.json as it is")
     args = parser.parse_args(arguments)
