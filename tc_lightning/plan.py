@@ -132,6 +132,12 @@ class CachePlan:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
+    def in_words(self) -> str:
+        """What a run of the plan does, for a person."""
+        steps, sampler = f"{len(self.full_steps)} full", self.sampler.in_words
+        return f"{self.num_steps} steps, {steps}, with {sampler}" if self.caches else f"no cache: {steps} steps with {sampler}"
+
+    @property
     def summary(self) -> str:
         """One line, fit for a file name."""
         policy = str(self.provenance.get("policy", "custom"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ SKIP = (skip(0, 4, 1),)
 def test_listing():
     plan = make_plan(SIGNATURE, (FULL, SKIP, (partial(0, 3, (1, 2)), reuse(3, 4, ("mlp",)))), Guidance())
     lines = explain(plan, lower(plan)).splitlines()
-    assert lines[0].startswith(f"{plan.summary}: 3 steps, 4 programs, {macs_speedup(plan):.2f}x fewer MACs, cache 0.02 MB")
-    assert lines[1:4] == [
+    assert lines[0] == f"{plan.summary}: 3 steps, 1 full, with ddim"
+    assert lines[1].startswith(f"  4 programs, {macs_speedup(plan):.2f}x fewer MACs, cache 0.02 MB")
+    assert lines[2:5] == [
         "  step_00: 1 steps, 0.9 MMACs a sample, 1.000 of a full step",
         "    runs   [0,4) compute",
         "    writes span [0,3), span [0,4), k 0-2, mlp 3, v 0-2",
@@ -49,7 +51,18 @@ def test_listing_names_programs_that_share_a_graph():
 
 def test_listing_names_the_reference():
     plan = make_plan(SIGNATURE, (FULL, SKIP), reference=make_sampler("dpmpp_2m", 50))
-    assert f": 2 steps in place of 50 of dpmpp_2m, 3 programs, {macs_speedup(plan):.2f}x fewer MACs" in explain(plan, lower(plan))
+    assert explain(plan, lower(plan)).splitlines()[0].endswith(": 2 steps, 1 full, with ddim in place of 50 of dpmpp_2m")
+
+
+def test_a_plan_without_a_cache_says_so(tmp_path):
+    fitted = dataclasses.replace(make_sampler("dpmpp_2m", 2), name="dpmpp_2m-fitted")
+    plan = dataclasses.replace(make_plan(SIGNATURE, (FULL, FULL), reference=make_sampler("ddim", 5)), sampler=fitted)
+    lowered = lower(plan)
+    listing = explain(plan, lowered)
+    assert "no cache: 2 full steps with a fitted sampler (dpmpp_2m-fitted) in place of 5 of ddim" in listing
+    assert "2.50x fewer MACs, cache 0.00 MB" in listing
+    plan_figure(plan, lowered, tmp_path / "plan.png")
+    assert Image.open(tmp_path / "plan.png").size[0] > 100
 
 
 def test_values_held_by_hand():

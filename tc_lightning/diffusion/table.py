@@ -18,6 +18,7 @@ from typing import Any
 
 from tc_lightning.errors import PlanError
 
+FITTED = "-fitted"  # ends the name of a sampler whose coefficients were fitted to a model
 MAX_HISTORY = 2  # past outputs that a step may use
 
 
@@ -78,6 +79,11 @@ class SamplerTable:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    @property
+    def in_words(self) -> str:
+        """The sampler, for a person."""
+        return f"a fitted sampler ({self.name})" if self.name.endswith(FITTED) else self.name
 
     @property
     def history(self) -> int:

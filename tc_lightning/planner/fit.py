@@ -17,7 +17,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from tc_lightning.diffusion.table import SamplerStep, SamplerTable
+from tc_lightning.diffusion.table import FITTED, SamplerStep, SamplerTable
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
@@ -28,7 +28,6 @@ from tc_lightning.sampling import sample_steps
 
 REWEIGHTED = 2  # times that the weights of images are set anew within a step
 RIDGE = 1e-6  # of the features' own squares: the coefficients of an analytic solver are kept where the data says nothing
-SUFFIX = "-fitted"  # of the sampler's name
 COEFFICIENTS = ("next_x", "next_m", "next_m_prev", "next_m_prev2")
 
 
@@ -63,7 +62,7 @@ def fit_sampler(
     solver = _Fitter(plan.sampler, target, fitted, history, ridge, ranks or ALONE)
     for state in sample_steps(model, plan, target.x_T, target.labels_B, solver=solver):
         end = state.x_next
-    table = dataclasses.replace(plan.sampler, name=f"{plan.sampler.name.removesuffix(SUFFIX)}{SUFFIX}", steps=tuple(solver.rows))
+    table = dataclasses.replace(plan.sampler, name=f"{plan.sampler.name.removesuffix(FITTED)}{FITTED}", steps=tuple(solver.rows))
     return FittedPlan(dataclasses.replace(plan, sampler=table), (end - target.x_0).square().flatten(1).mean(1))
 
 
