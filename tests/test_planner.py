@@ -338,6 +338,32 @@ class TestRecord:
         with pytest.raises(RunError, match="cannot read"):
             TrialRecord(tmp_path / "folder", "s")
 
+    def test_refined_coefficients_are_remembered_to_the_last_bit(
+        self, tmp_path: Path, model: DiT, kitchen: Kitchen, target: TargetRun
+    ) -> None:
+        recipe = Recipe("dpmpp_2m", "mix:0.5", 5, tuple(range(5)), PrunedStep("skip", 1))
+        passes: list[int] = []
+        benches = [Bench(model, kitchen, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl") for _ in range(3)]
+        first = benches[0].refined(recipe, 1, lambda: passes.append(1))
+        again = Bench(model, kitchen, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl").refined(
+            recipe, 1, lambda: passes.append(1)
+        )
+        assert again == first
+        assert len(passes) == 1
+        benches[1].refined(recipe, 2, lambda: passes.append(1))  # more iterations are another thing
+        assert len(passes) > 1
+        text = (tmp_path / "trials.jsonl").read_text(encoding="utf-8")
+        (tmp_path / "trials.jsonl").write_text(text.replace("[[", "[[NaN, ", 1), encoding="utf-8")
+        spoilt = Bench(model, kitchen, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
+        assert spoilt.refined(recipe, 1, lambda: passes.append(1)) == first
+
+    def test_refined_coefficients_reach_processes_that_do_not_see_the_file(self) -> None:
+        rows, cpu = [[1.0, 2.0], [3.0, 4.0]], torch.device("cpu")
+        second = Ranks(1, 2, lambda values: values + torch.tensor(rows, dtype=torch.float64))
+        assert second.rows_of_first([[9.0, 9.0], [9.0, 9.0]], (2, 2), cpu) == rows
+        assert second.rows_of_first(None, (2, 2), cpu) == rows
+        assert ALONE.rows_of_first(rows, (2, 2), cpu) == rows
+
     def test_a_line_that_was_cut_off_is_passed_over(self, tmp_path: Path) -> None:
         record = TrialRecord(tmp_path / "t", "s")
         record.add("a", 1.0, write=True)

@@ -24,7 +24,6 @@ from tc_lightning.planner.front import TRIALS, FrontPoint, Role
 from tc_lightning.planner.pilot import HARD, Sample, as_they_come, dealt, difficulty, images, stratified
 from tc_lightning.planner.price import Price, macs_price
 from tc_lightning.planner.recipe import Kitchen, Recipe
-from tc_lightning.planner.refine import refine_sampler
 from tc_lightning.planner.search import Search
 from tc_lightning.planner.shapes import grid, native
 from tc_lightning.planner.target import TargetRun, run_target
@@ -231,12 +230,17 @@ class PlannerRun:
             search.climb(settings.front_evaluations - (len(search.trials) - before))
 
     def _finalist(self, recipe: Recipe, bar: tqdm[None]) -> Finalist:
-        wide = Bench(self.model, self.bench.kitchen, self.settings.price, self._seen, self.judged, self.ranks)
-        plan = refine_sampler(self.model, wide.fit(recipe).plan, self._seen, self.settings.refinements, self.ranks, bar.update)
+        plan = self._wide_bench.refined(recipe, self.settings.refinements, bar.update)
         plan = dataclasses.replace(plan, provenance={**plan.provenance, "fit": self._fit_record})
         group = self.target.part(slice(self.judged, self.compared))
         errors_B, weights_B = self.ranks.gathered(torch.stack([self._errors(plan, group), group.counts_B.double()], 1)).unbind(1)
         return Finalist(recipe, plan, errors_B.cpu(), weights_B.cpu())
+
+    @functools.cached_property
+    def _wide_bench(self) -> Bench:
+        """Where finalists are fitted and refined: on all images that the search has looked at."""
+        bench = self.bench
+        return Bench(self.model, bench.kitchen, bench.price, self._seen, self.judged, self.ranks, bench.record)
 
     @functools.cached_property
     def _fit_record(self) -> dict[str, Any]:
