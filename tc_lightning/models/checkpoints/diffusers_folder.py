@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from tc_lightning.errors import TeacherError
-from tc_lightning.models.checkpoints.safetensors_file import read_safetensors
+from tc_lightning.models.checkpoints.choice import DIFFUSERS, Read, choose
+from tc_lightning.models.checkpoints.diffusers_weights import STEM, Weights, choose_weights, read_weights
 from tc_lightning.models.checkpoints.state import State, fits, parse_json
-from tc_lightning.models.checkpoints.torch_file import read_torch
 from tc_lightning.models.dit import DiTConfig
 
+CONFIG = "config.json"
 _DIFFUSERS_DEFAULTS: dict[str, Any] = {
     "num_attention_heads": 16,
     "attention_head_dim": 72,
@@ -31,7 +32,6 @@ _DIFFUSERS_FIXED: dict[str, Any] = {
     "attention_bias": True,
     "norm_elementwise_affine": False,
 }
-_DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _DIFFUSERS_BLOCK = {
     "norm1.linear": "adaLN_modulation.1",
     "attn1.to_out.0": "attn.proj",
@@ -50,21 +50,29 @@ _DIFFUSERS_ENDS = {
 }
 
 
-def read_diffusers(folder: Path) -> tuple[State, DiTConfig]:
-    """Weights under the release's names, and the shape; `folder` may be the model's or a whole pipeline's."""
-    if not (folder / "config.json").exists() and (folder / "transformer").is_dir():
+def is_diffusers(path: Path) -> bool:
+    """Whether a path is a folder, or one of the weights files or indices in a model's folder of diffusers."""
+    return path.is_dir() or (path.name.startswith(f"{STEM}.") and (path.parent / CONFIG).exists())
+
+
+def read_diffusers(path: Path) -> tuple[Read, DiTConfig]:
+    """Weights under the release's names, and the shape.
+
+    Args:
+        path: the model's folder or a whole pipeline's; or the one of its weights files (or indices) that is meant.
+
+    Raises:
+        TeacherError: if something is missing, damaged or contradictory, or is no DiT of this kind.
+    """
+    file, folder = (None, path) if path.is_dir() else (path, path.parent)
+    if not (folder / CONFIG).exists() and (folder / "transformer").is_dir():
         folder = folder / "transformer"
-    if not (folder / "config.json").exists():
-        raise TeacherError(
-            f"{folder} holds no config.json; a folder must be in diffusers' layout (config.json and {_DIFFUSERS_WEIGHTS[0]})."
-        )
-    config = _diffusers_config(folder / "config.json")
-    for name in _DIFFUSERS_WEIGHTS:
-        file = folder / name
-        if file.exists():
-            state = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_torch(file)
-            return _rename(state, file), config
-    raise TeacherError(f"{folder} holds no weights: {' or '.join(_DIFFUSERS_WEIGHTS)} was expected (sharded weights are not read).")
+    if not (folder / CONFIG).exists():
+        raise TeacherError(f"{folder} holds no {CONFIG}; a folder must be in diffusers' layout ({CONFIG} and {STEM}.safetensors).")
+    config = _diffusers_config(folder / CONFIG)
+    chosen = choose_weights(folder) if file is None else Weights(file, [])
+    read = choose(read_weights(chosen.file), chosen.file, DIFFUSERS)
+    return Read(_rename(read.state, chosen.file), chosen.notes + read.notes), config
 
 
 def _diffusers_config(path: Path) -> DiTConfig:
@@ -98,7 +106,7 @@ def _diffusers_config(path: Path) -> DiTConfig:
 
 
 def _rename(state: State, path: Path) -> State:
-    """diffusers' names -> the release's; what is not recognised keeps its name and is reported by `_match`."""
+    """diffusers' names -> the release's; what is not recognised keeps its name and is reported when the model is built."""
     renamed: State = {}
     qkv: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():

@@ -6,15 +6,20 @@ import dataclasses
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.checkpoints.digest import digest
-from tc_lightning.models.checkpoints.state import State, fits, parse_json, to_state
+from tc_lightning.models.checkpoints.state import fits, parse_json
 from tc_lightning.models.dit import DiTConfig
 
 
-def read_safetensors(path: Path) -> tuple[State, DiTConfig | None]:
-    """Tensors, and the shape if `save_teacher` wrote the file; then its digest is checked too."""
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], DiTConfig | None]:
+    """Tensors, and the shape if `save_teacher` wrote the file; then its digest is checked too.
+
+    Raises:
+        TeacherError: if the file is damaged, or its shape is not understood.
+    """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -22,10 +27,10 @@ def read_safetensors(path: Path) -> tuple[State, DiTConfig | None]:
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise TeacherError(f"{path} is damaged or not a safetensors file ({error}). Copy or create it again.") from error
     if "dit_config" not in metadata:
-        return to_state(raw, path), None
+        return raw, None
     if metadata.get("sha256") != digest(metadata["dit_config"], raw):
         raise TeacherError(f"{path} is damaged: its content does not have the sha256 it was written with. Copy or create it again.")
-    return to_state(raw, path), _parse_config(metadata["dit_config"], path)
+    return raw, _parse_config(metadata["dit_config"], path)
 
 
 def _parse_config(text: str, path: Path) -> DiTConfig:

@@ -14,16 +14,13 @@ from tc_lightning.errors import TeacherError
 State = dict[str, Tensor]
 
 
-def to_state(raw: Any, path: Path) -> State:
+def to_state(tensors: dict[str, Tensor], path: Path) -> State:
     """Own fp32 copies of named tensors.
 
     Raises:
-        TeacherError: if it is anything else, or a value is quantised, sparse or not finite.
+        TeacherError: if one is quantised, sparse or not finite.
     """
-    if isinstance(raw, dict) and raw and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in raw.items()):
-        return {name: _checked(name, tensor, path) for name, tensor in raw.items()}
-    held = f"a dict of {', '.join(map(str, list(raw)[:5])) or 'nothing'}" if isinstance(raw, dict) else f"a {type(raw).__name__}"
-    raise TeacherError(f"{path} holds {held}; a state dict of tensors, plain or under `ema` or `model`, was expected.")
+    return {name: _checked(name, tensor, path) for name, tensor in tensors.items()}
 
 
 def _checked(name: str, tensor: Tensor, path: Path) -> Tensor:

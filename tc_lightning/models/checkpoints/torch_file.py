@@ -5,26 +5,25 @@ from __future__ import annotations
 import argparse
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tc_lightning.errors import TeacherError
-from tc_lightning.models.checkpoints.state import State, to_state
+from tc_lightning.errors import TeacherError, first_line
 
 
-def read_torch(path: Path) -> State:
-    """A state dict, plain or under `ema` or `model`, without ever running code from the file."""
+def read_torch(path: Path) -> Any:
+    """What the file holds: tensors in plain containers, and the arguments of the release's training script.
+
+    Raises:
+        TeacherError: if the file is damaged, or holds anything that could run code.
+    """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the release's training script stores its arguments
-            raw = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TeacherError(
-            f"{path} cannot be read as a checkpoint of plain tensors ({reason[:200]}). Either it is damaged, and should be "
+            f"{path} cannot be read as a checkpoint of plain tensors ({first_line(error)[:200]}). Either it is damaged, and should be "
             "fetched again, or it is a pickle of other objects, which is not opened because that can run code: where you trust "
             "it, save `model.state_dict()` alone, best as .safetensors."
         ) from error
-    for key in ("ema", "model"):
-        if isinstance(raw, dict) and isinstance(raw.get(key), dict):
-            return to_state(raw[key], path)
-    return to_state(raw, path)
