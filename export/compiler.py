@@ -28,7 +28,7 @@ from tc_lightning.dataflow import Entry
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
-from tc_lightning.sampling import model_signature
+from tc_lightning.sampling import model_signature, require_null_label
 
 WEIGHTS = "weights.data"
 CONDITION_VALUES = 1 << 26  # modulation values held at a time (256 MiB in fp32); longer requests are conditioned in chunks
@@ -63,10 +63,12 @@ def export_artefact(
 
     Raises:
         PlanError: if the plan is for another model or content predictor.
+        TeacherError: if the plan is guided and the model has no null label.
         TokenCacheError: if `out` exists and is something else, the sampler is stochastic, or a weight does not fit the precision.
         ParityError: if the artefact disagrees with the torch reference; nothing is left under `out`.
     """
     plan.require_model(model_signature(model))
+    require_null_label(model.config, plan.guidance)
     require_selector(plan, selector)
     for table in (plan.sampler, plan.reference):
         if table.stochastic:

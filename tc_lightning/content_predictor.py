@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tc_lightning.atomic import write_atomically
-from tc_lightning.errors import PlanError, RunError
+from tc_lightning.errors import PlanError, RunError, TeacherError
 from tc_lightning.models.dit import NORM_EPS, DiT, DiTBlock, DiTConfig, Modulation
 from tc_lightning.plan import CachePlan
 from tc_lightning.predictor import INITIAL_IMPORTANCE, LOGIT_BOUND
@@ -33,10 +33,15 @@ class ContentPredictor(nn.Module):
 
     Args:
         config: shape of the teacher.
+
+    Raises:
+        TeacherError: if the teacher has no null label, in whose place it would see one class of all images.
     """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
+        if not config.null_label:
+            raise TeacherError("a content predictor needs a null label, and the teacher has none: leave `content` out.")
         self.block = DiTBlock(config)
         self.head = nn.Linear(config.hidden_size, config.depth)
         nn.init.zeros_(self.head.weight)

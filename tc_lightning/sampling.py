@@ -17,9 +17,9 @@ from tc_lightning.content_predictor import Selector, require_selector
 from tc_lightning.dataflow import Entry, StepFlow, trace
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.diffusion.update import advance, coefficients
-from tc_lightning.errors import TokenCacheError
+from tc_lightning.errors import TeacherError, TokenCacheError
 from tc_lightning.models.checkpoints import teacher_digest
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.noise import initial_noise
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.segments import Segment, compute
@@ -111,6 +111,7 @@ def sample_steps(
     Raises:
         TokenCacheError: if a label is out of range, or the latents become NaN.
         PlanError: if the plan is for another model or content predictor.
+        TeacherError: if the plan is guided and the model has no null label.
     """
     yield from steps_with_gradients(model, plan, x_BCHW, labels_B, seed, first_index, solver, selector)
 
@@ -128,6 +129,7 @@ def steps_with_gradients(
     """As `sample_steps`, where gradients are recorded if they are wanted: the whole run can be differentiated."""
     check_labels(labels_B, plan.model.num_classes)
     plan.require_model(model_signature(model, plan.model.teacher))
+    require_null_label(model.config, plan.guidance)
     require_selector(plan, selector)
     flows = trace(plan)
     store: Store = {}
@@ -151,6 +153,21 @@ def sample(model: DiT, plan: CachePlan, x_BCHW: Tensor, labels_B: Tensor, seed: 
     for state in sample_steps(model, plan, x_BCHW, labels_B, seed, selector=selector):
         x_BCHW = state.x_next
     return x_BCHW
+
+
+def require_null_label(config: DiTConfig, guidance: Guidance) -> None:
+    """Refuse guidance where there is nothing to guide away from.
+
+    Raises:
+        TeacherError: if the guidance scale is not 1 and the model has no null label.
+    """
+    if guidance.doubles_batch and not config.null_label:
+        classes = config.num_classes
+        other = f", or, if the last row is the null label, `num_classes` to {classes - 1}" if classes > 1 else ""
+        raise TeacherError(
+            f"guidance {guidance.scale:g} needs a null label, and the teacher has none: the rows of its label table are as many as its "
+            f"classes ({classes}). Set `guidance_scale` to 1{other}."
+        )
 
 
 def check_labels(labels_B: Tensor, num_classes: int) -> None:

@@ -38,10 +38,11 @@ class DiTConfig:
         depth: blocks L.
         num_heads: attention heads; divides `hidden_size`.
         mlp_ratio: width of the MLP over D.
-        num_classes: classes; label `num_classes` is the null label of classifier-free guidance.
+        num_classes: classes; label `num_classes` is the null label of classifier-free guidance, if there is one.
         learn_sigma: the output carries 2C channels, of which the first C are eps.
         freq_shift: the timestep frequencies are spaced by 1 / (128 - freq_shift); 0 in the release, 1 in diffusers.
         mlp_norm_eps: epsilon of the norm before each MLP; 1e-6 in the release, 1e-5 by default in diffusers.
+        null_label: the label table has a row for the null label; without one (label dropout 0) guidance must be 1.
 
     Raises:
         TeacherError: if sizes do not divide.
@@ -58,6 +59,7 @@ class DiTConfig:
     learn_sigma: bool = True
     freq_shift: float = 0.0
     mlp_norm_eps: float = NORM_EPS
+    null_label: bool = True
 
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
@@ -145,11 +147,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class embedding; the last row is the null label."""
+    """Class embedding; the last row is the null label, if there is one."""
 
-    def __init__(self, num_classes: int, hidden_size: int) -> None:
+    def __init__(self, num_classes: int, hidden_size: int, null_label: bool = True) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        self.embedding_table = nn.Embedding(num_classes + null_label, hidden_size)
 
     def forward(self, y_B: Tensor) -> Tensor:
         """[B] -> [B, D]."""
@@ -267,7 +269,7 @@ class DiT(nn.Module):
         self.config = config
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(config.hidden_size, config.freq_shift)
-        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size, config.null_label)
         grid = config.input_size // config.patch_size
         table = torch.from_numpy(sincos_position_embedding(config.hidden_size, grid))
         self.pos_embed = nn.Parameter(table[None].float(), requires_grad=False)
