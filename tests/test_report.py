@@ -18,6 +18,7 @@ from export.report.page import page
 from export.report.pictures import Pictures
 from export.report.rows import Row, spread
 from export.report.subjects import FEWER, PLANNED, PUBLISHED, REFERENCE, Subject, distinct, fewer_steps, planned, published
+from export.weight_files import WeightFiles
 from tc_lightning.cli import main
 from tc_lightning.context import load_run, planning_context
 from tc_lightning.costs import full_step_macs, plan_macs
@@ -25,7 +26,7 @@ from tc_lightning.errors import PlanError, RunError, TokenCacheError
 from tc_lightning.plan import CachePlan
 from tc_lightning.policies.registry import standard_policies
 from tc_lightning.runs import read_run
-from tc_lightning.sampling import full_plan, model_signature, noise_for, reference_plan, sample
+from tc_lightning.sampling import full_plan, labels_for, model_signature, noise_for, reference_plan, sample
 from tc_lightning.scores import Scores, sampler_digest
 from tc_lightning.segments import compute, partial, skip
 from tc_lightning.targets import TargetKey, cached_targets, compute_targets
@@ -55,17 +56,11 @@ def row(plan: CachePlan, reference: CachePlan, group: str, name: str, error: flo
 
 def test_identical_images_are_perfect():
     x = RNG.uniform(-1, 1, (4, 3, 16, 16)).astype(np.float32)
-    assert quality.psnr(x, x, 2.0).tolist() == [200.0] * 4
     similarity = quality.ssim(x, x, 2.0)
     assert similarity is not None
     assert similarity == pytest.approx(np.ones(4), abs=1e-12)
     features = RNG.normal(size=(5, 7))
     assert quality.frechet_distance(features, features) == pytest.approx(0.0, abs=1e-12)
-
-
-def test_psnr_by_hand():
-    x = np.zeros((2, 1, 8, 8))
-    assert quality.psnr(x + np.reshape([0.2, 0.02], (2, 1, 1, 1)), x, 2.0) == pytest.approx([20.0, 40.0])
 
 
 def test_frechet_distance_by_hand():
@@ -243,21 +238,22 @@ def test_a_plan_that_fails_is_told(tmp_path):
     model.final_layer.linear.bias.fill_(1e6)
     plan = make_plan(model, STEPS)
     reference = full_plan(plan.model, plan.sampler, plan.guidance)
-    failed = export(model, subject(plan, reference), tmp_path / "a", "fp16", "cpu", 2)
+    failed = export(WeightFiles(model, "fp16", tmp_path), subject(plan, reference), tmp_path / "a", "cpu", 2)
     assert isinstance(failed, Failed)
     assert "is not finite in fp16" in failed.reason
 
 
 def test_artefacts_share_one_file_of_weights(teacher, tmp_path):
     plans = [make_plan(teacher, STEPS), make_plan(teacher, (FULL,) * 4)]
-    made = [export(teacher, subject(plan, plans[1]), tmp_path / str(j), "fp32", "cpu", 2) for j, plan in enumerate(plans)]
+    weights = WeightFiles(teacher, "fp32", tmp_path)
+    made = [export(weights, subject(plan, plans[1]), tmp_path / str(j), "cpu", 2) for j, plan in enumerate(plans)]
     assert all(isinstance(artefact, Exported) for artefact in made)
     assert (tmp_path / "0" / "weights.data").samefile(tmp_path / "1" / "weights.data")
     results = make_in_turns([a for a in made if isinstance(a, Exported)], Requests(seed=2, images=3, batch=2), 5)
     for plan, result in zip(plans, results, strict=True):
         assert isinstance(result, Made)
         assert len(result.ms_per_image) == 2
-        expected = sample(teacher, plan, noise_for(2, range(3), teacher), torch.tensor([0, 1, 2]))
+        expected = sample(teacher, plan, noise_for(2, range(3), teacher), labels_for(2, range(3), 5))
         assert torch.from_numpy(result.latents) == pytest.approx(expected, rel=1e-3, abs=1e-3 * float(expected.abs().max()))
 
 
