@@ -132,8 +132,7 @@ def test_reusing_everything_costs_one_at_the_median_step() -> None:
     nothing = torch.zeros(T, L, 2, dtype=torch.bool)
     for weighting in WEIGHTINGS:
         weight_T = prepared(RouterSuperposition(weighting=weighting, samples=4), task).weight_T
-        seed, images = MEASURE_SEED, range(4)
-        damage_T = reuse_damage(task, noise_for(seed, images, TEACHER), labels_for(seed, images, 5))
+        damage_T = _damage(task, 4)
         cost_T = weight_T.double() * damage_T
         assert cost_T[1:].median() == pytest.approx(1.0, rel=1e-5)
         assert cost_T.max() <= CAP * (1 + 1e-5)
@@ -148,8 +147,10 @@ def test_reusing_everything_costs_one_at_the_median_step() -> None:
     assert float(relative.weight_T[2] / relative.weight_T[3]) == pytest.approx(float(1 / _damage(task)[2] * _damage(task)[3]), rel=1e-4)
 
 
-def _damage(task: Task) -> Tensor:
-    return reuse_damage(task, noise_for(0x6C616D626461, range(2), TEACHER), torch.arange(2))
+def _damage(task: Task, images: int = 2) -> Tensor:
+    """On the images that a router's weights are measured on."""
+    noise = noise_for(MEASURE_SEED, range(images), TEACHER)
+    return reuse_damage(task, noise, labels_for(MEASURE_SEED, range(images), TEACHER.config.num_classes))
 
 
 @pytest.mark.parametrize(("weighting", "power"), [("effect", 1), ("image_error", 2)])
