@@ -390,6 +390,21 @@ def test_artefacts_for_cuda_share_no_graphs(tmp_path):
     assert shared["cuda"] == []
 
 
+def test_nothing_is_exported_after_a_reference_run_that_fails(written, monkeypatch, capsys):
+    tried = []
+
+    def fail(_, subject, *__):
+        tried.append(subject.group)
+        return Failed(subject, "it is too large")
+
+    monkeypatch.setattr("export.report.measure.export", fail)
+    monkeypatch.chdir(written.parents[3])
+    with pytest.raises(SystemExit):
+        main(["report", "--images", "4", "--batch", "2", "--budgets", "3", "--policies", "fora"])
+    assert tried == [REFERENCE]
+    assert "the reference run itself cannot be measured: it is too large" in capsys.readouterr().err
+
+
 def test_torch_follows_the_provider(written, monkeypatch, capsys):
     """Teacher and content predictor of a report are where ONNX Runtime will be."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

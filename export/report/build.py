@@ -158,17 +158,23 @@ def _measure(
             for j, subject in enumerate(subjects):
                 tell(subject.name)
                 exported.append(measure.export(weights, subject, Path(workshop) / str(j), settings.provider, settings.batch))
+                _require_reference(exported)
         artefacts = [e for e in exported if isinstance(e, measure.Exported)]
         failed = [e for e in exported if isinstance(e, measure.Failed)]
         with _progress("timing, in turns", "request", len(artefacts) * len(requests.parts)) as tell:
             made = measure.make_in_turns(artefacts, requests, loaded.plan.model.num_classes, tell)
     failed += [m for m in made if isinstance(m, measure.Failed)]
-    if any(failure.subject.group == REFERENCE for failure in failed):
-        raise TokenCacheError(f"the reference run itself cannot be measured: {failed[0].reason}")
+    _require_reference(made)
     finished = [(a, m) for a, m in zip(artefacts, made, strict=True) if isinstance(m, measure.Made)]
     reference_ms = finished[0][1].ms
     rows = [ruler.row(a, m, reference_ms) for a, m in tqdm(finished, "figures", unit="plan")]
     return Measured(rows[0], rows[1:], failed, missing, targets, ruler.judge)
+
+
+def _require_reference(results: Sequence[object]) -> None:
+    """There is nothing to compare with if the first of all plans, the reference run, failed."""
+    if isinstance(results[0], measure.Failed):
+        raise TokenCacheError(f"the reference run itself cannot be measured: {results[0].reason}")
 
 
 def _report(loaded: LoadedRun, settings: Settings, measured: Measured) -> dict[str, Any]:
