@@ -10,17 +10,18 @@ from typing import Any
 import onnx
 import onnxruntime
 import torch
-from torch import Tensor
 
 from export.emit import Emitter, condition_times
 from export.fidelity import Fidelity, measure
 from export.folders import replacing_folder
 from export.manifest import NAME, ArtefactError, read_manifest, write_manifest
-from export.onnx_dit import MODULATION_TABLE, SELECTOR, with_views
+from export.onnx_dit import with_views
 from export.parity import Check, prove, require_parity, trajectory_error
 from export.programs import LoweredPlan, Program, computed_tokens, lower
 from export.runtime import CachedSampler
+from export.sessions import WEIGHTS
 from export.symbolic import External
+from export.weight_files import WeightFiles, tensors_of
 from export.weights import write_weights
 from tc_lightning.content_predictor import Selector, require_selector
 from tc_lightning.costs import cache_bytes_per_image, entry_dtype, entry_rows, entry_shape, halves_share, macs_speedup
@@ -30,7 +31,6 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
 from tc_lightning.sampling import model_signature, require_null_label
 
-WEIGHTS = "weights.data"
 CONDITION_VALUES = 1 << 26  # modulation values held at a time (256 MiB in fp32); longer requests are conditioned in chunks
 
 Report = Callable[[str], None]
@@ -93,7 +93,7 @@ def _compile(
     report: Report,
     selector: Selector | None,
 ) -> dict[str, Any]:
-    lowered = lower(plan, share_graphs=provider == "cpu")
+    lowered = lower(plan, provider)
     report(f"writing {WEIGHTS} and {len(lowered.programs) + 1} graphs in {precision}")
     manifest = write_unproved(model, plan, lowered, folder, precision, selector)
     sampler = CachedSampler(folder, provider, preload=False, manifest=manifest)
@@ -113,20 +113,30 @@ def write_unproved(
     model: DiT, plan: CachePlan, lowered: LoweredPlan, folder: Path, precision: str, selector: Selector | None = None
 ) -> dict[str, Any]:
     """Write everything but the proof, and return what the manifest will say so far; nobody but the exporter should run this."""
-    require_selector(plan, selector)
-    tensors = model.state_dict() | (selector_tensors(model, plan, selector) if plan.selector and selector else {})
-    index = with_views(write_weights(tensors.items(), folder / WEIGHTS, precision))
+    index = with_views(write_weights(tensors_of(model, plan, selector).items(), folder / WEIGHTS, precision))
+    manifest = _write_around(index, model, plan, lowered, folder, precision)
+    for path in sorted(folder.glob("*.onnx")):
+        onnx.checker.check_model(str(path))
+    return manifest
+
+
+def write_sharing(weights: WeightFiles, plan: CachePlan, lowered: LoweredPlan, folder: Path) -> None:
+    """Write an artefact with its manifest, but without a proof, for measurements: its weights are those that others have, too.
+
+    Its graphs are checked by ONNX Runtime, which loads them: onnx's own checker refuses weights that have several links.
+    """
+    index, listing = weights.link(plan, folder)
+    content = _write_around(index, weights.model, plan, lowered, folder, weights.precision)
+    write_manifest(folder, content, known={WEIGHTS: listing})
+
+
+def _write_around(
+    index: dict[str, External], model: DiT, plan: CachePlan, lowered: LoweredPlan, folder: Path, precision: str
+) -> dict[str, Any]:
+    """Write the graphs and the plan beside a weights file, and return what the manifest will say of it all."""
     graphs = _write_graphs(model, plan, lowered, folder, precision, index)
     plan.save(folder / "plan.json")
     return _describe(model, plan, lowered, index, precision, graphs)
-
-
-@torch.no_grad()
-def selector_tensors(model: DiT, plan: CachePlan, selector: Selector) -> dict[str, Tensor]:
-    """What a weights file holds of a content predictor: all of it, and its adaLN terms at every step, which is what the graphs read."""
-    terms = selector.predictor.modulation(model, torch.tensor([row.t for row in plan.sampler.steps]))
-    weights = {f"{SELECTOR}.{name}": tensor for name, tensor in selector.predictor.state_dict().items()}
-    return weights | {MODULATION_TABLE: torch.cat(terms, 1)}
 
 
 def _write_graphs(
@@ -137,9 +147,7 @@ def _write_graphs(
     graphs = {"condition": emitter.condition(features)}
     graphs |= {name: emitter.step(programs) for name, programs in lowered.graphs.items()}
     for name, graph in graphs.items():
-        path = folder / f"{name}.onnx"
-        onnx.save(graph, str(path))
-        onnx.checker.check_model(str(path))
+        onnx.save(graph, str(folder / f"{name}.onnx"))
     return graphs
 
 

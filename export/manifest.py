@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Hash every file of the folder and write the manifest, atomically."""
+def listing_of(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+
+
+def write_manifest(folder: Path, content: dict[str, Any], known: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """Hash every file of the folder and write the manifest, atomically.
+
+    Args:
+        folder: the artefact's.
+        content: what the manifest says beside its files.
+        known: `listing_of` files that are not to be hashed once more.
+    """
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != NAME)
-    listing = {path.name: {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in files}
+    listing = {path.name: (known or {}).get(path.name) or listing_of(path) for path in files}
     complete = {"format_version": FORMAT_VERSION, **content, "files": listing}
     write_atomically(folder / NAME, json.dumps({**complete, "sha256": _self_digest(complete)}, indent=1).encode())
 

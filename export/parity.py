@@ -24,7 +24,7 @@ from tc_lightning.costs import entry_dtype, entry_rows, entry_shape
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
-from tc_lightning.sampling import SamplingStep, noise_for, reference_plan, sample_steps
+from tc_lightning.sampling import SamplingStep, device_of, labels_for, noise_for, reference_plan, sample_steps
 
 # Relative L2 errors that are accepted: of a whole trajectory, and of every output of one program.
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2e-1}
@@ -65,34 +65,34 @@ def prove(
     """Run the reference once and compare the artefact with it.
 
     Args:
-        model: the teacher.
+        model: the teacher, on any device.
         plan: the plan that was exported.
         lowered: its programs.
         sampler: the artefact.
         images: images in the proof.
         seed: their seed.
-        selector: the content predictor that the plan names, if it does.
+        selector: the content predictor that the plan names, if it does, on the teacher's device.
 
     Returns:
         One check for each output of each program at its first and last step (of `step_full`, at the first of the reference), and one
         for the latents of the whole trajectory.
     """
-    labels = (torch.arange(images) * 7) % plan.model.num_classes
+    device, labels = device_of(model), labels_for(seed, range(images), plan.model.num_classes)
     chosen = {i: p for p in lowered.programs for i in {*p.steps[:1], *p.steps[-1:]}}
-    x_T = noise_for(seed, range(images), model)
+    x_T, y = noise_for(seed, range(images), model, device), labels.to(device)
     checks: list[Check] = []
     final: Tensor | None = None
-    for state in sample_steps(model, plan, x_T, labels, selector=selector):
+    for state in sample_steps(model, plan, x_T, y, selector=selector):
         if state.step in chosen:
-            checks += _check_program(plan, chosen[state.step], sampler, state, labels)
+            checks += _check_program(plan, chosen[state.step], sampler, _on_host(state), labels)
         final = state.x_next
     full = next(p for p in lowered.programs if p.name == FULL)
     if not full.steps:  # no step of the plan runs it: take those of the reference, until its sampler uses all that it may
-        for state in itertools.islice(sample_steps(model, reference_plan(plan), x_T, labels), plan.reference.history + 1):
-            checks += _check_program(plan, full, sampler, state, labels)
+        for state in itertools.islice(sample_steps(model, reference_plan(plan), x_T, y), plan.reference.history + 1):
+            checks += _check_program(plan, full, sampler, _on_host(state), labels)
     assert final is not None
     latents = sampler.sample(labels.tolist(), seed=seed).latents
-    worst = max(relative_l2(a, b) for a, b in zip(latents, final.numpy(), strict=True))
+    worst = max(relative_l2(a, b) for a, b in zip(latents, final.cpu().numpy(), strict=True))
     return [*checks, Check("trajectory", "latents (worst image)", worst)]
 
 
@@ -114,6 +114,20 @@ def require_parity(checks: list[Check], precision: str, remedy: str) -> None:
 def trajectory_error(checks: list[Check]) -> float:
     """Relative L2 of the whole trajectory, worst image."""
     return next(c.rel_l2 for c in checks if c.where == "trajectory")
+
+
+def _on_host(state: SamplingStep) -> SamplingStep:
+    """The same with every tensor on the CPU."""
+    return SamplingStep(
+        state.step,
+        state.x.cpu(),
+        state.eps.cpu(),
+        state.x_next.cpu(),
+        tuple(value.cpu() for value in state.past),
+        state.m.cpu(),
+        {key: value.cpu() for key, value in state.store.items()},
+        {entry: value.cpu() for entry, value in state.writes.items()},
+    )
 
 
 def _check_program(plan: CachePlan, program: Program, sampler: CachedSampler, state: SamplingStep, labels: Tensor) -> list[Check]:

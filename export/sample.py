@@ -12,10 +12,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from export.command import run
-from export.fidelity import psnr
 from export.grid import difference_pixels, replacing, save_grid, to_pixels
 from export.runtime import CachedSampler, Result
 from tc_lightning.errors import TokenCacheError
+from tc_lightning.psnr import psnr
 
 GAIN = 10.0  # of the difference row
 

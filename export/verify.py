@@ -13,32 +13,34 @@ import argparse
 import json
 import math
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from export.command import positive, run
-from export.fidelity import measure, psnr
+from export.fidelity import measure
 from export.manifest import ArtefactError
 from export.onnx_dit import SELECTOR
 from export.parity import prove, require_parity, trajectory_error
 from export.programs import lower
 from export.runtime import CachedSampler
 from export.symbolic import External
+from export.torch_device import torch_device
 from export.weights import read_weights
 from tc_lightning.content_predictor import ContentPredictor, Selector
 from tc_lightning.costs import full_step_macs, macs_speedup, plan_macs
 from tc_lightning.diffusion.samplers import SAMPLERS
+from tc_lightning.evaluation import final_latents
 from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.plan import CachePlan
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
 from tc_lightning.policies.fora import fora_plan
-from tc_lightning.sampling import noise_for, sample
+from tc_lightning.psnr import psnr
+from tc_lightning.sampling import labels_for, noise_for
 
 
 def main() -> None:
@@ -70,9 +72,11 @@ def verify(path: Path, provider: str, images: int, batch: int, seed: int | None,
     plan = CachePlan.load(path / "plan.json")
     if plan.digest != sampler.manifest["plan_digest"]:
         raise ArtefactError(f"{path / 'plan.json'} is not the plan that the manifest names: export it again.")
-    model = rebuild_teacher(sampler)
+    device = torch_device(provider)
+    model, selector = rebuild_teacher(sampler).to(device), rebuild_selector(sampler, plan)
+    selector = None if selector is None else selector.to(device)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    checks = prove(model, plan, lower(plan), sampler, min(images, 4), seed=seed + 1, selector=rebuild_selector(sampler, plan))
+    checks = prove(model, plan, lower(plan, provider), sampler, min(images, 4), seed=seed + 1, selector=selector)
     require_parity(
         checks, sampler.manifest["precision"], "Do not serve this artefact: export it again, with --precision fp32 if it fails."
     )
@@ -142,18 +146,11 @@ def _baselines(plan: CachePlan) -> dict[str, CachePlan]:
 
 
 def _baseline_psnr(model: DiT, plan: CachePlan, full: np.ndarray, seed: int, batch: int, name: str, quiet: bool) -> float:
-    parts = []
-    with tqdm(total=len(full), desc=name, unit="image", disable=quiet) as bar:
-        for indices, labels in _batches(len(full), batch, plan.model.num_classes):
-            parts.append(sample(model, plan, noise_for(seed, indices, model), labels).numpy())
-            bar.update(len(labels))
-    return psnr(np.concatenate(parts), full)
-
-
-def _batches(images: int, batch: int, classes: int) -> Iterator[tuple[range, Tensor]]:
-    for first in range(0, images, batch):
-        indices = range(first, min(first + batch, images))
-        yield indices, torch.tensor([i % classes for i in indices])
+    images = range(len(full))
+    x_T, labels = noise_for(seed, images, model), labels_for(seed, images, plan.model.num_classes)
+    with tqdm(total=len(full) * plan.num_steps, desc=name, unit="step", disable=quiet) as bar:
+        made = final_latents(model, plan, x_T, labels, batch=batch, on_step=bar.update)
+    return psnr(made.numpy(), full)
 
 
 def _table(report: dict[str, Any]) -> str:

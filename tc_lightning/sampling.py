@@ -5,7 +5,7 @@ Shape suffixes: B images (guidance doubles them inside), C H W latent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from tc_lightning.diffusion.update import advance, coefficients
 from tc_lightning.errors import TeacherError, TokenCacheError
 from tc_lightning.models.checkpoints import teacher_digest
 from tc_lightning.models.dit import DiT, DiTConfig
-from tc_lightning.noise import initial_noise
+from tc_lightning.noise import drawn_labels, initial_noise
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.segments import Segment, compute
 
@@ -79,10 +79,20 @@ def reference_plan(plan: CachePlan) -> CachePlan:
     return full_plan(plan.model, plan.reference, plan.guidance)
 
 
+def device_of(model: DiT) -> torch.device:
+    """Where a model is."""
+    return next(model.parameters()).device
+
+
 def noise_for(seed: int, indices: range, model: DiT, device: torch.device | str = "cpu", stream: int = 0) -> Tensor:
     """Initial noise of images `indices`, [B, C, H, W]."""
     c = model.config
     return torch.from_numpy(initial_noise(seed, indices, (c.in_channels, c.input_size, c.input_size), stream)).to(device)
+
+
+def labels_for(seed: int, indices: Sequence[int], num_classes: int, device: torch.device | str = "cpu") -> Tensor:
+    """Class of images `indices`, [B] int64, as `tc_lightning.noise.drawn_labels` draws it: few images are of all classes alike."""
+    return torch.from_numpy(drawn_labels(seed, indices, num_classes)).to(device)
 
 
 @torch.no_grad()

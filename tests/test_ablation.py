@@ -20,10 +20,11 @@ from tc_lightning.cli import main
 from tc_lightning.content_predictor import ContentPredictor, Selector
 from tc_lightning.costs import full_step_macs, plan_macs, selector_macs
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.errors import PlanError
+from tc_lightning.errors import PlanError, RunError
 from tc_lightning.models.checkpoints import save_teacher
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan import Guidance
+from tc_lightning.runs import find_run
 from tc_lightning.scores import Scores, sampler_digest
 from tc_lightning.segments import Segment, compute, skip
 
@@ -212,6 +213,8 @@ def test_the_command_compares_and_goes_on(arguments: list[str], capsys: pytest.C
     assert len(found["answers"]) == len(QUESTIONS)
     trained = {path: path.stat().st_mtime_ns for path in Path("runs/ablation").rglob("run.json")}
     assert len(trained) == 4
+    with pytest.raises(RunError, match=r"no finished run under .*4 of other purposes"):
+        find_run(Path("runs"))  # what is trained to be compared is never taken for the user's run
     scores = [Scores.load(path.with_name("scores.safetensors")) for path in sorted(trained)]
     assert len({s.digest for s in scores}) == 4
     assert [bool(s.selector) for s in scores] == [False, True, False, True]

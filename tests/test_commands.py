@@ -137,7 +137,7 @@ def test_damaged_run(tmp_path):
     shutil.copy(run / "run.json", tmp_path / "intact.json")
     (run / "plan.json").write_text("{")
     is_one_paragraph(call(tmp_path, "to_onnx.py"), "plan.json", "Make it again")
-    (run / "run.json").write_text('{"format_version": 1}')
+    (run / "run.json").write_text('{"format_version": 2, "purpose": "fit"}')
     is_one_paragraph(call(tmp_path, "to_onnx.py"), "run.json is damaged")
     (run / "run.json").write_text((tmp_path / "intact.json").read_text().replace('"tiny"', '"../tiny"'))
     is_one_paragraph(call(tmp_path, "to_onnx.py"), "name a plain name")

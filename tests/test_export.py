@@ -20,7 +20,6 @@ import export.compiler
 from export.command import run
 from export.compiler import export_artefact
 from export.emit import condition_times
-from export.fidelity import psnr
 from export.manifest import read_manifest, sha256_of
 from export.onnx_dit import OnnxDiT
 from export.parity import Check, ParityError, relative_l2, require_parity
@@ -31,7 +30,9 @@ from tc_lightning.costs import cache_bytes_per_image, macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
+from tc_lightning.noise import drawn_labels
 from tc_lightning.plan import CachePlan, Guidance
+from tc_lightning.psnr import psnr
 from tc_lightning.sampling import full_plan, model_signature, noise_for, reference_plan, sample
 from tc_lightning.segments import partial, skip
 
@@ -133,7 +134,7 @@ def test_token_sets_of_two_segments_do_not_mix(tmp_path):
     model = make_teacher(3)
     p = [(partial(0, 2, (0, 1, 2)), partial(2, 4, kept)) for kept in ((0, 1, 2), (3, 9, 12), (13, 14, 15))]
     plan = make_plan(model, (FULL, *p))
-    assert len(lower(plan).programs) == 3
+    assert len(lower(plan, "cpu").programs) == 3
     export(model, plan, tmp_path / "artefact")
     loaded = CachedSampler(tmp_path / "artefact", preload=False)
     assert worst_error(loaded.sample([1, 3], seed=5).latents, torch_latents(model, plan, [1, 3], 5)) < 1e-5
@@ -169,7 +170,8 @@ def test_verify_compares_with_the_reference(tmp_path, teacher):
     assert report["macs_speedup"] == macs_speedup(plan) > 5.0
     assert report["rel_l2_export"] < 1e-5
     assert list(report["baselines_psnr_db"]) == ["ddim, 4 steps", "reuse, 3 of 18 full"]
-    x, x_full = (torch_latents(teacher, p, [0, 1], 3) for p in (plan, reference_plan(plan)))
+    labels = drawn_labels(3, range(2), 5).tolist()
+    x, x_full = (torch_latents(teacher, p, labels, 3) for p in (plan, reference_plan(plan)))
     assert report["psnr_db"] == pytest.approx(psnr(x, x_full), abs=1e-2)
     own = dataclasses.replace(plan, reference=dataclasses.replace(reference, name="calibrated"))
     export(teacher, own, tmp_path / "artefact")
@@ -255,7 +257,7 @@ def test_fp16(tmp_path):
 
 
 def test_graphs_are_lean(artefact, plan):
-    programs = {p.name: p for p in lower(plan).programs}
+    programs = {p.name: p for p in lower(plan, "cpu").programs}
     graphs = graphs_of(artefact)
     assert set(graphs) == {"condition", *programs}
     for name, model in graphs.items():
@@ -299,7 +301,7 @@ def test_only_the_batch_is_symbolic(artefact, plan):
 
 def test_programs_take_and_give_what_their_plan_says(artefact, plan):
     graphs = graphs_of(artefact)
-    for program in lower(plan).programs:
+    for program in lower(plan, "cpu").programs:
         graph = graphs[program.name].graph
         inputs, outputs = [v.name for v in graph.input], [v.name for v in graph.output]
         reads = [f"{e.name}.{j}" for e, n in program.reads for j in range(n)]
@@ -353,7 +355,7 @@ def test_manifest(artefact, plan, teacher):
     checked = {row["where"].split(",")[0] for row in manifest["parity"]["programs"]}
     assert checked == {*manifest["programs"]}
     assert manifest["fidelity"]["mse"] > 0
-    assert [b["program"] for b in manifest["schedule"]] == [b.program for b in lower(plan).bindings]
+    assert [b["program"] for b in manifest["schedule"]] == [b.program for b in lower(plan, "cpu").bindings]
     assert (artefact.stat().st_mode & 0o777) == 0o755
 
 
@@ -541,7 +543,7 @@ def test_what_onnxruntime_makes_of_the_graphs_is_lean(artefact, plan, tmp_path):
     A block: two norms, each with two nodes of adaLN; six products, five biases (that of fc1 is in FastGelu); attention; two gates and
     two sums.
     """
-    for program in lower(plan).programs:
+    for program in lower(plan, "cpu").programs:
         ops = optimised(artefact / f"{program.graph}.onnx", tmp_path)
         blocks = sum(len(s.blocks) for s in program.segments if s.mode == "compute")
         assert ops["Transpose"] == 2

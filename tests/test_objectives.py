@@ -13,12 +13,12 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import RunError
 from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.policies.routers import router_steps
-from tc_lightning.sampling import full_plan, model_signature, noise_for, sample_steps
+from tc_lightning.sampling import full_plan, labels_for, model_signature, noise_for, sample_steps
 from tc_lightning.step_effect import step_effect
 from tc_lightning.superposition import full_eps, mixed_branches_eps
 from tc_lightning.training.objectives.base import Batch, Task
 from tc_lightning.training.objectives.rollout import RouterRollout
-from tc_lightning.training.objectives.routers import CAP, WEIGHTINGS, RouterObjective, reuse_damage, step_weights
+from tc_lightning.training.objectives.routers import CAP, MEASURE_SEED, WEIGHTINGS, RouterObjective, reuse_damage, step_weights
 from tc_lightning.training.objectives.superposition import RouterSuperposition
 
 TEACHER = make_teacher(0, depth=3, in_channels=2, hidden_size=16)
@@ -132,7 +132,7 @@ def test_reusing_everything_costs_one_at_the_median_step() -> None:
     nothing = torch.zeros(T, L, 2, dtype=torch.bool)
     for weighting in WEIGHTINGS:
         weight_T = prepared(RouterSuperposition(weighting=weighting, samples=4), task).weight_T
-        damage_T = reuse_damage(task, noise_for(0x6C616D626461, range(4), TEACHER), torch.arange(4))
+        damage_T = _damage(task, 4)
         cost_T = weight_T.double() * damage_T
         assert cost_T[1:].median() == pytest.approx(1.0, rel=1e-5)
         assert cost_T.max() <= CAP * (1 + 1e-5)
@@ -150,8 +150,10 @@ def test_reusing_everything_costs_one_at_the_median_step() -> None:
     assert float(relative.weight_T[2] / relative.weight_T[3]) == pytest.approx(float(1 / _damage(task)[2] * _damage(task)[3]), rel=1e-4)
 
 
-def _damage(task: Task) -> Tensor:
-    return reuse_damage(task, noise_for(0x6C616D626461, range(2), TEACHER), torch.arange(2))
+def _damage(task: Task, images: int = 2) -> Tensor:
+    """On the images that a router's weights are measured on."""
+    noise = noise_for(MEASURE_SEED, range(images), TEACHER)
+    return reuse_damage(task, noise, labels_for(MEASURE_SEED, range(images), TEACHER.config.num_classes))
 
 
 @pytest.mark.parametrize(("weighting", "power"), [("effect", 1), ("image_error", 2)])

@@ -18,7 +18,7 @@ from datasets import Dataset
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
-from data.recording import labels_for, prepare, record, reproducible
+from data.recording import prepare, record, reproducible
 from data.rollouts import RolloutDataModule
 from data.shards import RECORD_BATCH, Recipe, shard_path, write_atomically
 from data.trajectories import Pair, PairDataset, TrajectorySet
@@ -29,7 +29,7 @@ from tc_lightning.models.checkpoints import teacher_digest
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.noise import initial_noise
 from tc_lightning.plan import Guidance
-from tc_lightning.sampling import full_plan, model_signature, noise_for, sample_steps
+from tc_lightning.sampling import full_plan, labels_for, model_signature, noise_for, sample_steps
 
 CPU = torch.device("cpu")
 STEPS = 4

@@ -122,7 +122,7 @@ def published(
         if method in shown or not ROUNDED_UP <= most < min(budgets):
             continue
         on_plan(f"{method} {most:.2f}x")
-        most = math.floor(100 * most) / 100
+        most = rounded_down(most)
         greatest = _published(context, reference, method, most, policies(most)[method])
         found += [greatest] if isinstance(greatest, Subject) else []  # why it has no plan is told of the budgets
     return [one for one in found if isinstance(one, Subject)], [one for one in found if isinstance(one, Missing)]
@@ -135,6 +135,11 @@ def _published(context: PlanningContext, reference: CachePlan, method: str, budg
         return _subject(reference, policy.plan(context).plan, PUBLISHED, method)
     except TokenCacheError as error:
         return Missing(method, budget, str(error))
+
+
+def rounded_down(speedup: float) -> float:
+    """To two digits after the point, which a plan of that speed-up reaches; what rounding alone took from a number it keeps."""
+    return math.floor(100 * speedup + 1e-9) / 100
 
 
 def distinct(subjects: Iterable[Subject]) -> list[Subject]:

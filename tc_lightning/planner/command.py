@@ -122,7 +122,7 @@ def clock_price(loaded: LoadedRun, provider: str, batch: int) -> ClockPrice:
     """Prices measured on this machine; needs the export package, which nothing else here does."""
     from export.clock import ProgramClock
 
-    return ClockPrice(ProgramClock(loaded.model, provider, batch))
+    return ClockPrice(ProgramClock(loaded.model, provider, batch, selector=loaded.selector))
 
 
 def write(choice: PlanChoice, loaded: LoadedRun, keep_plan: bool) -> None:

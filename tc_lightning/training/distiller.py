@@ -26,6 +26,7 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.plan import Guidance
 from tc_lightning.policies.base import Policy
 from tc_lightning.policies.tprr import TPRRPolicy
+from tc_lightning.runs import FIT, PURPOSES
 from tc_lightning.sampling import model_signature, require_null_label
 from tc_lightning.scores import sampler_digest
 from tc_lightning.training.objectives.base import Batch, Objective, Task
@@ -58,6 +59,7 @@ class TokenCacheDistiller(LightningModule):
         budget_penalty: weight of the squared distance from `target_share`.
         sensitivity_samples: trajectories over which sensitivities are averaged.
         sensitivity_probes: random probes for each step of these.
+        purpose: what the run says that it is for: `fit`, or `ablation`, which later commands do not take for the user's newest run.
 
     Raises:
         TeacherError: if the teacher cannot be loaded, or has no null label and guidance is asked for.
@@ -83,8 +85,11 @@ class TokenCacheDistiller(LightningModule):
         budget_penalty: float = 10.0,
         sensitivity_samples: int = 16,
         sensitivity_probes: int = 4,
+        purpose: str = FIT,
     ) -> None:
         super().__init__()
+        if purpose not in PURPOSES:
+            raise RunError(f"purpose is {purpose!r}: choose one of {', '.join(PURPOSES)}.")
         if num_steps < 2:
             raise RunError(f"num_steps is {num_steps}: with fewer than 2 there is nothing to reuse.")
         if min(sensitivity_samples, sensitivity_probes) < 1:
@@ -107,6 +112,7 @@ class TokenCacheDistiller(LightningModule):
         self.policy = policy or TPRRPolicy()
         self.lr = lr
         self.sensitivity_samples, self.sensitivity_probes = sensitivity_samples, sensitivity_probes
+        self.purpose = purpose
         self.task = Task(self.teacher, self.signature, self.sampler, self.guidance)
         self.tokens, self.router = tokens, router
         for objective in self.objectives:  # the tokens' first: whether there is a router does not change where they start
