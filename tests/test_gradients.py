@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import EVERY_MODE, FULL, make_plan, make_teacher
+from conftest import CONFIG, EVERY_MODE, FULL, make_plan, make_teacher
 from test_content import STEPS as CONTENT
 from test_content import content_plan, make_selector
 from torch import Tensor
@@ -17,7 +17,8 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.planner import memory
 from tc_lightning.planner.fit import fit_sampler
-from tc_lightning.planner.gradients import coefficients, stepwise, whole
+from tc_lightning.planner.gradients import advance_with, coefficients, own_coefficients, stepwise, tensors, whole
+from tc_lightning.planner.graph_size import graph_size, graph_size_on_paper
 from tc_lightning.planner.refine import _Refiner
 from tc_lightning.planner.target import run_target
 from tc_lightning.ranks import ALONE
@@ -90,3 +91,50 @@ def test_the_network_never_sees_more_images_than_it_is_given_room_for(teacher: D
     fit_sampler(teacher, plan, target, 4)
     _Refiner(teacher, target, ALONE).errors(plan)
     assert seen == [4, 4, 2] * plan.num_steps + [4] * plan.num_steps * 2 + [2] * plan.num_steps  # both halves of guidance
+
+
+def run_on(teacher: DiT, plan: CachePlan) -> tuple[Rollout, Tensor]:
+    return Rollout(teacher, plan, LABELS[:1], SELECTOR), noise_for(0, range(1), teacher)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_count_is_what_autograd_holds(teacher: DiT, name: str) -> None:
+    """Of the whole graph: each memory block once, weights aside. The count adds states that the graph need not keep, alone."""
+    run, x_T = run_on(teacher, plan_of(teacher, name))
+    weights, saved = {p.untyped_storage().data_ptr() for p in [*teacher.parameters(), *SELECTOR.predictor.parameters()]}, {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # held, so that its place is not taken by another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        end, pull = whole(run, x_T)
+    held = sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in weights)
+    states, state = 0, run.start(x_T)
+    for _ in range(run.plan.num_steps):
+        state = advance_with(run, state, own_coefficients(run.plan, 1, x_T.device))
+        states += sum(tensor.untyped_storage().nbytes() for tensor in tensors(state))
+    coefficients_bytes = 4 * 4 * run.plan.num_steps
+    assert held - coefficients_bytes <= graph_size(run, x_T, 1).whole <= held + states
+    assert pull([end])[0].any()
+
+
+def test_counts_on_paper_are_those_of_the_model(teacher: DiT) -> None:
+    for name in ("no cache", "every mode", "guidance forecasts"):
+        plan = plan_of(teacher, name)
+        assert graph_size_on_paper(CONFIG, plan, 3) == graph_size(*run_on(teacher, plan), 3)
+
+
+def test_step_by_step_a_longer_run_takes_little_more(teacher: DiT) -> None:
+    """Each further step adds a graph to the whole run's, and latents to what is kept between steps. The first step has no graph."""
+    short, long = (graph_size(*run_on(teacher, make_plan(teacher, (FULL,) * steps)), 7) for steps in (4, 12))
+    latents = 4 * 4 * 8 * 8
+    assert long.stepwise - short.stepwise == 8 * latents
+    assert long.whole / short.whole == pytest.approx(11 / 3, rel=0.05)
+
+
+def test_weights_with_gradients_of_their_own_are_left_alone(teacher: DiT) -> None:
+    run, x_T = run_on(make_teacher().requires_grad_(True), plan_of(teacher, "skip"))
+    end, pull = stepwise(run, x_T)
+    pull([end])
+    assert all(p.grad is None for p in run.model.parameters())

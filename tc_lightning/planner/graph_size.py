@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from tc_lightning.models.dit import DiT, DiTConfig
+from tc_lightning.plan import CachePlan
 from tc_lightning.planner.gradients import advance_with, as_leaves, own_coefficients, tensors
 from tc_lightning.sampling import Rollout
 
@@ -32,6 +35,8 @@ def graph_size(run: Rollout, x_BCHW: Tensor, vectors: int) -> GraphSize:
     own_BTF = own_coefficients(run.plan, len(x_BCHW), x_BCHW.device)
     state = run.start(x_BCHW)
     weights, kept = _Storages([*run.model.parameters(), own_BTF]), _Storages(tensors(state))
+    if run.selector is not None:
+        weights.add(run.selector.predictor.parameters())
     graphs, peak, wanting = 0, 0, 0
     for _ in range(run.plan.num_steps):
         saved = _Storages()
@@ -43,6 +48,14 @@ def graph_size(run: Rollout, x_BCHW: Tensor, vectors: int) -> GraphSize:
         peak = max(peak, kept.size + saved.size + saved.largest + vectors * max(before, wanting))
         graphs += saved.size
     return GraphSize(kept.size + graphs, peak)
+
+
+def graph_size_on_paper(config: DiTConfig, plan: CachePlan, vectors: int) -> GraphSize:
+    """The same for one image and a model that is not there: nothing is computed, and no weights are made."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = DiT(config).eval().requires_grad_(False)
+        noise = torch.empty(1, config.in_channels, config.input_size, config.input_size)
+        return graph_size(Rollout(model, plan, torch.zeros(1, dtype=torch.long)), noise, vectors)
 
 
 class _Storages:
