@@ -115,21 +115,21 @@ def test_the_count_is_what_autograd_holds(teacher: DiT, name: str) -> None:
         state = advance_with(run, state, own_coefficients(run.plan, 1, x_T.device))
         states += sum(tensor.untyped_storage().nbytes() for tensor in tensors(state))
     coefficients_bytes = 4 * 4 * run.plan.num_steps
-    assert held - coefficients_bytes <= graph_size(run, x_T, 1).whole <= held + states
+    assert held - coefficients_bytes <= graph_size(run, x_T).whole <= held + states
     assert pull([end])[0].any()
 
 
 def test_counts_on_paper_are_those_of_the_model(teacher: DiT) -> None:
     for name in ("no cache", "every mode", "guidance forecasts"):
         plan = plan_of(teacher, name)
-        assert graph_size_on_paper(CONFIG, plan, 3) == graph_size(*run_on(teacher, plan), 3)
+        assert graph_size_on_paper(CONFIG, plan) == graph_size(*run_on(teacher, plan))
 
 
 def test_step_by_step_a_longer_run_takes_little_more(teacher: DiT) -> None:
     """Each further step adds a graph to the whole run's, and latents to what is kept between steps. The first step has no graph."""
-    short, long = (graph_size(*run_on(teacher, make_plan(teacher, (FULL,) * steps)), 7) for steps in (4, 12))
+    short, long = (graph_size(*run_on(teacher, make_plan(teacher, (FULL,) * steps))) for steps in (4, 12))
     latents = 4 * 4 * 8 * 8
-    assert long.stepwise - short.stepwise == 8 * latents
+    assert long.stepwise(7) - short.stepwise(7) == 8 * latents
     assert long.whole / short.whole == pytest.approx(11 / 3, rel=0.05)
 
 

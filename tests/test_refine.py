@@ -153,7 +153,7 @@ class TestRefine:
 
     def test_products_are_those_of_finite_differences(self, model: DiT, target: TargetRun, fitted: CachePlan) -> None:
         run = target.part(slice(0, 2))
-        of_error, *_ = refine._Refiner(model, run, ALONE)._products(fitted, run, 0, 1, False)
+        of_error, *_ = refine._Refiner(model, run, ALONE)._products(fitted, run, 0, 1, refine.Passes(1))
         for place in (0, 9, 17):  # x at step 0, m at step 2, m at step 4, which skips
             by = torch.zeros(coefficients(fitted).numel())
             by[place] = 2e-3
@@ -167,7 +167,7 @@ class TestRefine:
         plan = full_plan(model_signature(model), make_sampler("ddim", 2), GUIDANCE)
         run = target.part(slice(0, 1))
         refiner = refine._Refiner(model, run, ALONE)
-        estimate, _ = refiner.normal_equations(plan, refiner.errors(plan), refine.Passes(1, False), 64)
+        estimate, _ = refiner.normal_equations(plan, refiner.errors(plan), refine.Passes(1, vectors=65), 64)
         end, pull = gradients.whole(Rollout(model, plan, run.labels_B), run.x_T)
         rows = pull([unit.view_as(end) for unit in torch.eye(end.numel())])
         exact = torch.cat(rows).double().square().sum(0) * float(robust_weights(refiner.errors(plan), run.counts_B))
@@ -190,7 +190,7 @@ class TestRefine:
         self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         whole = refine_sampler(model, fitted, target, 1)
-        monkeypatch.setattr(refine._Refiner, "passes", lambda self, plan: refine.Passes(1, False))
+        monkeypatch.setattr(refine._Refiner, "passes", lambda self, plan: refine.Passes(1))
         single = refine_sampler(model, fitted, target, 1)
         assert torch.allclose(coefficients(whole), coefficients(single), atol=1e-4)
 
@@ -204,6 +204,28 @@ class TestRefine:
         single = refine_sampler(model, fitted, target, 1)
         assert sum(by_step) == len(target.x_0)
         assert torch.allclose(coefficients(whole), coefficients(single), atol=1e-4)
+
+    @pytest.mark.parametrize("by_step", [True, False])
+    @pytest.mark.parametrize("vectors", [1, 3])
+    def test_how_many_vectors_are_pulled_back_together_does_not_matter(
+        self, model: DiT, target: TargetRun, fitted: CachePlan, by_step: bool, vectors: int
+    ) -> None:
+        refiner, run = refine._Refiner(model, target, ALONE), target.part(slice(0, 2))
+        together, apart = (refiner._products(fitted, run, 0, 4, refine.Passes(2, by_step, v)) for v in (5, vectors))
+        assert len(together) == len(apart) == 5
+        assert all(torch.allclose(one, other, rtol=1e-5) for one, other in zip(together, apart, strict=True))
+
+    def test_with_little_memory_fewer_vectors_are_pulled_back_together(
+        self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = target.part(slice(0, 1))
+        need = refine.graph_size(Rollout(model, fitted, one.labels_B), one.x_T)
+        monkeypatch.setattr(refine, "free_bytes", lambda device: 1000)
+        monkeypatch.setattr(refine, "spare_bytes", lambda device, world: need.stepwise(3))
+        passes = refine._Refiner(model, target, ALONE).passes(fitted)
+        assert passes is not None
+        assert passes[:2] == (1, True)
+        assert 3 <= passes.vectors < 1 + refine.PROBES
 
     def test_without_memory_the_plan_stays(
         self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch

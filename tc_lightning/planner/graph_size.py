@@ -17,27 +17,35 @@ from tc_lightning.sampling import Rollout
 
 
 class GraphSize(NamedTuple):
-    """Bytes that the gradients of a run hold at most, weights aside: by the graph of all steps, and step by step
-    (`tc_lightning.planner.gradients`)."""
+    """Bytes that the gradients of a run hold, weights aside (`tc_lightning.planner.gradients`).
+
+    Args:
+        whole: by the graph of all steps.
+        steps: step by step: of each step its own graph and the states up to it, and what a vector adds that is pulled back.
+    """
 
     whole: int
-    stepwise: int
+    steps: tuple[tuple[int, int], ...]
+
+    def stepwise(self, vectors: int) -> int:
+        """Most that is held step by step, where so many vectors are pulled back together."""
+        return max(held + vectors * each for held, each in self.steps)
 
 
-def graph_size(run: Rollout, x_BCHW: Tensor, vectors: int) -> GraphSize:
+def graph_size(run: Rollout, x_BCHW: Tensor) -> GraphSize:
     """Count the gradients of a run; one step's worth is held at most while that is done, and on tensors without values, nothing.
 
     Args:
         run: the plan and the images.
         x_BCHW: their noise.
-        vectors: how many are pulled back together.
     """
     own_BTF = own_coefficients(run.plan, len(x_BCHW), x_BCHW.device)
     state = run.start(x_BCHW)
     weights, kept = _Storages([*run.model.parameters(), own_BTF]), _Storages(tensors(state))
     if run.selector is not None:
         weights.add(run.selector.predictor.parameters())
-    graphs, peak, wanting = 0, 0, 0
+    steps: list[tuple[int, int]] = []
+    graphs, wanting = 0, 0
     for _ in range(run.plan.num_steps):
         saved = _Storages()
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.add_one, _never):
@@ -45,17 +53,17 @@ def graph_size(run: Rollout, x_BCHW: Tensor, vectors: int) -> GraphSize:
         kept.add(tensors(state))
         saved.remove(weights, kept)
         before, wanting = wanting, _Storages([t for t in tensors(state) if t.requires_grad]).size
-        peak = max(peak, kept.size + saved.size + saved.largest + vectors * max(before, wanting))
+        steps.append((kept.size + saved.size + saved.largest, max(before, wanting)))
         graphs += saved.size
-    return GraphSize(kept.size + graphs, peak)
+    return GraphSize(kept.size + graphs, tuple(steps))
 
 
-def graph_size_on_paper(config: DiTConfig, plan: CachePlan, vectors: int) -> GraphSize:
+def graph_size_on_paper(config: DiTConfig, plan: CachePlan) -> GraphSize:
     """The same for one image and a model that is not there: nothing is computed, and no weights are made."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = DiT(config).eval().requires_grad_(False)
         noise = torch.empty(1, config.in_channels, config.input_size, config.input_size)
-        return graph_size(Rollout(model, plan, torch.zeros(1, dtype=torch.long)), noise, vectors)
+        return graph_size(Rollout(model, plan, torch.zeros(1, dtype=torch.long)), noise)
 
 
 class _Storages:

@@ -47,10 +47,12 @@ OnPass = Callable[[], object]
 
 
 class Passes(NamedTuple):
-    """How gradients are computed: for so many images at a time, by the graph of the whole run or of one step after the other."""
+    """How gradients are computed: for so many images at a time, by the graph of the whole run or of one step after the other, with so
+    many vectors pulled back together."""
 
     images: int
-    stepwise: bool
+    stepwise: bool = False
+    vectors: int = 1 + PROBES
 
 
 def refine_sampler(
@@ -116,16 +118,18 @@ class _Refiner:
     def passes(self, plan: CachePlan) -> Passes | None:
         """What there is memory for; None in all processes, with a warning in the first, if in one it is not enough for one image."""
         one, device = self._target.part(slice(0, 1)), self._target.x_0.device
-        need = graph_size(self._rollout(plan, one), one.x_T, 1 + PROBES)
-        free, spare = free_bytes(device), spare_bytes(device, self._ranks.world)
-        short = torch.tensor(float(need.stepwise > spare), dtype=torch.float64, device=device)
+        need = graph_size(self._rollout(plan, one), one.x_T)
+        least, free, spare = need.stepwise(1), free_bytes(device), spare_bytes(device, self._ranks.world)
+        vectors = next((v for v in range(1 + PROBES, 0, -1) if need.stepwise(v) <= spare), 0)
+        short = torch.tensor(float(not vectors), dtype=torch.float64, device=device)
         if self._ranks.total(short).item() == 0:
-            images = int(free // (need.whole if need.whole <= free else need.stepwise))
-            return Passes(max(1, min(images, len(self._target.x_0))), need.whole > free)
+            by_step = need.whole > free
+            images = int(free // (need.stepwise(vectors) if by_step else need.whole))
+            return Passes(max(1, min(images, len(self._target.x_0))), by_step, vectors if by_step else 1 + PROBES)
         if self._ranks.first:
             warnings.warn(
-                f"the sampler stays as it was fitted: the gradients of one image's run, step by step, take {need.stepwise / 1e9:.3g} "
-                f"GB, and {spare / 1e9:.3g} GB are free for them here. Plan on a device with more memory, or with refinements 0.",
+                f"the sampler stays as it was fitted: the gradients of one image's run take {least / 1e9:.3g} GB step by step, "
+                f"and {spare / 1e9:.3g} GB are free for them here. Plan on a device with more memory, or with refinements 0.",
                 stacklevel=3,
             )
         return None
@@ -167,17 +171,24 @@ class _Refiner:
         slope_P = torch.zeros(size, dtype=torch.float64, device=both.device)
         for start in range(0, len(both), passes.images):
             part = slice(start, start + passes.images)
-            of_error_BP, *of_signs = self._products(plan, self._target.part(part), first + start, probes, passes.stepwise)
+            of_error_BP, *of_signs = self._products(plan, self._target.part(part), first + start, probes, passes)
             slope_P += weights_B[part] @ of_error_BP
             for rows_BP in of_signs:
                 gram_PP += (rows_BP * weights_B[part, None]).T @ rows_BP / probes
         return self._ranks.total(gram_PP).cpu(), self._ranks.total(slope_P).cpu()
 
-    def _products(self, plan: CachePlan, target: TargetRun, first: int, probes: int, by_step: bool) -> list[Tensor]:
+    def _products(self, plan: CachePlan, target: TargetRun, first: int, probes: int, passes: Passes) -> list[Tensor]:
         """J_b^T v_b of each image, [B, P]: for v the error, then for each of the random signs, which `first` keys."""
-        end, pull = (stepwise if by_step else whole)(self._rollout(plan, target), target.x_T)
+        gradients, run = stepwise if passes.stepwise else whole, self._rollout(plan, target)
+        end, pull = gradients(run, target.x_T)
         signs = torch.stack([_signs(first + b, probes, target.x_0.shape[1:]) for b in range(len(target.x_0))], 1).to(end)
-        return [products_BP.double() for products_BP in pull([end - target.x_0, *signs])]
+        vectors = [end - target.x_0, *signs]
+        found: list[Tensor] = []
+        while True:
+            found += pull(vectors[len(found) : len(found) + passes.vectors])
+            if len(found) == len(vectors):
+                return [products_BP.double() for products_BP in found]
+            _, pull = gradients(run, target.x_T)
 
 
 def moved(plan: CachePlan, delta_P: Tensor) -> CachePlan:
