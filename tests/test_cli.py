@@ -172,6 +172,33 @@ def test_resume_with_nothing_to_resume_starts_afresh(workplace: Path, capsys: py
     assert find_run(Path("runs")).name == "version_0"
 
 
+@pytest.mark.parametrize("logger", ["false", "true"])
+def test_resume_without_a_logger_of_ones_own(workplace: Path, capsys: pytest.CaptureFixture[str], logger: str) -> None:
+    """A newer checkpoint of another configuration in the same working directory is not taken."""
+    arguments = [*teacher_arguments("digits_teacher.yaml"), "--trainer.logger", logger]
+    main(arguments)
+    foreign = Path("runs/another/version_0/checkpoints/last.ckpt")
+    foreign.parent.mkdir(parents=True)
+    torch.save({"state_dict": {}}, foreign)
+    capsys.readouterr()
+    main([*arguments, "--ckpt_path", "last", "--trainer.max_steps", "4"])
+    told = capsys.readouterr().out
+    assert f"resuming from {'checkpoints' if logger == 'false' else 'lightning_logs'}" in told
+
+
+def test_resume_looks_where_checkpoints_are_told_to_go(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("kept.yaml").write_text(
+        "trainer: {logger: false, callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint, "
+        "init_args: {dirpath: kept, save_last: true, every_n_train_steps: 2}}]}\n"
+    )
+    arguments = teacher_arguments("digits_teacher.yaml")
+    arguments[3:3] = ["-c", "kept.yaml"]
+    main([*arguments, "--ckpt_path", "last"])
+    assert "no checkpoint under kept to resume from: starting afresh" in capsys.readouterr().out
+    main([*arguments, "--ckpt_path", "last", "--trainer.max_steps", "4"])
+    assert "resuming from kept/" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", [["lightning"], ["tc-lightning"], [sys.executable, "-m", "tc_lightning"]])
 def test_three_names_are_one_command(command: list[str]) -> None:
     if len(command) == 1:
