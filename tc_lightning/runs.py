@@ -24,7 +24,7 @@ class Run:
     Args:
         folder: where it is.
         name: its name, for example `digits`.
-        teacher: the teacher that it used.
+        teacher: the teacher that it used; a path to its weights holds wherever the run is read from.
         teacher_digest: sha256 of that teacher's weights.
         plan: path of the plan.
         scores: path of the scores.
@@ -45,12 +45,18 @@ def write_run(folder: Path, name: str, teacher: TeacherSpec, teacher_digest: str
     listing = {
         "format_version": FORMAT_VERSION,
         "name": name,
-        "teacher": dataclasses.asdict(teacher),
+        "teacher": dataclasses.asdict(teacher) | {"weights": _anywhere(teacher.weights)},
         "teacher_digest": teacher_digest,
         "plan": "plan.json",
         "scores": "scores.safetensors",
     } | ({"content": CONTENT} if content else {})
     write_atomically(folder / NAME, json.dumps(listing, indent=1).encode())
+
+
+def _anywhere(weights: str) -> str:
+    """A path that another working directory does not change; what is not in this one is found in the repository from all."""
+    here = Path(weights).expanduser().absolute()
+    return str(here) if here.exists() else weights
 
 
 def find_run(root: Path) -> Path:

@@ -131,7 +131,7 @@ def test_imagefolder_teacher_trains_and_feeds_distillation(workplace: Path) -> N
     trained = next(Path("runs").rglob("teacher.safetensors"))
     own = ["--model.init_args.teacher.weights", str(trained), "--model.init_args.guidance_channels", "2"]
     main([*distil("digits.yaml"), *own, "--model.init_args.router", "null"])  # so little trained, its blocks still do nothing
-    assert read_run(find_run(Path("runs"))).teacher.weights == str(trained)
+    assert read_run(find_run(Path("runs"))).teacher.weights == str(trained.absolute())
 
 
 def test_unknown_key_is_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
