@@ -44,11 +44,13 @@ from tc_lightning.sampling import noise_for, sample
 def main() -> None:
     """Command line."""
     args = _arguments()
-    report = verify(args.artefact, args.provider, args.images, args.batch, args.seed, quiet=args.json)
+    report = verify(args.artefact, args.provider, args.images, args.batch, args.seed, quiet=args.json, device=args.device)
     print(json.dumps(report, indent=1) if args.json else _table(report))
 
 
-def verify(path: Path, provider: str, images: int, batch: int, seed: int | None, quiet: bool = False) -> dict[str, Any]:
+def verify(
+    path: Path, provider: str, images: int, batch: int, seed: int | None, quiet: bool = False, device: int = 0
+) -> dict[str, Any]:
     """Check an artefact and measure it on fresh seeds.
 
     Args:
@@ -58,6 +60,7 @@ def verify(path: Path, provider: str, images: int, batch: int, seed: int | None,
         batch: images at a time.
         seed: seed of the images; None draws one.
         quiet: no progress bars.
+        device: number of the GPU, on CUDA.
 
     Returns:
         The figures, in plain JSON values.
@@ -66,7 +69,7 @@ def verify(path: Path, provider: str, images: int, batch: int, seed: int | None,
         ArtefactError: if a file is missing or changed.
         ParityError: if ONNX Runtime and torch disagree.
     """
-    sampler = CachedSampler(path, provider=provider)
+    sampler = CachedSampler(path, provider=provider, device=device)
     plan = CachePlan.load(path / "plan.json")
     if plan.digest != sampler.manifest["plan_digest"]:
         raise ArtefactError(f"{path / 'plan.json'} is not the plan that the manifest names: export it again.")
@@ -181,6 +184,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, default=16, help="images at a time")
     parser.add_argument("--seed", type=int, help="seed of the images (default: a fresh one)")
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", type=int, default=0, help="number of the GPU, with --provider cuda")
     return parser.parse_args()
 
 

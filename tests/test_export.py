@@ -19,12 +19,11 @@ from conftest import EVERY_MODE, FULL, make_plan, make_teacher, random_steps
 import export.compiler
 from export.command import run
 from export.compiler import export_artefact
-from export.emit import condition_times
 from export.fidelity import psnr
 from export.manifest import read_manifest, sha256_of
 from export.onnx_dit import OnnxDiT
 from export.parity import Check, ParityError, relative_l2, require_parity
-from export.programs import lower
+from export.programs import condition_times, lower
 from export.runtime import CachedSampler
 from export.verify import rebuild_teacher, verify
 from tc_lightning.costs import cache_bytes_per_image, macs_speedup
@@ -207,7 +206,7 @@ def test_eps_scale_costs_no_node_and_leaves_the_reference_alone(tmp_path, teache
 
 def test_planted_bug_in_the_reference_is_found(tmp_path, monkeypatch, teacher):
     """Its steps looked up at the plan's times."""
-    monkeypatch.setattr("export.compiler.condition_times", lambda plan: (condition_times(plan)[0], 0))
+    monkeypatch.setattr("export.contract.condition_times", lambda plan: (condition_times(plan)[0], 0))
     plan = make_plan(teacher, (FULL, (skip(0, 4),), FULL), reference=make_sampler("ddim", 5, "leading"))
     with pytest.raises(ParityError, match=r"step_full, step 0 +x_next") as caught:
         export(teacher, plan, tmp_path / "artefact")

@@ -91,9 +91,12 @@ def test_no_manifest(copied, tmp_path):
     [
         ("{", "is not valid JSON"),
         ("", "is not valid JSON"),
-        ("[]", "is not of format version 3"),
-        ('{"format_version": 2}', "is not of format version 3"),
-        ('{"format_version": 3}', "was edited or damaged"),
+        ("[]", "is not of format version 4"),
+        ('{"format_version": 3}', "is not of format version 4"),
+        ('{"format_version": 4}', "was edited or damaged"),
+        ('{"format_version": true}', "is not of format version 4"),
+        ('{"format_version": 5}', "is of format version 5, which is newer than this package's 4: update tc-lightning"),
+        ("[" * 100_000, "is not valid JSON"),
     ],
 )
 def test_damaged_manifest(copied, text, message):
