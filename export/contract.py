@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from export.manifest import AGAIN, NAME, WEIGHTS, ArtefactError, read_manifest, require_files
+from export.manifest import AGAIN, NAME, PLAN, WEIGHTS, ArtefactError, read_manifest, require_files
 from export.onnx_header import Header, read_header
 from export.programs import LoweredPlan, Program, computed_tokens, condition_times, lower
 from export.schedule import BYTES, CONDITION, ELEMENT_TYPES, FULL
@@ -92,7 +92,7 @@ def read_artefact(folder: Path, onnxruntime: str) -> dict[str, Any]:
     require_onnxruntime(folder, manifest, onnxruntime)
     require_files(folder, manifest)
     try:
-        plan = CachePlan.load(folder / "plan.json")
+        plan = CachePlan.load(folder / PLAN)
         graphs = {path.stem: read_header(path) for path in (folder / name for name in manifest["files"]) if path.suffix == ".onnx"}
     except PlanError as error:
         raise ArtefactError(f"the artefact {folder} cannot be used: {error} {AGAIN}") from error
@@ -175,6 +175,7 @@ def _check_shape(path: Path, config: Any, model: Mapping[str, Any]) -> None:
         "in_channels": config["in_channels"],
         "width": config["hidden_size"],
         "depth": config["depth"],
+        "tokens": (config["input_size"] // max(config["patch_size"], 1)) ** 2,
         "heads": config["num_heads"],
         "mlp_width": int(config["hidden_size"] * config["mlp_ratio"]),
         "num_classes": config["num_classes"],

@@ -14,7 +14,7 @@ from tc_lightning.atomic import write_atomically
 from tc_lightning.errors import TokenCacheError
 
 FORMAT_VERSION = 4  # 3: step programs count the step and notice NaN themselves; 4: says which onnxruntime it needs
-NAME, WEIGHTS = "manifest.json", "weights.data"
+NAME, WEIGHTS, PLAN = "manifest.json", "weights.data", "plan.json"
 AGAIN = "Export it again with `python export/to_onnx.py`."
 _KEYS = (
     "format_version",
@@ -117,7 +117,7 @@ def _check_listing(path: Path, manifest: dict[str, Any]) -> None:
     graphs = [program.get("graph") if isinstance(program, dict) else None for program in programs.values()]
     if not all(isinstance(graph, str) for graph in graphs):
         raise ArtefactError(f"{path} is damaged: every program must name its graph. {AGAIN}")
-    for name in {WEIGHTS, "plan.json", "condition.onnx", *(f"{graph}.onnx" for graph in graphs), *files}:
+    for name in {WEIGHTS, PLAN, "condition.onnx", *(f"{graph}.onnx" for graph in graphs), *files}:
         entry = files.get(name)
         if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
             raise ArtefactError(f"{path} is damaged: it does not list the size and sha256 of {name}. {AGAIN}")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tc_lightning.atomic import write_atomically
-from tc_lightning.errors import RunError
+from tc_lightning.errors import RunError, TokenCacheError
 from tc_lightning.models.checkpoints import TeacherSpec
 from tc_lightning.models.dit import DiTConfig
+from tc_lightning.plan_json import check_keys, from_fields, is_int, is_name, shown
 
 FORMAT_VERSION = 1
 NAME = "run.json"
@@ -84,16 +85,36 @@ def read_run(folder: Path) -> Run:
     if not path.is_file():
         raise RunError(f"{folder} is not a finished run: it holds no {NAME}. Name the folder that `lightning fit` printed.")
     try:
-        raw: dict[str, Any] = json.loads(path.read_text())
-        if raw["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {raw['format_version']} is not {FORMAT_VERSION}")
-        teacher = dict(raw["teacher"])
-        if teacher["dit"] is not None:
-            teacher["dit"] = DiTConfig(**teacher["dit"])
-        spec = TeacherSpec(**teacher)
-        if not isinstance(spec.weights, str | Path) or Path(raw["name"]).name != raw["name"]:
-            raise ValueError("teacher.weights must be a path, and name a plain name")
-        content = folder / raw["content"] if "content" in raw else None
-        return Run(folder, raw["name"], spec, raw["teacher_digest"], folder / raw["plan"], folder / raw["scores"], content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error!r}): run `lightning fit` again.") from error
+        return _run_from_json(json.loads(path.read_text(encoding="utf-8")), folder)
+    except (OSError, ValueError, RecursionError, TokenCacheError) as error:
+        raise RunError(f"{path} is damaged ({str(error).rstrip('.')}): run `lightning fit` again.") from error
+
+
+def _run_from_json(raw: Any, folder: Path) -> Run:
+    check_keys(raw, {"format_version", "name", "teacher", "teacher_digest", "plan", "scores"}, {"content"}, "run")
+    if not is_int(raw["format_version"]) or raw["format_version"] != FORMAT_VERSION:
+        raise RunError(f"format version {shown(raw['format_version'])} is not {FORMAT_VERSION}")
+    if not is_name(raw["teacher_digest"]):
+        raise RunError(f"teacher_digest is {shown(raw['teacher_digest'])}; a sha256 was expected")
+    for key in ("name", "plan", "scores", "content"):
+        if key in raw and not _is_file_name(raw[key]):
+            raise RunError(f"{key} is {shown(raw[key])}; it must be a plain name")
+    content = folder / raw["content"] if "content" in raw else None
+    teacher = _teacher(raw["teacher"])
+    return Run(folder, raw["name"], teacher, raw["teacher_digest"], folder / raw["plan"], folder / raw["scores"], content)
+
+
+def _teacher(raw: Any) -> TeacherSpec:
+    check_keys(raw, {"weights", "preset", "dit", "input_size"}, set(), "teacher")
+    weights, preset, size = raw["weights"], raw["preset"], raw["input_size"]
+    if not is_name(weights) or not weights or "\0" in weights:
+        raise RunError(f"teacher.weights is {shown(weights)}; it must be a path")
+    if not (preset is None or is_name(preset)) or not (size is None or is_int(size)):
+        found = f"teacher.preset is {shown(preset)} and teacher.input_size {shown(size)}"
+        raise RunError(f"{found}; a name and a number were expected, or null")
+    dit = None if raw["dit"] is None else from_fields(DiTConfig, raw["dit"], "teacher.dit")
+    return TeacherSpec(weights, preset, dit, size)
+
+
+def _is_file_name(value: Any) -> bool:
+    return is_name(value) and Path(value).name == value not in ("", "..") and "\0" not in value

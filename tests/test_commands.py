@@ -140,7 +140,7 @@ def test_damaged_run(tmp_path):
     (run / "run.json").write_text('{"format_version": 1}')
     is_one_paragraph(call(tmp_path, "to_onnx.py"), "run.json is damaged")
     (run / "run.json").write_text((tmp_path / "intact.json").read_text().replace('"tiny"', '"../tiny"'))
-    is_one_paragraph(call(tmp_path, "to_onnx.py"), "name a plain name")
+    is_one_paragraph(call(tmp_path, "to_onnx.py"), "a plain name")
 
 
 def test_another_teacher(tmp_path):

@@ -259,6 +259,25 @@ def old_format() -> dict[str, Any]:
         (changed(*SEGMENT, "mode", to=1), "unknown mode 1"),
         (changed(*SEGMENT, "mode", to=[]), r"unknown mode \[\]"),
         (changed("provenance", to=[]), "provenance: expected an object"),
+        (changed(*SEGMENT, "tokens", to=5), "tokens a list of integers"),
+        (changed(*SEGMENT, to={"blocks": [0, 2], "mode": "partial", "tokens": None}), "tokens a list of integers"),
+        (changed(*SEGMENT, "tokens", 0, to=10**400), "tokens a list of integers"),
+        *(
+            (changed("model", name, to=size), f"model has {name} {size}")
+            for name in ("depth", "tokens", "num_classes")
+            for size in (0, -1)
+        ),
+        (changed("model", "depth", to=10**400), "model.depth: expected int, found 1000"),
+        (changed("model", "teacher", to="\ud800"), "model.teacher: expected str"),
+        (changed("guidance", "scale", to=10**400), "guidance.scale: expected float"),
+        (changed("eps_scale", to=[10**400] * 8), "eps_scale: expected a list of numbers"),
+        (changed("sampler", "t", 0, to=10**400), "columns must be lists of numbers"),
+        *(
+            (changed("sampler", "name", to=name), "sampler's name and spacing must be names")
+            for name in (None, 3, ["ddim"], {}, "\ud800")
+        ),
+        (changed("sampler", "spacing", to=0.5), "sampler's name and spacing must be names"),
+        (changed("steps", 1, "step", to=True), "found step True at place 1"),
     ],
 )
 def test_json_that_is_refused(raw, message):
