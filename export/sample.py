@@ -38,7 +38,7 @@ def main() -> None:
     save_grid(rows, args.out)
     if args.receipt is not None:
         with replacing(args.receipt) as temporary:
-            temporary.write_text(json.dumps(receipt, indent=1) + "\n")
+            temporary.write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {args.out}" + (f" and {args.receipt}" if args.receipt else ""))
 
 

@@ -203,7 +203,7 @@ class CachePlan:
             PlanError: if the file is missing, is not JSON, or is not a valid plan.
         """
         try:
-            raw = json.loads(path.read_text())
+            raw = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"cannot read the plan {path}: {error}. Make it again with `lightning fit`.") from error
         try:

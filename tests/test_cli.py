@@ -48,15 +48,15 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory with a tiny teacher in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning"])
-    (tmp_path / "tiny.yaml").write_text(OVERLAY)
-    (tmp_path / "search.yaml").write_text(SEARCH)
+    (tmp_path / "tiny.yaml").write_text(OVERLAY, encoding="utf-8")
+    (tmp_path / "search.yaml").write_text(SEARCH, encoding="utf-8")
     save_teacher(randomise_(DiT(TINY), seed=0), tmp_path / "tiny.safetensors")
     return tmp_path
 
 
 def distil(config: str, *extra: str) -> list[str]:
     """Arguments that shrink a distillation config to seconds."""
-    search = ["-c", "search.yaml"] if "PlannerPolicy" in (CONFIGS / config).read_text() else []
+    search = ["-c", "search.yaml"] if "PlannerPolicy" in (CONFIGS / config).read_text(encoding="utf-8") else []
     return ["fit", "-c", str(CONFIGS / config), "-c", "tiny.yaml", *search, *SHORT, *extra]
 
 
@@ -97,7 +97,7 @@ def test_overlays_apply(workplace: Path) -> None:
     overlays = [part for name in ("ddp.yaml", "bf16.yaml") for part in ("-c", str(CONFIGS / name))]
     main([*arguments[:5], *overlays, *arguments[5:]])
     assert not torch.distributed.is_initialized()  # left to the end of the process, gloo's threads can abort it
-    written = (find_run(Path("runs")) / "config.yaml").read_text()
+    written = (find_run(Path("runs")) / "config.yaml").read_text(encoding="utf-8")
     assert "strategy: ddp" in written
     assert "precision: bf16-mixed" in written
 
@@ -189,7 +189,8 @@ def test_resume_without_a_logger_of_ones_own(workplace: Path, capsys: pytest.Cap
 def test_resume_looks_where_checkpoints_are_told_to_go(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("kept.yaml").write_text(
         "trainer: {logger: false, callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint, "
-        "init_args: {dirpath: kept, save_last: true, every_n_train_steps: 2}}]}\n"
+        "init_args: {dirpath: kept, save_last: true, every_n_train_steps: 2}}]}\n",
+        encoding="utf-8",
     )
     arguments = teacher_arguments("digits_teacher.yaml")
     arguments[3:3] = ["-c", "kept.yaml"]

@@ -134,7 +134,7 @@ def test_no_classes(tmp_path):
 
 def test_class_without_images(tmp_path):
     (write(tmp_path) / "d").mkdir()
-    (tmp_path / "d" / "notes.txt").write_text("no image")
+    (tmp_path / "d" / "notes.txt").write_text("no image", encoding="utf-8")
     with pytest.raises(TokenCacheError, match=r"no images.*\bd\b"):
         module(tmp_path).setup("fit")
 

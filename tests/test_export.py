@@ -420,14 +420,14 @@ def test_a_folder_that_is_no_artefact_is_never_replaced(tmp_path, teacher):
     plan = make_plan(teacher, (FULL,))
     precious = tmp_path / "runs"
     precious.mkdir()
-    (precious / "thesis.txt").write_text("years of work")
+    (precious / "thesis.txt").write_text("years of work", encoding="utf-8")
     with pytest.raises(TokenCacheError, match=r"runs.*not an artefact"):
         export(teacher, plan, precious)
-    assert (precious / "thesis.txt").read_text() == "years of work"
-    (tmp_path / "file").write_text("kept")
+    assert (precious / "thesis.txt").read_text(encoding="utf-8") == "years of work"
+    (tmp_path / "file").write_text("kept", encoding="utf-8")
     with pytest.raises(TokenCacheError, match=r"file.*not an artefact"):
         export(teacher, plan, tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "kept"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"
     empty = tmp_path / "empty"
     empty.mkdir()
     export(teacher, plan, empty)
@@ -522,7 +522,7 @@ def test_replacing_an_artefact(tmp_path, teacher, plan):
     export(teacher, make_plan(teacher, (FULL,)), out)
     assert sorted(p.name for p in out.glob("*.onnx")) == ["condition.onnx", "step_full.onnx"]
     assert [p.name for p in tmp_path.iterdir()] == ["artefact"]
-    assert json.loads((out / "manifest.json").read_text())["steps"] == 1
+    assert json.loads((out / "manifest.json").read_text(encoding="utf-8"))["steps"] == 1
 
 
 def optimised(graph: Path, tmp_path: Path) -> Counter[str]:

@@ -299,8 +299,8 @@ def test_the_json_itself_is_not_touched():
 def test_truncated_file(tmp_path, share):
     path = tmp_path / "plan.json"
     PLAN.save(path)
-    text = path.read_text()
-    path.write_text(text[: int(share * len(text))])
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text[: int(share * len(text))], encoding="utf-8")
     with pytest.raises(PlanError, match=r"cannot read the plan .*plan\.json.*lightning fit"):
         CachePlan.load(path)
 
@@ -316,7 +316,7 @@ def test_missing_and_binary_files(tmp_path):
 
 def test_invalid_plan_in_a_file_is_named(tmp_path):
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps(changed("format_version", to=0)))
+    path.write_text(json.dumps(changed("format_version", to=0)), encoding="utf-8")
     with pytest.raises(PlanError, match=f"{re.escape(str(path))}: plan format version 0"):
         CachePlan.load(path)
 

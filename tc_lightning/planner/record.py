@@ -26,7 +26,7 @@ class TrialRecord:
         self._cut = False  # whether the file ends within a line
         if path is not None and path.exists():
             try:
-                text = path.read_text(errors="replace")
+                text = path.read_text(errors="replace", encoding="utf-8")
             except OSError as error:
                 raise RunError(f"cannot read {path} ({error.strerror}): delete it, and the search starts afresh.") from error
             self._cut = not text.endswith("\n") and bool(text)
@@ -52,7 +52,7 @@ class TrialRecord:
         self.know(recipe, error)
         if write and self._path is not None:
             line = json.dumps({"search": self._search, "recipe": recipe, "error": error if math.isfinite(error) else None})
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 file.write("\n" * self._cut + line + "\n")
             self._cut = False
 
