@@ -44,7 +44,7 @@ def read_header(path: Path) -> Header:
     """
     header = Header([], [], {})
     try:
-        graph = next(value for number, value in _fields(memoryview(path.read_bytes())) if number == _MODEL_GRAPH)
+        graph = dict(_fields(memoryview(path.read_bytes())))[_MODEL_GRAPH]
         for number, value in _fields(_message(graph)):
             if number == _GRAPH_INPUT:
                 header.inputs.append(_text(_message(value), _VALUE_NAME))
@@ -52,7 +52,7 @@ def read_header(path: Path) -> Header:
                 header.outputs.append(_text(_message(value), _VALUE_NAME))
             elif number == _GRAPH_INITIALISER:
                 _add_weight(header.weights, _message(value))
-    except (IndexError, KeyError, StopIteration) as error:
+    except (IndexError, KeyError) as error:
         raise ValueError("it is not an ONNX file, or it is cut short") from error
     return header
 

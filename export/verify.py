@@ -124,7 +124,11 @@ def rebuild_selector(sampler: CachedSampler, plan: CachePlan) -> Selector | None
 
 def _fill(module: nn.Module, sampler: CachedSampler, stem: str = "") -> None:
     """Give a module the weights that the artefact holds under names that begin with `stem`, and freeze it."""
-    index = {name: External(*sampler.manifest["weights"][stem + name]) for name in module.state_dict()}
+    listed = sampler.manifest["weights"]
+    wrong = [name for name, tensor in module.state_dict().items() if listed.get(stem + name, [0, 0])[1] != list(tensor.shape)]
+    if wrong:
+        raise ArtefactError(f"{sampler.path} lists no weight {stem}{wrong[0]} of the shape that its model has: export it again.")
+    index = {name: External(*listed[stem + name]) for name in module.state_dict()}
     tensors = read_weights(sampler.path / "weights.data", index)
     module.load_state_dict({name: tensor.float() for name, tensor in tensors}, assign=True)
     module.eval().requires_grad_(False)
