@@ -198,6 +198,7 @@ class CachedSampler:
         starts = range(0, len(labels), self.max_batch)
         parts = [Part(labels_B[i : i + self.max_batch], seed, first_index + i, scale, full) for i in starts]
         tally, steps = Tally(), self.manifest["full_steps" if full else "steps"]
+        nodes: dict[str, dict[str, int]] = {}
 
         def run(check: Callable[[], None]) -> list[np.ndarray]:
             def done(place: int, step: int) -> None:
@@ -210,12 +211,13 @@ class CachedSampler:
                 x_BCHW, ran = self._run(part, timing, functools.partial(done, place))
                 latents.append(x_BCHW)
                 tally.add(ran)
+            nodes.update({name: nodes_per_provider(self.session(name)) for name in tally.ran})  # if released meanwhile, it loads here
             return latents
 
         result = np.concatenate(self._exclusively(run))
         images = np.clip(result, -1.0, 1.0) if self.manifest["model"]["in_channels"] in (1, 3) else None
         asked = {"seed": seed, "first_index": first_index, "images": len(labels), "labels": labels_B.tolist(), "parts": len(parts)}
-        receipt = self._receipt(tally, asked, scale, full, time.perf_counter() - started)
+        receipt = self._receipt(tally, nodes, asked, scale, full, time.perf_counter() - started)
         return Result(result, images, receipt)
 
     def _run(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, Tally]:
@@ -282,7 +284,9 @@ class CachedSampler:
             return "the provider is the CPU"
         return why_no_graphs() if wanted else "cuda_graphs=False"
 
-    def _receipt(self, tally: Tally, asked: dict[str, Any], scale: float, full: bool, seconds: float) -> dict[str, Any]:
+    def _receipt(
+        self, tally: Tally, nodes: dict[str, dict[str, int]], asked: dict[str, Any], scale: float, full: bool, seconds: float
+    ) -> dict[str, Any]:
         m = self.manifest
         planned = float(m["guidance"]["scale"])
         everything = asked["parts"] * m["full_steps"] * m["model"]["depth"] * m["model"]["tokens"]
@@ -295,7 +299,7 @@ class CachedSampler:
             "guidance": {"scale": scale, "planned": planned, "as_planned": scale == planned, "steps": dict(tally.guidance)},
             "provider": self.provider,
             "device": self.device,
-            "nodes_per_provider": {name: nodes_per_provider(self.session(name)) for name in tally.ran},
+            "nodes_per_provider": nodes,
             "full_compute": full,
             "steps_per_program": {name: count for name, count in tally.ran.items() if name != CONDITION},
             "steps_reading_cache": tally.cached_steps,

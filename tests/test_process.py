@@ -99,6 +99,24 @@ def test_bindings_run_in_the_session_that_they_were_made_for(artefact, monkeypat
     assert not any(strangers)
 
 
+def test_sessions_are_opened_in_the_thread_of_the_gpu_alone(artefact, monkeypatch):
+    """Even if others release them at the very end of a request: on CUDA no other thread may allocate memory."""
+    sampler, lane, opened = CachedSampler(artefact, preload=False), Lane(), []
+    open_session = sampler._open
+    monkeypatch.setattr(sampler, "_exclusively", lane.run)
+    monkeypatch.setattr(sampler, "_open", lambda name: (opened.append(threading.get_ident()), open_session(name))[1])
+    run = sampler._run
+
+    def release_afterwards(*given):
+        result = run(*given)
+        sampler.release()
+        return result
+
+    monkeypatch.setattr(sampler, "_run", release_afterwards)
+    sampler.sample([0])
+    assert set(opened) == {lane.run(lambda _: threading.get_ident())}
+
+
 def test_profiles_are_asked_for_while_sessions_load(artefact, tmp_path):
     sampler = CachedSampler(artefact, preload=False, profile=tmp_path / "profile")
     sampler.session(CONDITION)
