@@ -133,7 +133,7 @@ def test_run_listings(tmp_path_factory, data):
     assert all(isinstance(text, str) for text in (run.teacher_digest, run.teacher.weights, run.teacher.preset or ""))
     assert isinstance(run.teacher.input_size or 1, int)
     assert all(path.parent == folder for path in (folder / run.name, run.plan, run.scores))
-    with pytest.raises(TokenCacheError, match="no teacher"):
+    with pytest.raises(TokenCacheError):  # there is none, or "..", which is no model
         load_teacher(run.teacher)
 
 
