@@ -91,7 +91,7 @@ def main() -> None:
                 reports.append(benchmark(name, model, plans, batch, precision, args))
                 print(table(reports[-1]), flush=True)
                 if args.json is not None:
-                    args.json.write_text(json.dumps(reports, indent=1) + "\n")
+                    args.json.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
 
 
 def benchmark(

@@ -11,21 +11,20 @@ import onnx
 import onnxruntime
 import torch
 
-from export.emit import Emitter, condition_times
+from export.contract import declared, planned
+from export.emit import Emitter
 from export.fidelity import Fidelity, measure
 from export.folders import replacing_folder
-from export.manifest import NAME, ArtefactError, read_manifest, write_manifest
+from export.manifest import NAME, WEIGHTS, ArtefactError, read_manifest, write_manifest
 from export.onnx_dit import with_views
+from export.onnx_header import Header, read_header
 from export.parity import Check, prove, require_parity, trajectory_error
-from export.programs import LoweredPlan, Program, computed_tokens, lower
+from export.programs import LoweredPlan, condition_times, lower
 from export.runtime import CachedSampler
-from export.sessions import WEIGHTS
-from export.symbolic import External
+from export.symbolic import IR_VERSION, ONNXRUNTIME, OPSET, External
 from export.weight_files import WeightFiles, tensors_of
 from export.weights import write_weights
 from tc_lightning.content_predictor import Selector, require_selector
-from tc_lightning.costs import cache_bytes_per_image, entry_dtype, entry_rows, entry_shape, halves_share, macs_speedup
-from tc_lightning.dataflow import Entry
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
@@ -141,14 +140,14 @@ def _write_around(
 
 def _write_graphs(
     model: DiT, plan: CachePlan, lowered: LoweredPlan, folder: Path, precision: str, index: dict[str, External]
-) -> dict[str, onnx.ModelProto]:
+) -> dict[str, Header]:
     emitter = Emitter(plan, model.config, precision, WEIGHTS, index)
     features = model.t_embedder.features(torch.tensor(condition_times(plan)[0])).numpy()
     graphs = {"condition": emitter.condition(features)}
     graphs |= {name: emitter.step(programs) for name, programs in lowered.graphs.items()}
     for name, graph in graphs.items():
         onnx.save(graph, str(folder / f"{name}.onnx"))
-    return graphs
+    return {name: read_header(folder / f"{name}.onnx") for name in graphs}
 
 
 def _describe(
@@ -157,55 +156,22 @@ def _describe(
     lowered: LoweredPlan,
     index: dict[str, External],
     precision: str,
-    graphs: dict[str, onnx.ModelProto],
+    graphs: dict[str, Header],
 ) -> dict[str, Any]:
     """What the runtime must know of the plan, and what a reader wants to."""
+    described = planned(plan, lowered, precision)
+    programs = {name: entry | declared(graphs[entry["graph"]]) for name, entry in described["programs"].items()}
     return {
-        "plan_digest": plan.digest,
-        "plan_summary": plan.summary,
-        "selector": plan.selector,
-        "teacher": plan.model.teacher,
-        "model": dataclasses.asdict(plan.model),
-        "dit_config": dataclasses.asdict(model.config),
-        "sampler": {"name": plan.sampler.name, "spacing": plan.sampler.spacing},
-        "reference": {"name": plan.reference.name, "spacing": plan.reference.spacing},
-        "guidance": dataclasses.asdict(plan.guidance),
-        "steps": plan.num_steps,
-        "full_steps": len(plan.reference),
-        "full_offset": condition_times(plan)[1],
-        "precision": precision,
-        "programs": {p.name: _interface(p, graphs[p.graph], plan) for p in lowered.programs},
-        "condition": {"weights": _weights_of(graphs["condition"])},
-        "schedule": [dataclasses.asdict(b) for b in lowered.bindings],
-        "entries": {entry.name: _entry(entry, slots, plan, precision) for entry, slots in sorted(lowered.slots.items())},
+        **described,
+        "programs": programs,
+        "condition": {"weights": declared(graphs["condition"])["weights"]},
         "condition_values": CONDITION_VALUES,
+        "dit_config": dataclasses.asdict(model.config),
+        "precision": precision,
         "weights": {name: list(entry) for name, entry in index.items()},
-        "macs_speedup": macs_speedup(plan),
-        "cache_bytes_per_image": cache_bytes_per_image(plan, 4 if precision == "fp32" else 2),
+        "needs": {"onnxruntime": ONNXRUNTIME, "opset": OPSET, "ir_version": IR_VERSION},
         "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
     }
-
-
-def _entry(entry: Entry, slots: int, plan: CachePlan, precision: str) -> dict[str, Any]:
-    """What the runtime allocates for an entry; `rows` is for one image."""
-    shape, rows, dtype = entry_shape(plan, entry), entry_rows(plan, entry), entry_dtype(entry, precision)
-    return {"shape": shape, "rows": rows, "dtype": dtype, "slots": slots}
-
-
-def _interface(program: Program, graph: onnx.ModelProto, plan: CachePlan) -> dict[str, Any]:
-    computed = sum(computed_tokens(s, plan.model.tokens) for s in program.segments)
-    return {
-        "graph": program.graph,
-        "guidance": program.guidance.mode if plan.guidance.doubles_batch else "cond",
-        "inputs": [value.name for value in graph.graph.input],
-        "outputs": [value.name for value in graph.graph.output],
-        "blocks_x_tokens": computed * halves_share(program.guidance),
-        "weights": _weights_of(graph),
-    }
-
-
-def _weights_of(graph: onnx.ModelProto) -> list[str]:
-    return sorted(tensor.name for tensor in graph.graph.initializer if tensor.external_data)
 
 
 def _measured(checks: list[Check], fidelity: Fidelity, images: int, provider: str) -> dict[str, Any]:

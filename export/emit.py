@@ -177,12 +177,6 @@ def _union(programs: Sequence[Program]) -> Program:
     return dataclasses.replace(example, name=example.graph, writes=writes, steps=tuple(sorted(i for p in programs for i in p.steps)))
 
 
-def condition_times(plan: CachePlan) -> tuple[list[float], int]:
-    """Times that the condition graph knows, and the place of the reference's first step among them: 0 where it has the plan's."""
-    own, reference = ([row.t for row in table.steps] for table in (plan.sampler, plan.reference))
-    return (own, 0) if own == reference else (own + reference, len(own))
-
-
 def forecast_table(flows: list[StepFlow], steps: tuple[int, ...], entry: Entry, count: int) -> np.ndarray:
     """Forecast weights [T, count] of an entry at the given steps; 0 for past values that do not exist yet, or are not read."""
     table_TO = np.zeros((len(flows), count))

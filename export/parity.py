@@ -14,10 +14,10 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from export.buffers import ELEMENT_TYPES, place, run_once
+from export.buffers import place, run_once
 from export.programs import FULL, LoweredPlan, Program
 from export.runtime import CachedSampler
-from export.schedule import CONDITION, PAST
+from export.schedule import CONDITION, ELEMENT_TYPES, PAST
 from export.weights import TORCH_DTYPES
 from tc_lightning.content_predictor import Selector
 from tc_lightning.costs import entry_dtype, entry_rows, entry_shape
@@ -137,15 +137,15 @@ def _check_program(plan: CachePlan, program: Program, sampler: CachedSampler, st
     offset = sampler.manifest["full_offset"] if program.name == FULL else 0
     feed = {"steps": np.array([state.step]), "offset": np.int64(offset), "labels": y.numpy(), "step": np.int64(state.step)}
     feed |= {"first_bad": np.int64(state.step + 1), "rows": np.arange(len(y)), "numbers": np.arange(len(y))}
-    values = {name: place(np.asarray(value), "int64", sampler.provider) for name, value in feed.items()}
+    values = {name: place(np.asarray(value), "int64", sampler.provider, sampler.device) for name, value in feed.items()}
     values |= run_once(sampler.session(CONDITION), values, sampler.provider)
     past = [*state.past, *[torch.zeros_like(state.x)] * (len(PAST) - len(state.past))]
     floats = {"x": state.x, "guidance": torch.tensor(plan.guidance.scale)} | dict(zip(PAST, past, strict=True))
-    values |= {name: _place(tensor, "fp32", sampler.provider) for name, tensor in floats.items()}
-    values |= {name: _place(tensor, dtype, sampler.provider) for name, dtype, tensor in _cache_inputs(program, state, precision)}
+    values |= {name: _place(tensor, "fp32", sampler) for name, tensor in floats.items()}
+    values |= {name: _place(tensor, dtype, sampler) for name, dtype, tensor in _cache_inputs(program, state, precision)}
     session = sampler.session(program.name)
     unread = _unread(plan, program, len(labels), precision, {given.name for given in session.get_inputs()} - values.keys())
-    values |= {name: _place(tensor, dtype, sampler.provider) for name, dtype, tensor in unread}
+    values |= {name: _place(tensor, dtype, sampler) for name, dtype, tensor in unread}
     results = run_once(session, values, sampler.provider)
     expected = {"x_next": state.x_next, "m": state.m} | {f"{entry.name}.new": value for entry, value in state.writes.items()}
     where = f"{program.name}, step {state.step}"
@@ -179,7 +179,8 @@ def _unread(plan: CachePlan, program: Program, images: int, precision: str, name
         yield name, entry_dtype(entry, precision), torch.full(shape, torch.nan)
 
 
-def _place(tensor: Tensor, precision: str, provider: str) -> ort.OrtValue:
-    """A tensor in a precision on the provider's device."""
+def _place(tensor: Tensor, precision: str, sampler: CachedSampler) -> ort.OrtValue:
+    """A tensor in a precision on the sampler's device."""
     rounded = tensor.to(TORCH_DTYPES[precision]).contiguous()
-    return place((rounded.view(torch.uint16) if precision == "bf16" else rounded).numpy(), precision, provider)
+    bits = (rounded.view(torch.uint16) if precision == "bf16" else rounded).numpy()
+    return place(bits, precision, sampler.provider, sampler.device)

@@ -108,6 +108,12 @@ def shares_reference(plan: CachePlan) -> bool:
     return plan.scaled_sampler.steps == plan.reference.steps
 
 
+def condition_times(plan: CachePlan) -> tuple[list[float], int]:
+    """Times that the condition graph knows, and the place of the reference's first step among them: 0 where it has the plan's."""
+    own, reference = ([row.t for row in table.steps] for table in (plan.sampler, plan.reference))
+    return (own, 0) if own == reference else (own + reference, len(own))
+
+
 def computed_tokens(segment: Segment, num_tokens: int) -> int:
     """Blocks x tokens in which a segment computes a branch at least."""
     if segment.mode == "compute" or (segment.mode == "reuse" and len(segment.branches) < 2):

@@ -16,6 +16,8 @@ from onnx import TensorProto, helper
 OPSET = 23  # Attention as one node; TopK has no CUDA kernel from opset 24 on
 CONTRIB = "com.microsoft"  # operators of ONNX Runtime's own
 IR_VERSION = 11
+# The oldest ONNX Runtime that runs what is written here, from the same opset on, and from folders of symbolic links.
+ONNXRUNTIME = "1.24.2"
 DTYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "int64": TensorProto.INT64}
 
 

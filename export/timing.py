@@ -117,7 +117,7 @@ def operator_ms(sampler: CachedSampler) -> dict[str, dict[str, float]]:
     """
     table = {}
     for name, path in sampler.end_profiling().items():
-        events = json.loads(Path(path).read_text())
+        events = json.loads(Path(path).read_text(encoding="utf-8"))
         Path(path).unlink()
         runs = sum(event["name"] == "model_run" for event in events)
         spent: Counter[str] = Counter()

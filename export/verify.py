@@ -46,11 +46,13 @@ from tc_lightning.sampling import labels_for, noise_for
 def main() -> None:
     """Command line."""
     args = _arguments()
-    report = verify(args.artefact, args.provider, args.images, args.batch, args.seed, quiet=args.json)
+    report = verify(args.artefact, args.provider, args.images, args.batch, args.seed, quiet=args.json, device=args.device)
     print(json.dumps(report, indent=1) if args.json else _table(report))
 
 
-def verify(path: Path, provider: str, images: int, batch: int, seed: int | None, quiet: bool = False) -> dict[str, Any]:
+def verify(
+    path: Path, provider: str, images: int, batch: int, seed: int | None, quiet: bool = False, device: int = 0
+) -> dict[str, Any]:
     """Check an artefact and measure it on fresh seeds.
 
     Args:
@@ -60,6 +62,7 @@ def verify(path: Path, provider: str, images: int, batch: int, seed: int | None,
         batch: images at a time.
         seed: seed of the images; None draws one.
         quiet: no progress bars.
+        device: number of the GPU, on CUDA.
 
     Returns:
         The figures, in plain JSON values.
@@ -68,13 +71,13 @@ def verify(path: Path, provider: str, images: int, batch: int, seed: int | None,
         ArtefactError: if a file is missing or changed.
         ParityError: if ONNX Runtime and torch disagree.
     """
-    sampler = CachedSampler(path, provider=provider)
+    sampler = CachedSampler(path, provider=provider, device=device)
     plan = CachePlan.load(path / "plan.json")
     if plan.digest != sampler.manifest["plan_digest"]:
         raise ArtefactError(f"{path / 'plan.json'} is not the plan that the manifest names: export it again.")
-    device = torch_device(provider)
-    model, selector = rebuild_teacher(sampler).to(device), rebuild_selector(sampler, plan)
-    selector = None if selector is None else selector.to(device)
+    place = torch_device(provider, device)
+    model, selector = rebuild_teacher(sampler).to(place), rebuild_selector(sampler, plan)
+    selector = None if selector is None else selector.to(place)
     seed = secrets.randbelow(2**31) if seed is None else seed
     checks = prove(model, plan, lower(plan, provider), sampler, min(images, 4), seed=seed + 1, selector=selector)
     require_parity(
@@ -125,7 +128,11 @@ def rebuild_selector(sampler: CachedSampler, plan: CachePlan) -> Selector | None
 
 def _fill(module: nn.Module, sampler: CachedSampler, stem: str = "") -> None:
     """Give a module the weights that the artefact holds under names that begin with `stem`, and freeze it."""
-    index = {name: External(*sampler.manifest["weights"][stem + name]) for name in module.state_dict()}
+    listed = sampler.manifest["weights"]
+    wrong = [name for name, tensor in module.state_dict().items() if listed.get(stem + name, [0, 0])[1] != list(tensor.shape)]
+    if wrong:
+        raise ArtefactError(f"{sampler.path} lists no weight {stem}{wrong[0]} of the shape that its model has: export it again.")
+    index = {name: External(*listed[stem + name]) for name in module.state_dict()}
     tensors = read_weights(sampler.path / "weights.data", index)
     module.load_state_dict({name: tensor.float() for name, tensor in tensors}, assign=True)
     module.eval().requires_grad_(False)
@@ -178,6 +185,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, default=16, help="images at a time")
     parser.add_argument("--seed", type=int, help="seed of the images (default: a fresh one)")
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", type=int, default=0, help="number of the GPU, with --provider cuda")
     return parser.parse_args()
 
 

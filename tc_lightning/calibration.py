@@ -16,6 +16,7 @@ import numpy as np
 from tc_lightning.atomic import write_atomically
 from tc_lightning.errors import RunError
 from tc_lightning.segments import MAX_ORDER
+from tc_lightning.tensors import TensorFileError, read_tensors
 
 MAX_GAP = 8  # steps between a computation and its reuse that are measured, unless told otherwise
 _ARRAYS = ("drift_TGL2", "gap_error_TGSO", "effect_T")
@@ -81,18 +82,14 @@ class Calibration:
         Raises:
             RunError: if the file is missing, damaged, or does not hold a valid calibration.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
+            arrays, metadata = read_tensors(path, "np")
+        except TensorFileError as error:
             raise RunError(f"cannot read the calibration {path}: {error}. Delete it, and it is measured again.") from error
         if set(arrays) != set(_ARRAYS) or not {"teacher", "sampler"} <= set(metadata):
             raise RunError(f"{path} does not hold a calibration: found {', '.join(sorted(arrays)) or 'nothing'}.")
         try:
-            return cls(**arrays, **{name: metadata.get(name, "") for name in _TEXTS})
+            return cls(*(arrays[name] for name in _ARRAYS), *(metadata.get(name, "") for name in _TEXTS))
         except RunError as error:
             raise RunError(f"{path}: {error}") from error
 

@@ -11,7 +11,6 @@ from tc_lightning.content_predictor import Selector
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
-from tc_lightning.psnr import psnr_db as psnr_db
 from tc_lightning.sampling import check_labels, device_of, sample_steps
 
 BATCH = 16  # images a forward; guidance doubles them

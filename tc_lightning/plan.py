@@ -35,7 +35,7 @@ from tc_lightning.atomic import write_atomically
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.guidance import BOTH, GUIDANCE_MODES, Guidance, GuidanceMode
-from tc_lightning.plan_json import as_list, check_keys, from_fields
+from tc_lightning.plan_json import MOST, as_list, check_keys, from_fields, is_int, is_name, is_number, shown
 from tc_lightning.segments import MAX_ORDER, Segment, require_valid
 
 FORMAT_VERSION = 3
@@ -57,6 +57,11 @@ class ModelSignature:
     input_size: int
     num_classes: int
     teacher: str
+
+    def __post_init__(self) -> None:
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type == "int"}
+        if wrong := [f"{name} {size}" for name, size in sizes.items() if not 1 <= size <= MOST]:
+            raise PlanError(f"the model has {', '.join(wrong)}: every size must be at least 1, and one that a model can have.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,16 +176,16 @@ class CachePlan:
             PlanError: if the format is not this version's, or anything in it is invalid.
         """
         if isinstance(raw, dict) and (version := raw.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
-            raise PlanError(f"plan format version {version} is not {FORMAT_VERSION}: make the plan again.")
+            raise PlanError(f"plan format version {shown(version)} is not {FORMAT_VERSION}: make the plan again.")
         keys = {"format_version", "model", "sampler", "guidance", "steps", "provenance", "reference"}
         check_keys(raw, keys, {"eps_scale", "selector", "fewer_steps"}, "plan")
         eps_scale = as_list(raw.get("eps_scale", []), "eps_scale")
         if not isinstance(raw["provenance"], dict):
             raise PlanError(f"provenance: expected an object, found {type(raw['provenance']).__name__}.")
-        if not all(type(factor) in (int, float) for factor in eps_scale):
-            raise PlanError(f"eps_scale: expected a list of numbers, found {eps_scale}.")
-        if not isinstance(raw.get("selector", ""), str):
-            raise PlanError(f"selector: expected a sha256, found {raw['selector']!r}.")
+        if not all(map(is_number, eps_scale)):
+            raise PlanError(f"eps_scale: expected a list of numbers, found {shown(eps_scale)}.")
+        if not is_name(raw.get("selector", "")):
+            raise PlanError(f"selector: expected a sha256, found {shown(raw['selector'])}.")
         steps = as_list(raw["steps"], "steps")
         return cls(
             from_fields(ModelSignature, raw["model"], "model"),
@@ -207,8 +212,8 @@ class CachePlan:
             PlanError: if the file is missing, is not JSON, or is not a valid plan.
         """
         try:
-            raw = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"cannot read the plan {path}: {error}. Make it again with `lightning fit`.") from error
         try:
             return cls.from_json(raw)
@@ -278,6 +283,6 @@ def _validate_mode(mode: GuidanceMode, guidance: Guidance, where: str) -> None:
 
 def _segments_from_json(raw: Any, i: int) -> tuple[Segment, ...]:
     check_keys(raw, {"step", "segments"}, {"guidance"}, f"step {i}")
-    if raw["step"] != i:
-        raise PlanError(f"steps must be listed in order: found step {raw['step']} at place {i}.")
+    if not is_int(raw["step"]) or raw["step"] != i:
+        raise PlanError(f"steps must be listed in order: found step {shown(raw['step'])} at place {i}.")
     return tuple(Segment.from_json(s, f"step {i}, segment {j}") for j, s in enumerate(as_list(raw["segments"], f"step {i}")))

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tc_lightning.atomic import write_atomically
-from tc_lightning.errors import RunError
+from tc_lightning.errors import RunError, TokenCacheError
 from tc_lightning.models.checkpoints import TeacherSpec
 from tc_lightning.models.dit import DiTConfig
+from tc_lightning.plan_json import check_keys, from_fields, is_int, is_name, shown
 
 FORMAT_VERSION = 2  # 2: a run says what it is for
 UNSTATED = 1  # the version before, which can be read and is not found by itself
@@ -30,7 +31,7 @@ class Run:
     Args:
         folder: where it is.
         name: its name, for example `digits`.
-        teacher: the teacher that it used.
+        teacher: the teacher that it used; a path to its weights holds wherever the run is read from.
         teacher_digest: sha256 of that teacher's weights.
         plan: path of the plan.
         scores: path of the scores.
@@ -54,12 +55,18 @@ def write_run(folder: Path, name: str, teacher: TeacherSpec, teacher_digest: str
         "format_version": FORMAT_VERSION,
         "purpose": purpose,
         "name": name,
-        "teacher": dataclasses.asdict(teacher),
+        "teacher": dataclasses.asdict(teacher) | {"weights": _anywhere(teacher.weights)},
         "teacher_digest": teacher_digest,
         "plan": "plan.json",
         "scores": "scores.safetensors",
     } | ({"content": CONTENT} if content else {})
     write_atomically(folder / NAME, json.dumps(listing, indent=1).encode())
+
+
+def _anywhere(weights: str) -> str:
+    """A path that another working directory does not change; what is not in this one is found in the repository from all."""
+    here = Path(weights).expanduser().absolute()
+    return str(here) if here.exists() else weights
 
 
 def find_run(root: Path) -> Path:
@@ -90,20 +97,8 @@ def read_run(folder: Path) -> Run:
         raise RunError(f"{folder} is not a finished run: it holds no {NAME}. Name the folder that `lightning fit` printed.")
     raw = _read(path)
     try:
-        if raw["format_version"] not in (UNSTATED, FORMAT_VERSION):
-            raise ValueError(f"format version {raw['format_version']} is not {FORMAT_VERSION}")
-        purpose = raw["purpose"] if raw["format_version"] == FORMAT_VERSION else FIT
-        if purpose not in PURPOSES:
-            raise ValueError(f"purpose {purpose!r} is none of {', '.join(PURPOSES)}")
-        teacher = dict(raw["teacher"])
-        if teacher["dit"] is not None:
-            teacher["dit"] = DiTConfig(**teacher["dit"])
-        spec = TeacherSpec(**teacher)
-        if not isinstance(spec.weights, str | Path) or Path(raw["name"]).name != raw["name"]:
-            raise ValueError("teacher.weights must be a path, and name a plain name")
-        content = folder / raw["content"] if "content" in raw else None
-        return Run(folder, raw["name"], spec, raw["teacher_digest"], folder / raw["plan"], folder / raw["scores"], content, purpose)
-    except (ValueError, KeyError, TypeError) as error:
+        return _run_from_json(raw, folder)
+    except (OSError, ValueError, RecursionError, TokenCacheError) as error:
         raise _damaged(path, error) from error
 
 
@@ -112,11 +107,47 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
-            raise TypeError("it is not an object")
+            raise RunError(f"expected an object, found {type(raw).__name__}")
         return raw
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, RunError) as error:
         raise _damaged(path, error) from error
 
 
 def _damaged(path: Path, error: Exception) -> RunError:
-    return RunError(f"{path} is damaged ({error!r}): run `lightning fit` again, or name another run with --run.")
+    what = str(error).rstrip(".")
+    return RunError(f"{path} is damaged ({what}): run `lightning fit` again, or name another run with --run.")
+
+
+def _run_from_json(raw: dict[str, Any], folder: Path) -> Run:
+    version = raw.get("format_version")
+    if not is_int(version) or version not in (UNSTATED, FORMAT_VERSION):
+        raise RunError(f"format version {shown(version)} is not {FORMAT_VERSION}")
+    stated = {"purpose"} if version == FORMAT_VERSION else set()
+    check_keys(raw, {"format_version", "name", "teacher", "teacher_digest", "plan", "scores"} | stated, {"content"}, "run")
+    purpose = raw.get("purpose", FIT)
+    if purpose not in PURPOSES:
+        raise RunError(f"purpose {shown(purpose)} is none of {', '.join(PURPOSES)}")
+    if not is_name(raw["teacher_digest"]):
+        raise RunError(f"teacher_digest is {shown(raw['teacher_digest'])}; a sha256 was expected")
+    for key in ("name", "plan", "scores", "content"):
+        if key in raw and not _is_file_name(raw[key]):
+            raise RunError(f"{key} is {shown(raw[key])}; it must be a plain name")
+    content = folder / raw["content"] if "content" in raw else None
+    files = (folder / raw["plan"], folder / raw["scores"], content)
+    return Run(folder, raw["name"], _teacher(raw["teacher"]), raw["teacher_digest"], *files, purpose)
+
+
+def _teacher(raw: Any) -> TeacherSpec:
+    check_keys(raw, {"weights", "preset", "dit", "input_size"}, set(), "teacher")
+    weights, preset, size = raw["weights"], raw["preset"], raw["input_size"]
+    if not is_name(weights) or not weights or "\0" in weights:
+        raise RunError(f"teacher.weights is {shown(weights)}; it must be a path")
+    if not (preset is None or is_name(preset)) or not (size is None or is_int(size)):
+        found = f"teacher.preset is {shown(preset)} and teacher.input_size {shown(size)}"
+        raise RunError(f"{found}; a name and a number were expected, or null")
+    dit = None if raw["dit"] is None else from_fields(DiTConfig, raw["dit"], "teacher.dit")
+    return TeacherSpec(weights, preset, dit, size)
+
+
+def _is_file_name(value: Any) -> bool:
+    return is_name(value) and Path(value).name == value not in ("", "..") and "\0" not in value

@@ -19,6 +19,7 @@ from tc_lightning.evaluation import OnStep, final_latents
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.sampling import full_plan, labels_for, noise_for
+from tc_lightning.tensors import TensorFileError, read_tensors
 
 ODE_SAMPLER, ODE_SPACING, ODE_STEPS = "dpmpp_2m", "logsnr", 400
 
@@ -108,14 +109,12 @@ def cached_targets(model: DiT, key: TargetKey, folder: Path, on_step: OnStep = l
 
 
 def _read(path: Path, key: TargetKey, model: DiT) -> Targets | None:
-    from safetensors import SafetensorError, safe_open
-
     x_T = noise_for(key.seed, range(key.images), model)
     try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("digest") != key.digest:
-                return None
-            reference, ode = file.get_tensor("reference"), file.get_tensor("ode")
-    except (OSError, SafetensorError):
+        finals, metadata = read_tensors(path, "pt")
+    except TensorFileError:
         return None
-    return Targets(x_T, key.labels, reference, ode) if reference.shape == ode.shape == x_T.shape else None
+    fit = all(final.shape == x_T.shape and final.dtype == x_T.dtype for final in finals.values())
+    if metadata.get("digest") != key.digest or set(finals) != {"reference", "ode"} or not fit:
+        return None
+    return Targets(x_T, key.labels, **finals)

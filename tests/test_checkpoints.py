@@ -380,7 +380,7 @@ def test_diffusers_missing_key(tmp_path, drop):
 def test_diffusers_config_that_is_not_a_dit(tmp_path, changes, word):
     diffusers_model().save_pretrained(tmp_path)
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | changes), encoding="utf-8")
     refuse(TeacherSpec(str(tmp_path)), word)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from test_content import content_plan, make_selector
 
 from export import clock as clock_module
 from export import weight_files
-from export.clock import ProgramClock
+from export.clock import ProgramClock, _key
+from export.programs import lower
 from export.sessions import RuntimeUnavailableError
 from tc_lightning.planner.price import ClockPrice
-from tc_lightning.segments import compute, partial, skip
+from tc_lightning.segments import Segment, compute, content, partial, skip
 
 
 def test_each_program_is_timed_once_whatever_plan_it_is_in() -> None:
@@ -69,3 +71,16 @@ def test_a_plan_that_looks_at_the_image_is_timed() -> None:
     selector = make_selector(model)
     steps, full = ProgramClock(model, batch=1, selector=selector)(content_plan(model, selector))
     assert steps > full > 0
+
+
+def test_programs_that_compute_another_number_of_tokens_are_not_one() -> None:
+    """Content tokens are not listed, only counted; to choose them takes time that listed ones do not."""
+    model = make_teacher()
+
+    def key(segment: Segment, selector: str = "") -> tuple[object, ...]:
+        chosen = dataclasses.replace(make_plan(model, (FULL, FULL)), steps=(FULL, (segment,)), selector=selector)
+        return _key(next(program for program in lower(chosen, "cpu").programs if program.reads), False)
+
+    keys = [key(content(0, 4, keep), "a" * 64) for keep in (2, 3)] + [key(partial(0, 4, tokens)) for tokens in ((0, 1), (0, 1, 2))]
+    assert len(set(keys)) == 4
+    assert key(partial(0, 4, (0, 1))) == key(partial(0, 4, (5, 9)))

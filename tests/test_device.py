@@ -33,7 +33,7 @@ def test_verify_rebuilds_the_teacher_where_the_provider_is(artefact: Path, monke
         seen.append(device_of(model).type)
         raise ParityError("far enough")
 
-    monkeypatch.setattr(verify_module, "torch_device", lambda provider: torch.device("meta"))
+    monkeypatch.setattr(verify_module, "torch_device", lambda provider, index=0: torch.device("meta"))
     monkeypatch.setattr(verify_module, "prove", stop)
     with pytest.raises(ParityError):
         verify(artefact, "cpu", 2, 2, seed=1, quiet=True)

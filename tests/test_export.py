@@ -19,11 +19,10 @@ from conftest import EVERY_MODE, FULL, make_plan, make_teacher, random_steps
 import export.compiler
 from export.command import run
 from export.compiler import export_artefact
-from export.emit import condition_times
 from export.manifest import read_manifest, sha256_of
 from export.onnx_dit import OnnxDiT
 from export.parity import Check, ParityError, relative_l2, require_parity
-from export.programs import lower
+from export.programs import condition_times, lower
 from export.runtime import CachedSampler
 from export.verify import rebuild_teacher, verify
 from tc_lightning.costs import cache_bytes_per_image, macs_speedup
@@ -209,7 +208,7 @@ def test_eps_scale_costs_no_node_and_leaves_the_reference_alone(tmp_path, teache
 
 def test_planted_bug_in_the_reference_is_found(tmp_path, monkeypatch, teacher):
     """Its steps looked up at the plan's times."""
-    monkeypatch.setattr("export.compiler.condition_times", lambda plan: (condition_times(plan)[0], 0))
+    monkeypatch.setattr("export.contract.condition_times", lambda plan: (condition_times(plan)[0], 0))
     plan = make_plan(teacher, (FULL, (skip(0, 4),), FULL), reference=make_sampler("ddim", 5, "leading"))
     with pytest.raises(ParityError, match=r"step_full, step 0 +x_next") as caught:
         export(teacher, plan, tmp_path / "artefact")
@@ -423,14 +422,14 @@ def test_a_folder_that_is_no_artefact_is_never_replaced(tmp_path, teacher):
     plan = make_plan(teacher, (FULL,))
     precious = tmp_path / "runs"
     precious.mkdir()
-    (precious / "thesis.txt").write_text("years of work")
+    (precious / "thesis.txt").write_text("years of work", encoding="utf-8")
     with pytest.raises(TokenCacheError, match=r"runs.*not an artefact"):
         export(teacher, plan, precious)
-    assert (precious / "thesis.txt").read_text() == "years of work"
-    (tmp_path / "file").write_text("kept")
+    assert (precious / "thesis.txt").read_text(encoding="utf-8") == "years of work"
+    (tmp_path / "file").write_text("kept", encoding="utf-8")
     with pytest.raises(TokenCacheError, match=r"file.*not an artefact"):
         export(teacher, plan, tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "kept"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"
     empty = tmp_path / "empty"
     empty.mkdir()
     export(teacher, plan, empty)
@@ -525,7 +524,7 @@ def test_replacing_an_artefact(tmp_path, teacher, plan):
     export(teacher, make_plan(teacher, (FULL,)), out)
     assert sorted(p.name for p in out.glob("*.onnx")) == ["condition.onnx", "step_full.onnx"]
     assert [p.name for p in tmp_path.iterdir()] == ["artefact"]
-    assert json.loads((out / "manifest.json").read_text())["steps"] == 1
+    assert json.loads((out / "manifest.json").read_text(encoding="utf-8"))["steps"] == 1
 
 
 def optimised(graph: Path, tmp_path: Path) -> Counter[str]:

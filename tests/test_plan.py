@@ -286,6 +286,25 @@ def old_format() -> dict[str, Any]:
         (changed(*SEGMENT, "mode", to=1), "unknown mode 1"),
         (changed(*SEGMENT, "mode", to=[]), r"unknown mode \[\]"),
         (changed("provenance", to=[]), "provenance: expected an object"),
+        (changed(*SEGMENT, "tokens", to=5), "tokens a list of integers"),
+        (changed(*SEGMENT, to={"blocks": [0, 2], "mode": "partial", "tokens": None}), "tokens a list of integers"),
+        (changed(*SEGMENT, "tokens", 0, to=10**400), "tokens a list of integers"),
+        *(
+            (changed("model", name, to=size), f"model has {name} {size}")
+            for name in ("depth", "tokens", "num_classes")
+            for size in (0, -1)
+        ),
+        (changed("model", "depth", to=10**400), "model.depth: expected int, found 1000"),
+        (changed("model", "teacher", to="\ud800"), "model.teacher: expected str"),
+        (changed("guidance", "scale", to=10**400), "guidance.scale: expected float"),
+        (changed("eps_scale", to=[10**400] * 8), "eps_scale: expected a list of numbers"),
+        (changed("sampler", "t", 0, to=10**400), "columns must be lists of numbers"),
+        *(
+            (changed("sampler", "name", to=name), "sampler's name and spacing must be names")
+            for name in (None, 3, ["ddim"], {}, "\ud800")
+        ),
+        (changed("sampler", "spacing", to=0.5), "sampler's name and spacing must be names"),
+        (changed("steps", 1, "step", to=True), "found step True at place 1"),
     ],
 )
 def test_json_that_is_refused(raw, message):
@@ -307,8 +326,8 @@ def test_the_json_itself_is_not_touched():
 def test_truncated_file(tmp_path, share):
     path = tmp_path / "plan.json"
     PLAN.save(path)
-    text = path.read_text()
-    path.write_text(text[: int(share * len(text))])
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text[: int(share * len(text))], encoding="utf-8")
     with pytest.raises(PlanError, match=r"cannot read the plan .*plan\.json.*lightning fit"):
         CachePlan.load(path)
 
@@ -324,7 +343,7 @@ def test_missing_and_binary_files(tmp_path):
 
 def test_invalid_plan_in_a_file_is_named(tmp_path):
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps(changed("format_version", to=0)))
+    path.write_text(json.dumps(changed("format_version", to=0)), encoding="utf-8")
     with pytest.raises(PlanError, match=f"{re.escape(str(path))}: plan format version 0"):
         CachePlan.load(path)
 

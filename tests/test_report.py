@@ -213,7 +213,7 @@ def test_front_of_the_planner(teacher, tmp_path):
                 "chosen": False,
             }
         )
-    (tmp_path / "front" / "front.json").write_text(json.dumps(entries))
+    (tmp_path / "front" / "front.json").write_text(json.dumps(entries), encoding="utf-8")
     own = make_plan(teacher, STEPS)
     found = list(planned(reference, own, tmp_path, budgets=(2.0, 3.0), most=3))
     assert [s.plan for s in found[:1]] == [own]
@@ -221,7 +221,7 @@ def test_front_of_the_planner(teacher, tmp_path):
         reaches = [plan for plan in plans if plan_macs(reference) / plan_macs(plan) >= budget]
         assert reaches[-1] in [s.plan for s in found[1:]]
     assert len(found) == 4
-    (tmp_path / "front" / "front.json").write_text("[{}]")
+    (tmp_path / "front" / "front.json").write_text("[{}]", encoding="utf-8")
     with pytest.raises(RunError, match="is damaged"):
         list(planned(reference, own, tmp_path, (2.0,), 3))
 
@@ -448,8 +448,8 @@ def test_evaluation_images_are_of_all_classes(teacher):
 
 
 def test_report_end_to_end(written):
-    report = json.loads((written / "report.json").read_text())
-    text = (written / "index.html").read_text()
+    report = json.loads((written / "report.json").read_text(encoding="utf-8"))
+    text = (written / "index.html").read_text(encoding="utf-8")
     assert {row["group"] for row in report["rows"]} == {PLANNED, PUBLISHED, FEWER}
     assert {row["method"] for row in report["rows"] if row["group"] == PUBLISHED} == {"fora", "toca"}
     assert report["failed"] == []
@@ -464,7 +464,7 @@ def test_report_end_to_end(written):
 
 
 def test_the_page_needs_nothing_from_elsewhere(written):
-    text = (written / "index.html").read_text()
+    text = (written / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|<script|@import|//[a-z]", text)
     files = re.findall(r'(?:src|srcset)="([^"]+)"', text)
     assert len(files) > 10
@@ -572,7 +572,7 @@ def test_plan_maps_show_every_mode(teacher, tmp_path):
     steps = (FULL, FULL, (skip(0, 1, 1), partial(1, 3, (1, 2), 1), compute(3, 4)))
     write_both(tmp_path, "plans", plan_maps({"one": make_plan(teacher, steps)}))
     assert {path.name for path in tmp_path.iterdir()} == {"plans.svg", "plans-dark.svg"}
-    assert (tmp_path / "plans.svg").read_text() != (tmp_path / "plans-dark.svg").read_text()
+    assert (tmp_path / "plans.svg").read_text(encoding="utf-8") != (tmp_path / "plans-dark.svg").read_text(encoding="utf-8")
 
 
 def test_plan_maps_tell_the_halves_of_guidance(teacher):

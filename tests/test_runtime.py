@@ -91,13 +91,16 @@ def test_no_manifest(copied, tmp_path):
     [
         ("{", "is not valid JSON"),
         ("", "is not valid JSON"),
-        ("[]", "is not of format version 3"),
-        ('{"format_version": 2}', "is not of format version 3"),
-        ('{"format_version": 3}', "was edited or damaged"),
+        ("[]", "is not of format version 4"),
+        ('{"format_version": 3}', "is not of format version 4"),
+        ('{"format_version": 4}', "was edited or damaged"),
+        ('{"format_version": true}', "is not of format version 4"),
+        ('{"format_version": 5}', "is of format version 5, which is newer than this package's 4: update tc-lightning"),
+        ("[" * 100_000, "is not valid JSON"),
     ],
 )
 def test_damaged_manifest(copied, text, message):
-    (copied / "manifest.json").write_text(text)
+    (copied / "manifest.json").write_text(text, encoding="utf-8")
     with pytest.raises(ArtefactError, match=rf"manifest\.json {message}"):
         CachedSampler(copied)
 
@@ -123,12 +126,12 @@ def rewrite_manifest(folder: Path, **changes: Any) -> None:
     """With a digest of its own that fits, as a careless tool would."""
     manifest = read_manifest(folder, check_files=False) | changes
     manifest["sha256"] = _self_digest(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def test_edited_manifest_is_refused(copied):
-    text = (copied / "manifest.json").read_text()
-    (copied / "manifest.json").write_text(text.replace('"steps": 8', '"steps": 7'))
+    text = (copied / "manifest.json").read_text(encoding="utf-8")
+    (copied / "manifest.json").write_text(text.replace('"steps": 8', '"steps": 7'), encoding="utf-8")
     with pytest.raises(ArtefactError, match="was edited or damaged"):
         CachedSampler(copied)
 
@@ -391,7 +394,7 @@ def test_results_are_not_overwritten(sampler):
 
 def test_nan_names_step_and_program(copied):
     """NaN weights under a manifest that vouches for them."""
-    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest = json.loads((copied / "manifest.json").read_text(encoding="utf-8"))
     _, _, offset, nbytes = manifest["weights"]["final_layer.linear.bias"]
     content = bytearray((copied / "weights.data").read_bytes())
     content[offset : offset + nbytes] = np.full(nbytes // 4, np.nan, np.float32).tobytes()

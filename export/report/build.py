@@ -106,7 +106,7 @@ def build_report(loaded: LoadedRun, settings: Settings, policies: Policies, fold
     measured = _measure(loaded, subjects, missing, settings, ruler, targets)
     report = _report(loaded, settings, measured)
     pictures = draw(folder, loaded.scores, measured.reference, measured.rows, targets, settings.budgets)
-    (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "index.html").write_text(page(report, pictures), encoding="utf-8")
     return report
 
@@ -224,7 +224,7 @@ def environment(provider: str) -> dict[str, Any]:
 
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "CPU"

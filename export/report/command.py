@@ -73,7 +73,7 @@ def _require_replaceable(out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        if json.loads((out / "report.json").read_text())["what"] == NOTICE:
+        if json.loads((out / "report.json").read_text(encoding="utf-8"))["what"] == NOTICE:
             return
     except (OSError, ValueError, KeyError, TypeError):
         pass

@@ -173,7 +173,7 @@ def _front(folder: Path, budgets: Sequence[float], most: int) -> list[tuple[Cach
     if not path.is_file():
         return []
     try:
-        entries = sorted(json.loads(path.read_text()), key=lambda entry: entry["macs_speedup"])
+        entries = sorted(json.loads(path.read_text(encoding="utf-8")), key=lambda entry: entry["macs_speedup"])
         chosen = _representatives(entries, budgets, most)
         return [(CachePlan.load(folder / entry["plan"]), TARGET_NAMES[entry["target"]]) for entry in chosen]
     except (ValueError, KeyError, TypeError) as error:

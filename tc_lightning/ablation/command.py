@@ -138,7 +138,7 @@ def _known(path: Path, settings: dict[str, Any]) -> dict[str, Measured]:
     if not path.is_file():
         return {}
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
         theirs, seeds = raw["settings"], dict(raw["seeds"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} cannot be added to ({error!r}): name another file with --out, or delete it.") from error

@@ -98,7 +98,7 @@ def train(training: Training, folder: Path, seed: int) -> tuple[LoadedRun, Learn
 def _settings(path: str) -> Any:
     """What a YAML file says, whatever its comments."""
     try:
-        return yaml.safe_load(Path(path).read_text())
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"cannot read {path}: {error}. Name the YAML of a distillation with -c.") from error
 
@@ -107,7 +107,7 @@ def _run(training: Training, folder: Path, version: str, seed: int) -> LoadedRun
     if not (folder / version / NAME).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         overlay = folder / f"{version}.yaml"
-        overlay.write_text(yaml.safe_dump(training.overlay(folder, version, seed)))
+        overlay.write_text(yaml.safe_dump(training.overlay(folder, version, seed)), encoding="utf-8")
         _fit([*training.configs, str(overlay)])
     return load_run(read_run(folder / version))
 

@@ -45,7 +45,7 @@ class DiTConfig:
         null_label: the label table has a row for the null label; without one (label dropout 0) guidance must be 1.
 
     Raises:
-        TeacherError: if sizes do not divide.
+        TeacherError: if a size is not positive, or sizes do not divide.
     """
 
     input_size: int = 32
@@ -65,6 +65,11 @@ class DiTConfig:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise TeacherError(f"DiT {name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("mlp_ratio", "mlp_norm_eps"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise TeacherError(f"DiT {name} is {getattr(self, name)}; it must be positive and finite.")
+        if not math.isfinite(self.freq_shift) or self.freq_shift == FREQUENCIES // 2:
+            raise TeacherError(f"DiT freq_shift is {self.freq_shift}; it is 0 or 1 as a rule, and cannot be {FREQUENCIES // 2}.")
         if self.input_size % self.patch_size:
             raise TeacherError(f"DiT input_size {self.input_size} is not a multiple of patch_size {self.patch_size}.")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:

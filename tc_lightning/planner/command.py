@@ -22,13 +22,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tc_lightning.context import LoadedRun, load_run
 from tc_lightning.costs import macs_speedup
 from tc_lightning.errors import RunError
-from tc_lightning.evaluation import psnr_db
 from tc_lightning.planner.finalists import CACHE_USES
 from tc_lightning.planner.front import FOLDER, write_front
 from tc_lightning.planner.policy import TARGETS, PlannerPolicy
 from tc_lightning.planner.price import ClockPrice, SharedPrice
 from tc_lightning.planner.run import Subject
 from tc_lightning.policies.base import PlanChoice
+from tc_lightning.psnr import psnr_db
 from tc_lightning.ranks import Ranks
 from tc_lightning.runs import find_run, read_run
 from tc_lightning.scores import sampler_digest
@@ -154,12 +154,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     use = parser.add_mutually_exclusive_group()
     use.add_argument("--cache", choices=CACHE_USES, default="auto", help="auto: with or without one; keep: with; none: without")
     use.add_argument("--no-cache", action="store_true", help="as --cache none: fewer steps with a fitted sampler, the quickest to plan")
-    parser.add_argument("--fit-images", type=int, default=12, help="images that samplers are fitted on")
-    parser.add_argument("--judge-images", type=int, default=20, help="images that plans are compared on while searching")
+    parser.add_argument("--fit-images", type=int, default=10, help="images that samplers are fitted on")
+    parser.add_argument("--judge-images", type=int, default=14, help="images that plans are compared on while searching")
     parser.add_argument("--choice-images", type=int, default=32, help="images that the refined plans are compared on")
     parser.add_argument("--final-images", type=int, default=32, help="images that the plans found are measured on")
-    parser.add_argument("--pool-images", type=int, default=192, help="images of which the hardest are planned on (0: as they come)")
-    parser.add_argument("--refinements", type=int, default=3, help="steps of Gauss-Newton on the samplers of the best plans")
+    parser.add_argument("--pool-images", type=int, default=160, help="images of which the hardest are planned on (0: as they come)")
+    parser.add_argument("--refinements", type=int, default=2, help="steps of Gauss-Newton on the samplers of the best plans")
     parser.add_argument("--devices", default="auto", help="devices to use (default: all GPUs, or one CPU process)")
     parser.add_argument("--keep-plan", action="store_true", help="write the front only, and leave plan.json as it is")
     args = parser.parse_args(arguments)

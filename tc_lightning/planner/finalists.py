@@ -20,6 +20,7 @@ from tc_lightning.costs import cache_bytes_per_image
 from tc_lightning.errors import PlanError
 from tc_lightning.plan import CachePlan
 from tc_lightning.planner.recipe import Kind, Recipe
+from tc_lightning.planner.robust import robust_mean
 from tc_lightning.planner.search import Search
 
 CacheUse = Literal["auto", "keep", "none"]
@@ -45,8 +46,8 @@ class Finalist:
 
     @property
     def error(self) -> float:
-        """Weighted mean of the squared error."""
-        return float((self.weights_B * self.errors_B).sum() / self.weights_B.sum())
+        """Robust mean of the squared error: by the plain one, the few images near a fork of their path would choose alone."""
+        return float(robust_mean(self.errors_B, self.weights_B))
 
     @property
     def simplicity(self) -> tuple[bool, int, int]:
@@ -79,7 +80,7 @@ def finalist_recipes(search: Search, use: CacheUse) -> list[Recipe]:
 
 
 def choose(finalists: Sequence[Finalist], use: CacheUse) -> Finalist:
-    """The simplest of those that are no worse than the best.
+    """The simplest of those that are no worse than the best, and of those as simple the one of least error.
 
     Args:
         finalists: of one budget.
@@ -94,7 +95,7 @@ def choose(finalists: Sequence[Finalist], use: CacheUse) -> Finalist:
             f"no plan {'with' if use == 'keep' else 'without'} a cache was found: raise evaluations, or plan with cache auto."
         )
     best = min(allowed, key=lambda one: one.error)
-    return min((one for one in allowed if not one.worse_than(best)), key=lambda one: one.simplicity)
+    return min((one for one in allowed if not one.worse_than(best)), key=lambda one: (one.simplicity, one.error))
 
 
 def best_without_cache(finalists: Sequence[Finalist]) -> Finalist | None:

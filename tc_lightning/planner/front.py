@@ -84,7 +84,7 @@ def _known(path: Path) -> list[dict[str, Any]]:
     """Rows of an earlier list; none if there is no list, or it is damaged: the plans can be searched for again."""
     try:
         kinds = {"target": str, "macs_speedup": float, "plan": str, "role": str, "budgets": list}
-        rows = json.loads(path.read_text())
+        rows = json.loads(path.read_text(encoding="utf-8"))
         return [row | {name: kind(row[name]) for name, kind in kinds.items()} for row in rows]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -18,7 +18,7 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.guidance import Guidance
 from tc_lightning.models.dit import DiT
 from tc_lightning.planner.target import run_target
-from tc_lightning.sampling import noise_for
+from tc_lightning.sampling import labels_for, noise_for
 
 COARSE = ((0.28, "quadratic"), (0.4, "mix:0.5"))  # steps of the two runs over those of the run that is replaced; their spacing
 FEWEST = 4
@@ -55,7 +55,7 @@ def images(model: DiT, indices: list[int]) -> tuple[Tensor, Tensor]:
     """Noise [B, C, H, W] and labels [B] of the planner's images, on the model's device."""
     device = next(model.parameters()).device
     noise = torch.cat([noise_for(SEED, range(index, index + 1), model, device) for index in indices])
-    return noise, torch.tensor([index % model.config.num_classes for index in indices], device=device)
+    return noise, labels_for(SEED, indices, model.config.num_classes, device)
 
 
 def as_they_come(start: int, count: int) -> Sample:

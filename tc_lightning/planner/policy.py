@@ -13,6 +13,7 @@ from tc_lightning.planner.finalists import CACHE_USES, CacheUse
 from tc_lightning.planner.price import Price, macs_price
 from tc_lightning.planner.run import Choice, PlannerRun, Settings, Subject
 from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
+from tc_lightning.targets import ODE_STEPS
 
 TARGETS = ("reference", "ode")
 
@@ -52,13 +53,13 @@ class PlannerPolicy(Policy):
         evaluations: int = 28,
         front_evaluations: int = 6,
         cache: CacheUse = "auto",
-        fit_images: int = 12,
-        judge_images: int = 20,
+        fit_images: int = 10,
+        judge_images: int = 14,
         choice_images: int = 32,
         final_images: int = 32,
-        pool_images: int = 192,
-        refinements: int = 3,
-        ode_steps: int = 200,
+        pool_images: int = 160,
+        refinements: int = 2,
+        ode_steps: int = ODE_STEPS,
         progress: bool = True,
     ) -> None:
         if not all(speedup > 1.0 for speedup in (target_speedup, *front)):

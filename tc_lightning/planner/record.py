@@ -38,7 +38,7 @@ class TrialRecord:
         self._cut = False  # whether the file ends within a line
         if path is not None and path.exists():
             try:
-                text = path.read_text(errors="replace")
+                text = path.read_text(errors="replace", encoding="utf-8")
             except OSError as error:
                 raise RunError(f"cannot read {path} ({error.strerror}): delete it, and the search starts afresh.") from error
             self._cut = not text.endswith("\n") and bool(text)

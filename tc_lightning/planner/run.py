@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.evaluation import RolloutEvaluator, psnr_db
+from tc_lightning.evaluation import RolloutEvaluator
 from tc_lightning.guidance import Guidance
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan, ModelSignature
@@ -27,9 +26,10 @@ from tc_lightning.planner.recipe import Kitchen, Recipe
 from tc_lightning.planner.search import Search
 from tc_lightning.planner.shapes import grid, native
 from tc_lightning.planner.target import TargetRun, run_target
+from tc_lightning.psnr import psnr_db
 from tc_lightning.ranks import ALONE, Ranks
 from tc_lightning.scores import Scores
-from tc_lightning.targets import ODE_SAMPLER, ODE_SPACING
+from tc_lightning.targets import converged_ode
 
 BATCH = 16
 SEEDS = 5  # shapes of one budget that the next one starts from
@@ -150,8 +150,6 @@ class PlannerRun:
             for speedup in settings.speedups:
                 found[speedup] = Search(self.bench, steps / speedup, progress)
                 self._search(found[speedup], found[settings.target_speedup])
-        for search, other in itertools.permutations(found.values(), 2):
-            search.adopt(other)
         for speedup, search in found.items():
             if not search.trials or search.best.error == float("inf"):
                 raise PlanError(f"no plan was found for a speed-up of {speedup:g}: lower it.")
@@ -171,7 +169,8 @@ class PlannerRun:
             for j, recipe in enumerate(recipes, 1):
                 finalists.append(self._finalist(recipe, bar))
                 bar.update(j * self.settings.refinements - bar.n)  # fewer passes were made if one did not help
-        paid = {speedup: [one for one in finalists if one.recipe in search.trials] for speedup, search in searches.items()}
+        costs = {one.recipe: self.bench.cost(one.recipe) for one in finalists}
+        paid = {speedup: [one for one in finalists if costs[one.recipe] <= s.budget] for speedup, s in searches.items()}
         return {speedup: Choice(choose(ones, use), best_without_cache(ones), ones) for speedup, ones in paid.items()}
 
     def points(self, choices: dict[float, Choice]) -> tuple[FrontPoint, ...]:
@@ -264,8 +263,7 @@ class PlannerRun:
 
     def _run_target(self, parts: list[Sample]) -> TargetRun:
         settings, subject = self.settings, self.subject
-        ode = make_sampler(ODE_SAMPLER, settings.ode_steps, ODE_SPACING)
-        sampler = subject.reference if settings.target == "reference" else ode
+        sampler = subject.reference if settings.target == "reference" else converged_ode(settings.ode_steps)
         noise = images(self.model, [index for part in parts for index in part.indices])
         run = run_target(self.model, sampler, subject.guidance, *noise, BATCH, "target run" if self._shown else None)
         weights = torch.tensor([weight for part in parts for weight in part.weights], device=run.x_0.device)

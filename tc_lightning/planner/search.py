@@ -42,10 +42,6 @@ class Search:
         tried = [trial for trial in self.trials.values() if trial.recipe.kind == kind and trial.error < float("inf")]
         return min(tried, key=lambda trial: trial.error, default=None)
 
-    def adopt(self, other: Search) -> None:
-        """Take over what another search has tried within this one's budget: more time is never worth less."""
-        self.trials |= {recipe: trial for recipe, trial in other.trials.items() if trial.cost <= self.budget}
-
     def ranking(self, kind: Kind) -> list[tuple[Shape, Trial]]:
         """Shapes of a kind that were tried, best first."""
         known = [(shape, self.trials[recipe]) for recipe, shape in self._shapes.items() if recipe.kind == kind]

@@ -19,10 +19,10 @@ from tqdm import tqdm
 from tc_lightning.costs import macs_speedup
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.evaluation import psnr_db
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
 from tc_lightning.policies.pruned_steps import KINDS, PrunedStep
+from tc_lightning.psnr import psnr_db
 from tc_lightning.scores import Scores, sampler_digest
 from tc_lightning.segments import MAX_ORDER, Segment, compute
 

@@ -185,7 +185,7 @@ def finalists_table(rows: list[dict[str, Any]], most: int = 6) -> str:
 def write_candidates(rows: list[dict[str, Any]], path: Path) -> None:
     """One line for each candidate that the policy looked at; the columns are all keys that occur."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
