@@ -20,8 +20,10 @@ from export.acceptance_stages.journal import NAME, Journal, Line, Record
 from export.acceptance_stages.outcome import exit_code, summary
 from export.acceptance_stages.replays import between_steps
 from export.acceptance_stages.reporter import Findings, NotHere, Reporter, TooLate
+from export.acceptance_stages.sizes import REHEARSAL
 from export.acceptance_stages.stages import STAGES
 from export.acceptance_stages.steadiness import rise
+from export.acceptance_stages.subjects import random_teacher
 from tc_lightning.errors import TokenCacheError
 
 SCRIPT = Path(export.__file__).with_name("acceptance.py")
@@ -227,6 +229,8 @@ def test_a_line_that_was_being_written_does_not_count(journal):
     with journal.path.open("a") as file:
         file.write('{"stage": 1, "name": "envi')
     assert [line.part for line in journal.read().lines] == ["versions"]
+    journal.add(Line(1, "environment", "", False, "its process was killed"))
+    assert [line.reason for line in journal.read().lines] == ["", "its process was killed"]
 
 
 @pytest.mark.parametrize("text", ["", "{}\n", "[]\n", "nonsense\n", '{"run": {}}\n{"stage": 1}\n'])
@@ -277,6 +281,11 @@ def test_rise_by_hand():
     assert rise([0.0, 50.0, 60.0, 60.0, 60.0, 60.0]) == 0.0  # what warms up does not count
     assert rise([0.0, 50.0, 60.0, 62.0, 64.0, 66.0]) == 4.0
     assert rise([0.0, 50.0, 70.0, 60.0, 60.0, 60.0]) == -10.0
+
+
+def test_random_weights_are_wholly_on_their_device():
+    model = random_teacher(REHEARSAL, "meta")
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
 
 
 def test_too_late_is_told_with_its_seconds(journal):

@@ -47,9 +47,17 @@ model:
     sensitivity_samples: 1
     sensitivity_probes: 1
     policy:
-      init_args: {target_speedup: 1.5, front: [], evaluations: 3, fit_images: 2, judge_images: 2, final_images: 2, pool_images: 0}
+      init_args:
+        target_speedup: 1.5
+        front: []
+        evaluations: 2
+        refinements: 1
+        fit_images: 2
+        judge_images: 2
+        final_images: 1
+        pool_images: 0
 data:
-  init_args: {num_train: 16, num_val: 4}
+  init_args: {num_train: 4, num_val: 2, batch_size: 4}
 trainer: {max_steps: 2, val_check_interval: 2}
 """
 
@@ -58,7 +66,7 @@ def run(report: Reporter, provider: str, scratch: Path) -> None:
     """See the module."""
     sizes = sizes_for(provider)
     with report.part("lightning fit, bf16-mixed") as found:
-        fit_digits(found, provider, scratch, report.left)
+        fit_digits(found, provider, scratch, report.left / 2)
     with report.part("random weights") as found:
         device = torch_device(provider)
         model = random_teacher(sizes, device)

@@ -92,7 +92,9 @@ class Driver:
         command = [sys.executable, "-m", "export.acceptance_stages.worker", json.dumps(order._asdict())]
         end = time.monotonic() + order.seconds
         with log.open("wb") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True)
+            process = subprocess.Popen(
+                command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True, env=self._environment()
+            )
             try:
                 while process.poll() is None and time.monotonic() < end:
                     time.sleep(POLL)
@@ -103,6 +105,10 @@ class Driver:
                     os.killpg(process.pid, signal.SIGKILL)  # with what it has started itself
                 process.wait()
                 self._tell_parts()
+
+    def _environment(self) -> dict[str, str]:
+        """In the rehearsal PyTorch has one thread: two that wait for each other would take longer over shapes so small."""
+        return ({"OMP_NUM_THREADS": "1"} if self._provider == "cpu" else {}) | os.environ
 
     def _tell_parts(self) -> None:
         lines = self._journal.read().lines

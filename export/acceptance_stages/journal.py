@@ -95,27 +95,36 @@ class Journal:
         self._append(dataclasses.asdict(line))
 
     def read(self) -> Record:
-        """All lines; one that was being written when its process was killed does not count.
+        """All lines; those that were being written when their process was killed do not count.
 
         Raises:
             TokenCacheError: if there is no such file, or it is another one.
         """
         try:
-            text = self.path.read_text()
-            first, *rest = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-            return Record(first["run"], tuple(Line(**fields) for fields in rest))
+            first, *rest = self.path.read_text().splitlines()
+            return Record(json.loads(first)["run"], tuple(Line(**fields) for fields in map(_whole, rest) if fields is not None))
         except FileNotFoundError as error:
             raise TokenCacheError(f"{self.path} does not exist: name the folder of an acceptance run with --out.") from error
         except (ValueError, KeyError, TypeError) as error:
             raise TokenCacheError(f"{self.path} is no record of an acceptance run ({error}): name the folder of one.") from error
 
     def _append(self, fields: dict[str, Any]) -> None:
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(handle, (json.dumps(_plain(fields), allow_nan=False) + "\n").encode())
+            size = os.fstat(handle).st_size
+            ended = size == 0 or os.pread(handle, 1, size - 1) == b"\n"
+            os.write(handle, f"{'' if ended else chr(10)}{json.dumps(_plain(fields), allow_nan=False)}\n".encode())
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _whole(line: str) -> Any:
+    """A line's content; None if only a part of it was written."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _plain(value: Any) -> Any:

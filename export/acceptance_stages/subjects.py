@@ -40,7 +40,7 @@ def random_teacher(sizes: Sizes, device: str) -> DiT:
         for name, parameter in model.named_parameters():
             if name != "pos_embed":
                 parameter.normal_(0.0, 0.02)
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)  # the position table comes from numpy, which knows no device
 
 
 def random_plans(model: DiT, sizes: Sizes) -> dict[str, CachePlan]:
