@@ -28,7 +28,7 @@ from export.parity import relative_l2
 from export.runtime import CachedSampler
 from export.timing import TORCH_TYPES, compiled, in_turns, product_tflops, require_on_device, torch_latents
 from tc_lightning.costs import cache_bytes_per_image, plan_macs
-from tc_lightning.errors import first_line
+from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
 from tc_lightning.sampling import noise_for, reference_plan
@@ -192,9 +192,15 @@ def same_images(found: Findings, requests: Requests) -> None:
 
 
 def memory_of(folder: Path, provider: str, batch: int) -> dict[str, float]:
-    """Megabytes of a serving process: loaded, idle after a request, at the peak."""
+    """Megabytes of a serving process: loaded, idle after a request, at the peak.
+
+    Raises:
+        TokenCacheError: with what that process said, if it failed.
+    """
     command = [sys.executable, "-m", "export.memory_probe", str(folder), provider, str(batch), str(ROOM)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise TokenCacheError(f"measuring memory failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
     return json.loads(done.stdout)
 
 
