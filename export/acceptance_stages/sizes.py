@@ -107,7 +107,7 @@ REHEARSAL = Sizes(
     full_steps=5,
     work=(Work("fp32", 2), Work("fp32", 2, COMPILE, seconds=10), Work("fp32", 1), Work("fp32", 2, MEMORY)),
     judged=False,
-    requests=24,
+    requests=18,
     most_images=6,
     pairs=4,
     planned_images=4,
