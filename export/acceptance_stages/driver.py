@@ -20,6 +20,7 @@ from export.acceptance_stages.stages import PROVIDER, STAGES, Stage
 from export.acceptance_stages.worker import Order
 
 LEAST = 2.0  # seconds, without which a stage need not begin
+LOADING = 45.0
 POLL = 0.1
 
 Say = Callable[[str], None]
@@ -62,8 +63,9 @@ class Driver:
                 self._say(f"  {line.verdict}{f': {line.reason}' if line.reason else ''} ({line.seconds:.1f} s)")
 
     def _limit(self, place: int) -> float:
-        shares = [stage.share for stage in self._stages[place:]]
-        return (self._end - time.monotonic()) * shares[0] / sum(shares)
+        """Seconds of a stage: its share of what is left, and no less than it takes to load libraries that were never loaded here."""
+        shares, left = [stage.share for stage in self._stages[place:]], self._end - time.monotonic()
+        return max(left * shares[0] / sum(shares), min(LOADING, left / 3))
 
     def _not_run(self, stage: Stage, stopped: str) -> Line | None:
         """The line of a stage that need not begin; None if it may."""
