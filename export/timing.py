@@ -68,14 +68,14 @@ def torch_latents(eps: Denoiser, plan: CachePlan, x_BCHW: Tensor, labels_B: Tens
     return x_BCHW.cpu()
 
 
-def compiled(model: DiT, x: Tensor, labels: Tensor) -> tuple[Denoiser, float]:
-    """`torch.compile` of the network, and the seconds that compiling took.
+def compiled(model: DiT, x: Tensor, labels: Tensor, mode: str | None = None) -> tuple[Denoiser, float]:
+    """`torch.compile` of the network in one of its modes, and the seconds that compiling took.
 
     Raises:
         RuntimeError: if this machine cannot compile (no C++ compiler, for example).
     """
     torch._dynamo.reset()  # what was compiled before, for other shapes, must not make this one dynamic
-    function = torch.compile(model.eps, dynamic=False)
+    function = torch.compile(model.eps, dynamic=False, mode=mode)
     started = time.perf_counter()
     with torch.inference_mode():
         function(x, torch.zeros(len(x), device=x.device), labels)
