@@ -40,12 +40,12 @@ def insert(path: Path, text: str) -> None:
     Raises:
         TokenCacheError: if the file has no such marks.
     """
-    content = path.read_text()
+    content = path.read_text(encoding="utf-8")
     before, begin, rest = content.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise TokenCacheError(f"{path} has no lines {BEGIN} and {END}, between which the tables go: add them where they should stand.")
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
 
 
 def _versions(record: Record) -> str:

@@ -74,7 +74,7 @@ def profiled(sampler: CachedSampler) -> Profiled:
     providers: set[str] = set()
     runs: list[tuple[float, float]] = []
     for name, path in sampler.end_profiling().items():
-        for event in json.loads(Path(path).read_text()):
+        for event in json.loads(Path(path).read_text(encoding="utf-8")):
             if event["name"] == "model_run":
                 runs.append((begun[name] + event["ts"], begun[name] + event["ts"] + event["dur"]))
             elif event.get("cat") == "Node":
@@ -97,6 +97,6 @@ def cuda_calls(work: Callable[[], object], path: Path) -> list[str]:
     with profile(activities=[ProfilerActivity.CPU, *gpu]) as trace:
         work()
     trace.export_chrome_trace(str(path))
-    events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    events: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     calls = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
     return [event["name"] for event in sorted(calls, key=lambda event: float(event["ts"]))]
