@@ -29,6 +29,7 @@ from export.report.subjects import (
     Subject,
     distinct,
     fewer_steps,
+    fitted,
     planned,
     published,
     rounded_down,
@@ -131,6 +132,7 @@ def _subjects(loaded: LoadedRun, reference: CachePlan, settings: Settings, polic
     known += planned(reference, loaded.plan, loaded.run.folder, settings.budgets, settings.most)
     with _progress("fewer steps", "plan", None) as tell:
         known += fewer_steps(reference, settings.budgets, _judge_plan(loaded, tuning, tell))
+        known += fitted(context, reference, loaded.run.folder, settings.budgets, tell)
     with _progress("published methods", "plan", None) as tell:
         others, missing = published(context, reference, settings.budgets, policies, tell)
     return distinct([*known, *others]), missing
