@@ -205,9 +205,9 @@ def _front(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        rows = [
-            row for row in json.loads(path.read_text(encoding="utf-8")) if row["role"] and row["plan"] and row["target"] in TARGET_NAMES
-        ]
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if any(row["target"] not in TARGET_NAMES or not (row["role"] and row["plan"]) for row in rows):
+            raise ValueError("a row of another kind")
         return sorted(rows, key=lambda row: float(row["macs_speedup"]))
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error!r}): plan again with `python -m tc_lightning plan --run {folder}`.") from error

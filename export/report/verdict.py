@@ -125,14 +125,22 @@ def headline(comparisons: Sequence[Comparison]) -> str:
 def _compare(budget: float, equal: str, target: str, ours: Row, rivals: list[Row]) -> Comparison:
     rival, fewer = best(rivals, target), best(by_group(rivals, FEWER), target)
     assert rival is not None
-    closer = float((ours.errors[target] < rival.errors[target]).mean())
-    less = (None, None) if fewer is None else (fewer.name, fewer.mse(target))
-    of_fit = [row for row in [ours, *rivals] if not row.subject.plan.caches and is_fitted(row)]
+    of_fit = [row for row in [ours, *rivals] if is_fitted(row) and not row.subject.plan.caches]
     fitted, unfitted = best(of_fit, target), best([row for row in rivals if not is_fitted(row)], target)
-    with_fit = (None, None) if fitted is None else (fitted.name, fitted.mse(target))
-    without = None if unfitted is None else unfitted.mse(target)
     return Comparison(
-        budget, equal, target, ours.name, ours.mse(target), rival.name, rival.mse(target), closer, *less, *with_fit, without
+        budget,
+        equal,
+        target,
+        planned=ours.name,
+        planned_mse=ours.mse(target),
+        best=rival.name,
+        best_mse=rival.mse(target),
+        closer=float((ours.errors[target] < rival.errors[target]).mean()),
+        fewer=None if fewer is None else fewer.name,
+        fewer_mse=None if fewer is None else fewer.mse(target),
+        fitted=None if fitted is None else fitted.name,
+        fitted_mse=None if fitted is None else fitted.mse(target),
+        unfitted_mse=None if unfitted is None else unfitted.mse(target),
     )
 
 
