@@ -37,6 +37,7 @@ _SHAPE = {
     "learn_sigma": bool,
     "freq_shift": float,
     "mlp_norm_eps": float,
+    "null_label": bool,
 }
 
 
@@ -45,6 +46,8 @@ def planned(plan: CachePlan, lowered: LoweredPlan, precision: str) -> dict[str, 
     return {
         "plan_digest": plan.digest,
         "plan_summary": plan.summary,
+        "plan_in_words": plan.in_words,
+        "fit": _fit(plan),
         "selector": plan.selector,
         "teacher": plan.model.teacher,
         "model": dataclasses.asdict(plan.model),
@@ -151,6 +154,14 @@ def require_consistent(path: Path, manifest: dict[str, Any], plan: CachePlan, gr
     for key in ("versions", "parity", "fidelity"):
         if not isinstance(manifest.get(key, {}), dict):
             _fail(path, f"{key} must be an object")
+
+
+def _fit(plan: CachePlan) -> dict[str, Any] | None:
+    """What the sampler's coefficients were fitted at and on, where the plan says so."""
+    said = plan.provenance.get("fit")
+    if not isinstance(said, dict) or not isinstance(said.get("guidance"), int | float) or not isinstance(said.get("labels"), list):
+        return None
+    return {"guidance": said["guidance"], "labels": [label for label in said["labels"] if type(label) is int]}
 
 
 def _graph(path: Path, graphs: Mapping[str, Header], stem: str) -> Header:

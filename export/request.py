@@ -184,3 +184,18 @@ def _require_finite(workspace: Workspace, run: Run) -> None:
             f"latents became NaN or infinite at step {step} in program {bad.program}: "
             "lower the guidance scale, or export with --precision fp32."
         )
+
+
+def outside_the_fit(fit: dict[str, Any] | None, scale: float, labels: Sequence[int]) -> list[str]:
+    """In what a request leaves the range that the sampler's coefficients were fitted in; empty where none were, or it does not.
+
+    Args:
+        fit: the manifest's word of it: the guidance scale, and the classes of the images.
+        scale: the request's guidance scale.
+        labels: the request's classes.
+    """
+    if fit is None:
+        return []
+    found = [] if scale == fit["guidance"] else [f"guidance {scale:g}: fitted at {fit['guidance']:g}"]
+    unseen = sorted(set(labels) - set(fit["labels"]))
+    return [*found, *([f"{len(unseen)} of its classes: no image of them was fitted on"] if unseen else [])]

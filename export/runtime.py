@@ -26,7 +26,7 @@ from export.buffers import Pool, ProgramError
 from export.contract import read_artefact
 from export.cuda_provider import lane, why_no_graphs
 from export.manifest import WEIGHTS
-from export.request import Part, Tally, check_request, distinct_labels, fill, run_part
+from export.request import Part, Tally, check_request, distinct_labels, fill, outside_the_fit, run_part
 from export.schedule import CONDITION, lay_out
 from export.sessions import (
     PROVIDERS,
@@ -292,6 +292,8 @@ class CachedSampler:
         everything = asked["parts"] * m["full_steps"] * m["model"]["depth"] * m["model"]["tokens"]
         return {
             "plan_digest": m["plan_digest"],
+            "plan": m.get("plan_in_words"),
+            "outside_the_fit": outside_the_fit(m.get("fit"), scale, asked["labels"]),
             "weights_sha256": m.get("files", {}).get(WEIGHTS, {}).get("sha256"),
             "teacher": m["teacher"],
             "precision": m["precision"],

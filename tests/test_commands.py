@@ -103,7 +103,7 @@ def test_verify(workplace):
     assert report["rel_l2_export"] < 1e-5
     assert (report["images"], report["seed"], report["provider"]) == (3, 1, "cpu")
     assert report["macs_speedup"] > 1
-    assert len(report["baselines_psnr_db"]) == 2
+    assert len(report["baselines_psnr_db"]) == 3
     assert report["beats_baselines"] == all(report["psnr_db"] > value for value in report["baselines_psnr_db"].values())
 
 

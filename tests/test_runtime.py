@@ -16,6 +16,7 @@ from conftest import FULL, make_plan, make_teacher
 
 from export.compiler import export_artefact
 from export.manifest import ArtefactError, _self_digest, read_manifest, sha256_of
+from export.request import outside_the_fit
 from export.runtime import CachedSampler
 from export.sessions import RuntimeUnavailableError, packed_graphs
 from tc_lightning.costs import cache_bytes_per_image
@@ -453,3 +454,15 @@ def test_runtime_needs_numpy_and_onnxruntime_alone(artefact, sampler):
     assert done.returncode == 0, done.stderr.decode()
     latents = np.frombuffer(done.stdout, np.float32).reshape(3, 4, 8, 8)
     assert close(latents, sampler.sample(LABELS, seed=7).latents)
+
+
+def test_a_receipt_says_when_a_request_leaves_the_range_of_the_fit():
+    fit = {"guidance": 1.5, "labels": [0, 1]}
+    assert outside_the_fit(None, 4.0, [3]) == outside_the_fit(fit, 1.5, [1, 0, 1]) == []
+    told = outside_the_fit(fit, 4.0, [1, 3, 3, 2])
+    assert told == ["guidance 4: fitted at 1.5", "2 of its classes: no image of them was fitted on"]
+
+
+def test_a_receipt_says_what_ran_in_words(artefact, plan):
+    receipt = CachedSampler(artefact).sample([0]).receipt
+    assert (receipt["plan"], receipt["outside_the_fit"]) == (plan.in_words, [])
