@@ -89,13 +89,13 @@ def test_stages_that_raise_hang_or_are_killed_leave_the_others_alone(tmp_path):
     for reason, words in zip(reasons, ("its time was over", "RuntimeError: planted", "SIGKILL"), strict=True):
         assert words in reason
         assert words in done.stdout
-    assert "_hang" in (tmp_path / "2_precisions.log").read_text()  # where it stood
+    assert "_hang" in (tmp_path / "2_precisions.log").read_text(encoding="utf-8")  # where it stood
 
 
 def test_a_run_that_is_cut_off_tells_what_it_got_to(tmp_path):
     done = acceptance("--out", tmp_path, "--minutes", 0.05, "--stages", 2, 5, 7)
     assert done.returncode == 4
-    lines = [json.loads(line) for line in (tmp_path / NAME).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / NAME).read_text(encoding="utf-8").splitlines()]
     assert lines[0]["run"]["stages"] == [2, 5, 7]
     assert [line["stage"] for line in lines[1:] if not line["part"]] == [2, 5, 7]
     assert set(verdicts(Journal(tmp_path).read()).values()) == {"cut off"}
@@ -154,10 +154,10 @@ def test_render_prints_tables(rehearsal):
 
 def test_render_puts_tables_between_the_marks(rehearsal, tmp_path):
     path = tmp_path / "BENCHMARKS.md"
-    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
     for _ in range(2):
         assert acceptance("--out", rehearsal[0], "--render", path).returncode == 0
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{BEGIN}\n")
     assert text.endswith(f"{END}\nafter\n")
     assert "old" not in text
@@ -165,7 +165,7 @@ def test_render_puts_tables_between_the_marks(rehearsal, tmp_path):
 
 
 def test_the_benchmarks_have_the_marks():
-    text = BENCHMARKS.read_text()
+    text = BENCHMARKS.read_text(encoding="utf-8")
     assert text.count(BEGIN) == text.count(END) == 1
     assert text.index(BEGIN) < text.index(END)
 
@@ -173,10 +173,10 @@ def test_the_benchmarks_have_the_marks():
 def test_render_without_a_record_or_without_marks(rehearsal, tmp_path):
     done = acceptance("--out", tmp_path / "nowhere", "--render")
     assert (done.returncode, "does not exist" in done.stderr) == (2, True)
-    (tmp_path / "plain.md").write_text("text\n")
+    (tmp_path / "plain.md").write_text("text\n", encoding="utf-8")
     done = acceptance("--out", rehearsal[0], "--render", tmp_path / "plain.md")
     assert (done.returncode, "has no lines" in done.stderr) == (2, True)
-    assert (tmp_path / "plain.md").read_text() == "text\n"
+    assert (tmp_path / "plain.md").read_text(encoding="utf-8") == "text\n"
 
 
 # What a stage tells
@@ -226,7 +226,7 @@ def test_an_interrupt_is_no_finding(journal):
 
 def test_a_line_that_was_being_written_does_not_count(journal):
     journal.add(Line(1, "environment", "versions", True))
-    with journal.path.open("a") as file:
+    with journal.path.open("a", encoding="utf-8") as file:
         file.write('{"stage": 1, "name": "envi')
     assert [line.part for line in journal.read().lines] == ["versions"]
     journal.add(Line(1, "environment", "", False, "its process was killed"))
@@ -235,7 +235,7 @@ def test_a_line_that_was_being_written_does_not_count(journal):
 
 @pytest.mark.parametrize("text", ["", "{}\n", "[]\n", "nonsense\n", '{"run": {}}\n{"stage": 1}\n'])
 def test_a_file_that_is_no_record(journal, text):
-    journal.path.write_text(text)
+    journal.path.write_text(text, encoding="utf-8")
     with pytest.raises(TokenCacheError, match="no record of an acceptance run"):
         journal.read()
 

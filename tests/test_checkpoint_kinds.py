@@ -342,9 +342,9 @@ def test_several_variants(tmp_path):
 
 
 def change_index(path: Path, **entries: Any) -> None:
-    raw = json.loads((path / INDEX).read_text())
+    raw = json.loads((path / INDEX).read_text(encoding="utf-8"))
     raw["weight_map"] |= entries
-    (path / INDEX).write_text(json.dumps(raw))
+    (path / INDEX).write_text(json.dumps(raw), encoding="utf-8")
 
 
 def first_shard(path: Path) -> Path:
@@ -361,7 +361,7 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
     "itself": (lambda p: change_index(p, x=INDEX), "a .safetensors or .bin file of the same folder"),
     "no name": (lambda p: change_index(p, x=3), "a .safetensors or .bin file of the same folder"),
     "a tensor more": (lambda p: change_index(p, x=first_shard(p).name), "does not hold the tensors"),
-    "no map": (lambda p: (p / INDEX).write_text("{}"), "no index of shards"),
+    "no map": (lambda p: (p / INDEX).write_text("{}", encoding="utf-8"), "no index of shards"),
     "no JSON": (lambda p: (p / INDEX).write_bytes(b"\xff{"), INDEX),
     "no index": (lambda p: (p / INDEX).unlink(), "only shards"),
 }

@@ -19,12 +19,13 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose
 from tc_lightning.planner.front import write_front
+from tc_lightning.planner.pilot import SEED
 from tc_lightning.planner.policy import PlannerPolicy
 from tc_lightning.planner.recipe import Recipe
 from tc_lightning.planner.run import Choice, PlannerRun, Subject
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import PrunedStep
-from tc_lightning.sampling import model_signature, reference_plan
+from tc_lightning.sampling import labels_for, model_signature, reference_plan
 from tc_lightning.scores import Scores, sampler_digest
 from tc_lightning.segments import skip
 
@@ -157,7 +158,7 @@ class TestPlanner:
         fewer_steps = [point.plan.sampler for point in choice.front if point.role == "fewer steps"]
         assert all(point.plan.fewer_steps in fewer_steps for point in choice.front if point.role == "planned")
         write_front(choice.front, tmp_path)
-        rows = json.loads((tmp_path / "front" / "front.json").read_text())
+        rows = json.loads((tmp_path / "front" / "front.json").read_text(encoding="utf-8"))
         assert {row["role"] for row in rows} == {"planned", "fewer steps"}
         assert sum(row["chosen"] for row in rows) == 1
 
@@ -184,7 +185,7 @@ class TestPlanner:
 
     def test_what_the_coefficients_were_fitted_on_is_said(self) -> None:
         fit = policy("none").plan(context()).plan.provenance["fit"]
-        assert fit == {"target": "reference", "guidance": 1.5, "images": 4, "labels": [0, 1, 2, 3]}
+        assert fit == {"target": "reference", "guidance": 1.5, "images": 4, "labels": labels_for(SEED, range(4), 5).unique().tolist()}
 
     def test_an_unknown_use_is_refused(self) -> None:
         with pytest.raises(PlanError, match="auto, keep, none"):

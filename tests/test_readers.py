@@ -69,7 +69,7 @@ def test_plans(tmp_path_factory, raw):
         return
     assert CachePlan.from_json(json.loads(json.dumps(plan.to_json()))).digest == plan.digest
     assert plan.summary
-    assert planned(plan, lower(plan), "fp32")["macs_speedup"] > 0
+    assert planned(plan, lower(plan, "cpu"), "fp32")["macs_speedup"] > 0
 
 
 @pytest.fixture(scope="module")

@@ -336,14 +336,14 @@ def written(tmp_path_factory) -> Path:
 
 def test_weights_are_written_and_hashed_once_whatever_the_number_of_plans(written):
     """Each is 2.7 GB for DiT-XL/2."""
-    rows = json.loads((written / "report.json").read_text())["rows"]
+    rows = json.loads((written / "report.json").read_text(encoding="utf-8"))["rows"]
     assert len(rows) > 5
     assert WORK.written == ["0.data"]
     assert len(WORK.hashed) == 1
 
 
 def test_the_plans_own_speedup_is_compared(written):
-    report = json.loads((written / "report.json").read_text())
+    report = json.loads((written / "report.json").read_text(encoding="utf-8"))
     own = next(row["macs_speedup"] for row in report["rows"] if row["method"] == "this run's plan")
     assert report["settings"]["budgets"] == [math.floor(100 * own) / 100, 3.0]
     assert 1.8 < own < 2.0

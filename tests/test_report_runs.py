@@ -34,7 +34,7 @@ POLICIES = {  # of a config those that use what it learns, and all of one
 def report_of(run: Path, *more: str) -> dict[str, Any]:
     """What `python -m tc_lightning report` writes of a run."""
     main(["report", "--run", str(run), *SMALL, *more])
-    return json.loads((run / "report" / "report.json").read_text())
+    return json.loads((run / "report" / "report.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("config", POLICIES)

@@ -39,9 +39,9 @@ def older_version(folder: Path) -> None:
     """Make a run.json what it was before runs said what they are for."""
     path = folder / "run.json"
     times = (path.stat().st_atime, path.stat().st_mtime)
-    content = json.loads(path.read_text()) | {"format_version": 1}
+    content = json.loads(path.read_text(encoding="utf-8")) | {"format_version": 1}
     del content["purpose"]
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     os.utime(path, times)
 
 
@@ -68,7 +68,7 @@ def test_an_older_run_is_not_taken_in_place_of_a_damaged_one(tmp_path: Path) -> 
     empty_run(tmp_path, "digits/version_0", age=10)
     newest = empty_run(tmp_path, "digits/version_1", age=0)
     for damage in ("{", "[]", '"fit"'):
-        (newest / "run.json").write_text(damage)
+        (newest / "run.json").write_text(damage, encoding="utf-8")
         for reading in (lambda: find_run(tmp_path), lambda: read_run(newest)):
             with pytest.raises(RunError, match="is damaged"):
                 reading()

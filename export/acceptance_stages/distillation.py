@@ -87,7 +87,7 @@ def run(report: Reporter, provider: str, scratch: Path) -> None:
 
 def fit_digits(found: Findings, provider: str, scratch: Path, seconds: float) -> None:
     """`lightning fit` from data to plan, as short as it gets, on the device."""
-    (scratch / "short.yaml").write_text(OVERLAY)
+    (scratch / "short.yaml").write_text(OVERLAY, encoding="utf-8")
     configs = [ROOT / "lightning_configs" / name for name in ("digits.yaml", "bf16.yaml")]
     command = [sys.executable, "-m", "tc_lightning", "fit", *(f"--config={path}" for path in (*configs, "short.yaml"))]
     accelerator = f"--trainer.accelerator={'gpu' if provider == 'cuda' else 'cpu'}"

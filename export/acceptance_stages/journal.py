@@ -101,7 +101,7 @@ class Journal:
             TokenCacheError: if there is no such file, or it is another one.
         """
         try:
-            first, *rest = self.path.read_text().splitlines()
+            first, *rest = self.path.read_text(encoding="utf-8").splitlines()
             return Record(json.loads(first)["run"], tuple(Line(**fields) for fields in map(_whole, rest) if fields is not None))
         except FileNotFoundError as error:
             raise TokenCacheError(f"{self.path} does not exist: name the folder of an acceptance run with --out.") from error

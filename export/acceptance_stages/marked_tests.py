@@ -17,7 +17,7 @@ MARK = "gpu"
 def run(report: Reporter, provider: str, scratch: Path) -> None:
     """See the module."""
     with report.part(f"pytest -m {MARK}") as found:
-        files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if f"mark.{MARK}" in path.read_text()]
+        files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if f"mark.{MARK}" in path.read_text(encoding="utf-8")]
         if not files:
             raise NotHere(f"there are no tests in {TESTS}: run it from a checkout")
         results = scratch / "results.xml"

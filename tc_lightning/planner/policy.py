@@ -120,8 +120,11 @@ class PlannerPolicy(Policy):
         run = PlannerRun(dataclasses.replace(self.settings, price=self.price), subject)
         searches = run.searches()
         choices = run.finish(searches)
-        trials = {speedup: sorted(search.trials.values(), key=_error) for speedup, search in searches.items()}
-        rows = [_row(speedup, trial, choices[speedup]) for speedup, ones in trials.items() for trial in ones]
+        known = {recipe: trial for search in searches.values() for recipe, trial in search.trials.items()}
+        rows = []
+        for speedup, choice in choices.items():  # finalists of a smaller budget are compared in a larger one too
+            compared = {one.recipe: known[one.recipe] for one in choice.finalists}
+            rows += [_row(speedup, trial, choice) for trial in sorted((searches[speedup].trials | compared).values(), key=_error)]
         return PlanChoice(choices[self.settings.target_speedup].plan, rows, run.points(choices))
 
 
