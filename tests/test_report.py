@@ -5,6 +5,8 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from export.report.subjects import (
     Subject,
     distinct,
     fewer_steps,
+    fitted,
     planned,
     published,
     rounded_down,
@@ -211,6 +214,8 @@ def test_front_of_the_planner(teacher, tmp_path):
                 "mse_reference": None,
                 "target": "ode",
                 "chosen": False,
+                "role": "planned",
+                "budgets": [],
             }
         )
     (tmp_path / "front" / "front.json").write_text(json.dumps(entries), encoding="utf-8")
@@ -221,6 +226,18 @@ def test_front_of_the_planner(teacher, tmp_path):
         reaches = [plan for plan in plans if plan_macs(reference) / plan_macs(plan) >= budget]
         assert reaches[-1] in [s.plan for s in found[1:]]
     assert len(found) == 4
+    fewer = make_plan(teacher, (FULL,) * 5, reference=reference.sampler)
+    fewer.save(tmp_path / "front" / "fewer.json")
+    row = entries[0] | {"plan": "front/fewer.json", "macs_speedup": 2.0, "role": "fewer steps"}
+    (tmp_path / "front" / "front.json").write_text(json.dumps([*entries, row]), encoding="utf-8")
+    context: Any = SimpleNamespace(model=teacher)
+    told: list[str] = []
+    rivals = list(fitted(context, reference, tmp_path, (2.0, 5.0), told.append))
+    assert [(s.group, s.plan.num_steps, s.plan.caches) for s in rivals] == [(FEWER, 5, False), (FEWER, 2, False)]
+    assert rivals[0].plan == fewer
+    assert rivals[1].plan.sampler.name == "dpmpp_2m-fitted"
+    assert told == ["fewer steps, fitted and refined, 5x"]
+    assert fewer not in [s.plan for s in planned(reference, own, tmp_path, (2.0,), 9)]
     (tmp_path / "front" / "front.json").write_text("[{}]", encoding="utf-8")
     with pytest.raises(RunError, match="is damaged"):
         list(planned(reference, own, tmp_path, (2.0,), 3))
@@ -408,6 +425,9 @@ def test_nothing_is_exported_after_a_reference_run_that_fails(written, monkeypat
 def test_torch_follows_the_provider(written, monkeypatch, capsys):
     """Teacher and content predictor of a report are where ONNX Runtime will be."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert torch_device("cuda", 1).index == 1
+    assert torch_device("cuda", 2).type == "cpu"
     assert [torch_device(provider).type for provider in ("cuda", "cpu")] == ["cuda", "cpu"]
     monkeypatch.chdir(written.parents[3])
     asked = []
