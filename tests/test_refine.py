@@ -38,7 +38,8 @@ def model() -> DiT:
 
 @pytest.fixture(scope="module")
 def target(model: DiT) -> TargetRun:
-    run = run_target(model, make_sampler("ddim", 12), GUIDANCE, *images(model, list(range(6))), batch=3)
+    noise, _ = images(model, list(range(6)))
+    run = run_target(model, make_sampler("ddim", 12), GUIDANCE, noise, torch.arange(6), batch=3)
     return dataclasses.replace(run, weights_B=torch.tensor([1.0, 1.0, 2.0, 2.0, 2.0, 2.0]))
 
 

@@ -39,7 +39,7 @@ from tc_lightning.planner.target import TargetRun
 from tc_lightning.ranks import ALONE, Ranks
 from tc_lightning.sampling import Rollout, sample
 
-PROBES = 4
+PROBES = 6
 DAMPING = (1e-1, 1e-2, 1e-3)
 _SEED = 0x50726F62
 
