@@ -93,7 +93,7 @@ def test_stages_that_raise_hang_or_are_killed_leave_the_others_alone(tmp_path):
 
 
 def test_a_run_that_is_cut_off_tells_what_it_got_to(tmp_path):
-    done = acceptance("--out", tmp_path, "--minutes", 0.05, "--stages", 2, 5, 7)
+    done = acceptance("--out", tmp_path, "--minutes", 0.05, "--stages", 2, 5, 7, "--plant", "2=hang")
     assert done.returncode == 4
     lines = [json.loads(line) for line in (tmp_path / NAME).read_text(encoding="utf-8").splitlines()]
     assert lines[0]["run"]["stages"] == [2, 5, 7]
