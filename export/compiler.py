@@ -12,16 +12,14 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from export.emit import Emitter, condition_times
+from export.emit import MODULATION_TABLE, Emitter, condition_times
 from export.fidelity import Fidelity, measure
 from export.folders import replacing_folder
 from export.manifest import NAME, ArtefactError, read_manifest, write_manifest
-from export.onnx_dit import MODULATION_TABLE, SELECTOR, with_views
 from export.parity import Check, prove, require_parity, trajectory_error
 from export.programs import LoweredPlan, Program, computed_tokens, lower
 from export.runtime import CachedSampler
-from export.symbolic import External
-from export.weights import write_weights
+from export.weights import SELECTOR, External, place_weights, write_weights
 from tc_lightning.content_predictor import Selector, require_selector
 from tc_lightning.costs import cache_bytes_per_image, entry_dtype, entry_rows, entry_shape, halves_share, macs_speedup
 from tc_lightning.dataflow import Entry
@@ -110,11 +108,18 @@ def _compile(
 def write_unproved(
     model: DiT, plan: CachePlan, lowered: LoweredPlan, folder: Path, precision: str, selector: Selector | None = None
 ) -> dict[str, Any]:
-    """Write everything but the proof, and return what the manifest will say so far; nobody but the exporter should run this."""
+    """Write everything but the proof, and return what the manifest will say so far; nobody but the exporter should run this.
+
+    Raises:
+        ExportError: if the network does what has no ONNX form; nothing is written then.
+    """
     require_selector(plan, selector)
     tensors = model.state_dict() | (selector_tensors(model, plan, selector) if plan.selector and selector else {})
-    index = with_views(write_weights(tensors.items(), folder / WEIGHTS, precision))
-    graphs = _write_graphs(model, plan, lowered, folder, precision, index)
+    index = place_weights(tensors, precision)
+    emitter = Emitter(plan, model, selector.predictor if selector else None, precision, WEIGHTS, index)
+    graphs = {"condition": emitter.condition()} | {name: emitter.step(programs) for name, programs in lowered.graphs.items()}
+    write_weights(tensors, folder / WEIGHTS, index)
+    _write_graphs(graphs, folder)
     plan.save(folder / "plan.json")
     return _describe(model, plan, lowered, index, precision, graphs)
 
@@ -127,18 +132,11 @@ def selector_tensors(model: DiT, plan: CachePlan, selector: Selector) -> dict[st
     return weights | {MODULATION_TABLE: torch.cat(terms, 1)}
 
 
-def _write_graphs(
-    model: DiT, plan: CachePlan, lowered: LoweredPlan, folder: Path, precision: str, index: dict[str, External]
-) -> dict[str, onnx.ModelProto]:
-    emitter = Emitter(plan, model.config, precision, WEIGHTS, index)
-    features = model.t_embedder.features(torch.tensor(condition_times(plan)[0])).numpy()
-    graphs = {"condition": emitter.condition(features)}
-    graphs |= {name: emitter.step(programs) for name, programs in lowered.graphs.items()}
+def _write_graphs(graphs: dict[str, onnx.ModelProto], folder: Path) -> None:
     for name, graph in graphs.items():
         path = folder / f"{name}.onnx"
         onnx.save(graph, str(path))
         onnx.checker.check_model(str(path))
-    return graphs
 
 
 def _describe(

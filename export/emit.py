@@ -18,108 +18,146 @@ of them does: what a step does not read, it replaces whole before it is used, an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
+import torch
 
-from export.onnx_dit import OnnxDiT, OnnxSelector
 from export.programs import FULL, Program, kept_tokens
 from export.schedule import PAST
-from export.symbolic import External, Graph, OnnxOps, Sym
+from export.symbolic import Graph, Sym, Weights
+from export.torch_functions import ANSWERS
+from export.torch_shapes import at, gather, lookup
+from export.traced import NetworkInGraph, conditioning, pack, skeleton, unpack
+from export.weights import SELECTOR, External
 from tc_lightning.cache import Guided, Step, forecast, predict
+from tc_lightning.content_predictor import ContentPredictor
 from tc_lightning.costs import entry_dtype, entry_shape
 from tc_lightning.dataflow import Entry, StepFlow, trace
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.diffusion.update import Coefficients, advance
-from tc_lightning.models.dit import DiTConfig
+from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
 
+MODULATION_TABLE = f"{SELECTOR}.modulations"  # the content predictor's adaLN terms [T, 6, D]: they depend on the step alone
 
-@dataclasses.dataclass(frozen=True)
+
 class Emitter:
     """Writes the graphs of one plan.
 
     Args:
         plan: the plan.
-        config: shape of the model.
+        network: the teacher.
+        predictor: the content predictor that the plan names, if it does.
         dtype: working precision, fp32, fp16 or bf16; latents, guidance and the sampler are always fp32.
         weights_file: name of the shared weights file.
-        index: what is in it.
+        index: what is in it; views of it that graphs take are added.
     """
 
-    plan: CachePlan
-    config: DiTConfig
-    dtype: str
-    weights_file: str
-    index: dict[str, External]
+    def __init__(
+        self,
+        plan: CachePlan,
+        network: DiT,
+        predictor: ContentPredictor | None,
+        dtype: str,
+        weights_file: str,
+        index: dict[str, External],
+    ) -> None:
+        self.plan, self.dtype = plan, dtype
+        self._network, names = skeleton(network, dtype)
+        self._like = conditioning(self._network, *(torch.zeros(1, dtype=kind, device="meta") for kind in (torch.float32, torch.int64)))
+        self._predictor = None
+        if predictor is not None:
+            self._predictor, more = skeleton(predictor, dtype, f"{SELECTOR}.")
+            names |= more
+        self._weights = Weights(weights_file, index, names)
 
-    def condition(self, features_TF: np.ndarray) -> onnx.ModelProto:
-        """The condition graph, from the timestep features of `condition_times`."""
-        g = Graph("condition", self.weights_file, self.index)
+    def condition(self) -> onnx.ModelProto:
+        """The condition graph."""
+        g = Graph("condition", self._weights, ANSWERS)
         steps, offset = g.input("steps", "int64", ["steps"]), g.input("offset", "int64", [])
         labels = g.input("labels", "int64", ["labels"])
-        features = g.op("Gather", g.constant(features_TF, "fp32"), steps + offset, axis=0, dtype="fp32")
-        mods = OnnxDiT(g, self.config, self.dtype).modulation_table(features.cast(self.dtype), labels)
+        t_S1 = lookup(g, np.array(condition_times(self.plan)[0]), (steps + offset)[:, None], "fp32")
+        mods = pack(conditioning(self._network, t_S1, labels))
         g.output("mods", mods, ["steps", "labels", *self._table_shape])
-        g.output("first_step", g.op("Gather", steps, g.constant(0, "int64"), axis=0), [])
+        g.output("first_step", at(steps, 0, 0), [])
         return g.model()
 
     def step(self, programs: Sequence[Program]) -> onnx.ModelProto:
-        """The graph of one step program, or of several that share it: network, guidance and sampler update."""
+        """The graph of one step program, or of several that share it: network, guidance and sampler update.
+
+        Raises:
+            ExportError: if the network does what has no ONNX form.
+        """
         program = _union(programs)
-        g = Graph(program.name, self.weights_file, self.index)
-        ops, signature, guidance = OnnxOps(g), self.plan.model, self.plan.guidance
+        g = Graph(program.name, self._weights, ANSWERS)
+        signature, guidance = self.plan.model, self.plan.guidance
         latent: list[int | str] = ["batch", signature.in_channels, signature.input_size, signature.input_size]
-        x = g.input("x", "fp32", latent)
+        x: Any = g.input("x", "fp32", latent)
         table = self.plan.baseline if program.name == FULL else self.plan.scaled_sampler
         history = PAST[: table.history]
-        past = [g.input(name, "fp32", latent) for name in history]
+        past: list[Any] = [g.input(name, "fp32", latent) for name in history]
         step, first_bad = g.input("step", "int64", []), g.input("first_bad", "int64", [])
         mods = self._modulations(g, step)
         mode = program.guidance.mode
         scale = g.input("guidance", "fp32", []) if guidance.doubles_batch and mode != "cond" else None
         guided = Guided(mode, scale, guidance.channels) if guidance.doubles_batch else None
 
-        model = OnnxDiT(g, self.config, self.dtype)
-        block_mods, final = model.unpack(mods, [b for s in program.segments if s.mode != "skip" for b in s.blocks])
-        scorer = OnnxSelector(g, self.config, step).scores
-        todo = Step(program.segments, self._kept(g, ops, step, program), self._cached(g, step, program), program.writes, scorer)
-        eps, writes = predict(todo, guided, x, model, block_mods, final, signature.in_channels, ops)
-        x_next, m = advance(x, eps, past, self._coefficients(g, step, table))
+        model = NetworkInGraph(g, self._network, self.dtype)
+        terms = unpack(g, mods, self._like, [b for s in program.segments if s.mode != "skip" for b in s.blocks])
+        todo = Step(
+            program.segments, self._kept(g, step, program), self._cached(g, step, program), program.writes, self._scorer(g, step)
+        )
+        predicted: tuple[Any, dict[Entry, Any]] = predict(todo, guided, x, model, terms.blocks, terms.final, signature.in_channels)
+        eps, found = predicted
+        advanced: tuple[Any, Any] = advance(x, eps, past, self._coefficients(g, step, table))
+        x_next, m = advanced
         g.output("x_next", x_next, latent)
-        g.output("step_next", step + g.constant(1, "int64"), [])
+        g.output("step_next", step + 1, [])
         g.output("first_bad_next", self._first_bad(g, x_next, step, first_bad, len(table)), [])
         if history:
             g.output("m", m, latent)
         for entry in program.writes:
-            g.output(f"{entry.name}.new", writes[entry], self._entry_shape(entry))
+            g.output(f"{entry.name}.new", found[entry], self._entry_shape(entry))
         return g.model()
 
     @property
     def _table_shape(self) -> tuple[int, int]:
-        return 6 * self.config.depth + 2, self.config.hidden_size
+        return self._like.rows, self.plan.model.width
 
     def _modulations(self, g: Graph, step: Sym) -> Sym:
         """This step's adaLN terms for every row of the batch, [M, R, D]."""
         first = g.input("first_step", "int64", [])
         table = g.input("mods", self.dtype, ["steps", "labels", *self._table_shape])
         rows = g.input("rows", "int64", ["rows"])
-        return g.op("Gather", g.op("Gather", table, step - first, axis=0), rows, axis=0)
+        return gather(gather(table, step - first, 0), rows, 0)
+
+    def _scorer(self, g: Graph, step: Sym) -> Callable[[Any], Any]:
+        """The content predictor at a step, from tokens to scores [B, L, N] in fp32."""
+
+        def scores(z_BND: Sym) -> Sym:
+            assert self._predictor is not None, "content segments need a content predictor"
+            like = self._predictor.modulation(self._network, torch.zeros(1, device="meta"))
+            terms_RD = gather(g.weight(MODULATION_TABLE), step, 0)
+            return self._predictor(z_BND, type(like)(*terms_RD.chunk(len(like))))
+
+        return scores
 
     def _first_bad(self, g: Graph, x_BCHW: Sym, step: Sym, first_bad: Sym, steps: int) -> Sym:
         """This step, if a latent is not finite and none was before; 0 times such a value is NaN, and so is a sum with NaN."""
-        spoilt = g.op("IsNaN", g.op("ReduceSum", x_BCHW * 0.0, keepdims=0), dtype="bool")
-        return g.op("Min", first_bad, g.op("Where", spoilt, step, g.constant(steps, "int64"), dtype="int64"))
+        spoilt = g.op("IsNaN", g.op("ReduceSum", x_BCHW * 0.0, shape=(), keepdims=0), shape=(), kind="bool")
+        return g.op("Min", first_bad, g.op("Where", spoilt, step, g.constant(steps, "int64"), shape=(), kind="int64"), shape=())
 
-    def _cached(self, g: Graph, step: Sym, program: Program) -> dict[Entry, Sym]:
+    def _cached(self, g: Graph, step: Sym, program: Program) -> dict[Entry, Any]:
         """Declare the cache inputs and forecast every entry that is read."""
-        flows, cached = trace(self.plan), {}
+        flows, cached = trace(self.plan), dict[Entry, Any]()
         for entry, count in program.reads:
             dtype = entry_dtype(entry, self.dtype)
-            values = [g.input(f"{entry.name}.{j}", dtype, self._entry_shape(entry)) for j in range(count)]
+            values: list[Any] = [g.input(f"{entry.name}.{j}", dtype, self._entry_shape(entry)) for j in range(count)]
             weights_TO = forecast_table(flows, program.steps, entry, count)
-            columns = [self._lookup(g, step, column, dtype) for column in weights_TO.T] if count > 1 else []
+            columns = [lookup(g, column, step, dtype) for column in weights_TO.T] if count > 1 else []
             cached[entry] = forecast(values, columns)
         return cached
 
@@ -127,47 +165,37 @@ class Emitter:
         """Shape of an entry in the graphs: a row for every image, or for every row of an undivided batch."""
         return ["batch" if entry.half or entry.kind == "guidance" else "rows", *entry_shape(self.plan, entry)]
 
-    def _kept(self, g: Graph, ops: OnnxOps, step: Sym, program: Program) -> tuple[Sym | None, ...]:
-        """Kept tokens [K] of static segments, looked up by step, and registered with their places in [M, N, D]."""
-        if not any(s.mode == "partial" for s in program.segments):
-            return (None,) * len(program.segments)
-        row_pair = g.constant(np.array([1, 0]), "int64")
-        row_M12 = g.reshape(g.input("numbers", "int64", ["rows"]), -1, 1, 1) * row_pair
-        ops.number_rows(row_M12)
-        token = g.constant(1, "int64")
-        kept: list[Sym | None] = []
-        for segment in program.segments:
-            if segment.mode == "partial" and not segment.is_content:
-                token_K2 = self._token_pairs(g, step, {i: kept_tokens(self.plan, i, segment) for i in program.steps})
-                kept.append(ops.register(g.op("Gather", token_K2, token, axis=1), row_M12 + token_K2))
-            else:
-                kept.append(None)
-        return tuple(kept)
+    def _kept(self, g: Graph, step: Sym, program: Program) -> tuple[Any, ...]:
+        """Kept tokens [K] of static segments, looked up by step; where any are put into place, the rows of the batch are numbered."""
+        if any(s.mode == "partial" for s in program.segments):
+            g.row_pairs = g.input("numbers", "int64", ["rows"])[:, None, None] * g.constant(np.array([1, 0]), "int64")
+        return tuple(
+            self._tokens(g, step, {i: kept_tokens(self.plan, i, segment) for i in program.steps})
+            if segment.mode == "partial" and not segment.is_content
+            else None
+            for segment in program.segments
+        )
 
-    def _token_pairs(self, g: Graph, step: Sym, tokens: dict[int, tuple[int, ...]]) -> Sym:
-        """Pairs (0, token) of this step's tokens, [K, 2]; a constant if all steps share them."""
+    def _tokens(self, g: Graph, step: Sym, tokens: dict[int, tuple[int, ...]]) -> Sym:
+        """This step's tokens [K]; a constant if all steps share them."""
         if len({*tokens.values()}) == 1:
-            tokens_K = next(iter(tokens.values()))
-            return g.constant(np.stack([np.zeros_like(tokens_K), tokens_K], axis=-1), "int64")
+            return g.constant(np.array(next(iter(tokens.values()))), "int64")
         counts_T = np.array([len(tokens.get(i, ())) for i in range(self.plan.num_steps)])
-        pairs_TK2 = np.zeros((self.plan.num_steps, counts_T.max(), 2), dtype=np.int64)
+        tokens_TK = np.zeros((self.plan.num_steps, counts_T.max()), dtype=np.int64)
         for i, kept in tokens.items():
-            pairs_TK2[i, : len(kept), 1] = kept
-        pairs_K2 = g.op("Gather", g.constant(pairs_TK2, "int64"), step, axis=0)
+            tokens_TK[i, : len(kept)] = kept
+        tokens_K = lookup(g, tokens_TK, step, "int64")
         if len({*map(len, tokens.values())}) == 1:
-            return pairs_K2
-        zero, count = g.constant(np.array([0]), "int64"), g.reshape(self._lookup(g, step, counts_T, "int64"), 1)
-        return g.op("Slice", pairs_K2, zero, count)
+            return tokens_K
+        zero, count = g.constant(np.array([0]), "int64"), lookup(g, counts_T, step, "int64").reshape(1)
+        return g.op("Slice", tokens_K, zero, count, shape=(None,))
 
     def _coefficients(self, g: Graph, step: Sym, table: SamplerTable) -> Coefficients:
         def column(name: str) -> Sym:
-            return self._lookup(g, step, np.array([getattr(row, name) for row in table.steps]), "fp32")
+            return lookup(g, np.array([getattr(row, name) for row in table.steps]), step, "fp32")
 
         past = tuple(column(f"next_{name}") for name in PAST[: table.history])
         return Coefficients(column("m_x"), column("m_eps"), column("next_x"), column("next_m"), past)
-
-    def _lookup(self, g: Graph, step: Sym, column_T: np.ndarray, dtype: str) -> Sym:
-        return g.op("Gather", g.constant(column_T, dtype), step, axis=0)
 
 
 def _union(programs: Sequence[Program]) -> Program:

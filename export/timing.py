@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from export.cuda_provider import CUDA
 from export.runtime import CachedSampler
-from tc_lightning.array_ops import TorchOps
 from tc_lightning.diffusion.update import advance, coefficients, guide
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT
@@ -55,14 +54,14 @@ def torch_latents(eps: Denoiser, plan: CachePlan, x_BCHW: Tensor, labels_B: Tens
         labels_B: class of each image.
         dtype: precision of the network; guidance and sampler are in fp32.
     """
-    ops, doubled, channels = TorchOps(), plan.guidance.doubles_batch, plan.model.in_channels
+    doubled, channels = plan.guidance.doubles_batch, plan.model.in_channels
     y = torch.cat([labels_B, torch.full_like(labels_B, plan.model.num_classes)]) if doubled else labels_B
     past: tuple[Tensor, ...] = ()
     for row in plan.baseline.steps:
         x = torch.cat([x_BCHW, x_BCHW]) if doubled else x_BCHW
         e = eps(x.to(dtype), torch.full((len(y),), row.t, device=x.device), y).float()
         if doubled:
-            e = guide(e, plan.guidance.scale, plan.guidance.channels, channels, ops)
+            e = guide(e, plan.guidance.scale, plan.guidance.channels, channels)
         x_BCHW, m = advance(x_BCHW, e, past, coefficients(row))
         past = (m, *past)[: plan.baseline.history]
     return x_BCHW.cpu()

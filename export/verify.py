@@ -25,12 +25,10 @@ from tqdm import tqdm
 from export.command import positive, run
 from export.fidelity import measure, psnr
 from export.manifest import ArtefactError
-from export.onnx_dit import SELECTOR
 from export.parity import prove, require_parity, trajectory_error
 from export.programs import lower
 from export.runtime import CachedSampler
-from export.symbolic import External
-from export.weights import read_weights
+from export.weights import SELECTOR, External, read_weights
 from tc_lightning.content_predictor import ContentPredictor, Selector
 from tc_lightning.costs import full_step_macs, macs_speedup, plan_macs
 from tc_lightning.diffusion.samplers import SAMPLERS

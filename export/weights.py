@@ -3,41 +3,54 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from export.symbolic import External
 from tc_lightning.errors import TokenCacheError
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_LARGE, _PAGE, _LINE = (
-    1 << 16,
-    4096,
-    64,
-)  # large tensors start on a page, so that they can be mapped; small ones on a cache line
+SELECTOR = "selector"  # what the names of the content predictor's weights begin with
+_LARGE, _PAGE, _LINE = 1 << 16, 4096, 64  # large tensors start on a page, so that they can be mapped; small ones on a cache line
 
 
-def write_weights(tensors: Iterable[tuple[str, Tensor]], path: Path, dtype: str) -> dict[str, External]:
-    """Write tensors one after the other, never holding more than one converted copy.
+class External(NamedTuple):
+    """A tensor in the shared weights file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def place_weights(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, External]:
+    """Where each tensor will be in a weights file of this precision, one after the other."""
+    index, end = {}, 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * TORCH_DTYPES[dtype].itemsize
+        start = end + -end % (_PAGE if nbytes >= _LARGE else _LINE)
+        index[name], end = External(dtype, tuple(tensor.shape), start, nbytes), start + nbytes
+    return index
+
+
+def write_weights(tensors: Mapping[str, Tensor], path: Path, index: Mapping[str, External]) -> None:
+    """Write tensors to their places, never holding more than one converted copy.
 
     Raises:
-        TokenCacheError: if a weight is not finite in this precision.
+        TokenCacheError: if a weight is not finite in its precision.
     """
-    index: dict[str, External] = {}
     with path.open("wb") as file:
-        for name, tensor in tensors:
-            flat = tensor.detach().to("cpu", TORCH_DTYPES[dtype]).contiguous()
+        for name, tensor in tensors.items():
+            entry = index[name]
+            flat = tensor.detach().to("cpu", TORCH_DTYPES[entry.dtype]).contiguous()
             if not torch.isfinite(flat).all():
-                raise TokenCacheError(f"weight {name} is not finite in {dtype}: export with another --precision.")
-            align = _PAGE if flat.nbytes >= _LARGE else _LINE
-            file.write(b"\0" * (-file.tell() % align))
-            index[name] = External(dtype, tuple(flat.shape), file.tell(), flat.nbytes)
+                raise TokenCacheError(f"weight {name} is not finite in {entry.dtype}: export with another --precision.")
+            file.write(b"\0" * (entry.offset - file.tell()))
             file.write(flat.view(-1).view(torch.uint8).numpy().data)
-    return index
 
 
 def read_weights(path: Path, index: dict[str, External]) -> Iterator[tuple[str, Tensor]]:

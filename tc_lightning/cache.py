@@ -1,7 +1,7 @@
 """What caching means: pure functions in which the cache is an argument and a return value.
 
-The one definition of compute, recompute-some-tokens, reuse and skip. The reference sampler calls these functions with torch tensors
-(`tc_lightning.array_ops.TorchOps`), the exporter with symbolic values that write ONNX nodes, and training calls their soft forms,
+The one definition of compute, recompute-some-tokens, reuse and skip. The reference sampler calls these functions with tensors, the
+exporter with symbolic values that stand for tensors and write ONNX nodes (`export.symbolic`), and training calls their soft forms,
 `mixed_block` (partial steps) and `mixed_branches` (reuse), which equal the hard forms wherever their weights are 0 or 1.
 
 Shape suffixes: B batch (both halves of guidance), L blocks, N tokens, K kept tokens, D width.
@@ -12,16 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
+import torch
 from torch import Tensor
 
-from tc_lightning.array_ops import Array, Ops
 from tc_lightning.dataflow import Entry
 from tc_lightning.diffusion.update import difference_of_halves, guide, guide_by
+from tc_lightning.lean import put, take
 from tc_lightning.models.dit import DiTBlock, KeyValue, Modulation
 from tc_lightning.segments import Segment
 
-Cache = Mapping[Entry, Array]
+Cache = Mapping[Entry, Tensor]
 EXACT = 1 << 24  # fp32 holds every integer up to here
 
 
@@ -31,13 +31,13 @@ class Step(NamedTuple):
     one half of guidance for content segments."""
 
     segments: tuple[Segment, ...]
-    kept: tuple[Array | None, ...]
+    kept: tuple[Tensor | None, ...]
     cached: Cache
     wanted: Collection[Entry]
-    scorer: Callable[[Array], Array] | None = None
+    scorer: Callable[[Tensor], Tensor] | None = None
 
 
-def forecast(values: Sequence[Array], weights: Sequence[Any]) -> Array:
+def forecast(values: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
     """Weighted sum of an entry's last values, latest first (TaylorSeer, arXiv 2503.06923, with exact extrapolation weights)."""
     if len(values) == 1:
         return values[0]
@@ -47,7 +47,7 @@ def forecast(values: Sequence[Array], weights: Sequence[Any]) -> Array:
     return total
 
 
-def choose_tokens(segment: Segment, a_BLN: Array, num_tokens: int, ops: Ops) -> Array:
+def choose_tokens(segment: Segment, a_BLN: Tensor) -> Tensor:
     """Tokens [B, K] of a content segment: those with the highest mean score over its blocks; of equals, the first (TokenCache v2).
 
     Which of several equal values a TopK takes differs between torch, and ONNX Runtime's kernels for small and for long rows. So
@@ -56,30 +56,29 @@ def choose_tokens(segment: Segment, a_BLN: Array, num_tokens: int, ops: Ops) -> 
     Args:
         segment: a content segment.
         a_BLN: scores in [0, 1] in fp32, 1 meaning recompute.
-        num_tokens: tokens N.
-        ops: array operations.
     """
-    levels = EXACT // num_tokens - 1
-    level_BN = ops.floor(ops.block_mean(a_BLN, segment.start, segment.stop) * float(levels))
-    first_wins_N = ops.constant(np.arange(num_tokens)[::-1].copy(), a_BLN)
-    return ops.top(level_BN * float(num_tokens) + first_wins_N, segment.keep)
+    N, (start, stop) = a_BLN.shape[2], (segment.start, segment.stop)
+    mean_BN = a_BLN[:, start] if stop == start + 1 else a_BLN[:, start:stop].mean(1)
+    level_BN = (mean_BN * float(EXACT // N - 1)).floor()
+    first_wins_N = torch.arange(N - 1, -1, -1, dtype=a_BLN.dtype, device=a_BLN.device)
+    return (level_BN * float(N) + first_wins_N).topk(segment.keep, dim=1, sorted=False).indices
 
 
-def _choose_all(step: Step, z_BND: Array, both: bool, model: Any, ops: Ops) -> Step:
+def _choose_all(step: Step, z_BND: Tensor, both: bool) -> Step:
     """The step with the tokens of its content segments chosen, by one half of guidance for both."""
     if not any(s.is_content for s in step.segments):
         return step
     assert step.scorer is not None, "content segments need a scorer"
-    a_BLN = step.scorer(ops.halves(z_BND)[0] if both else z_BND)
+    a_BLN = step.scorer(z_BND.chunk(2)[0] if both else z_BND)
     kept = list(step.kept)
     for j, segment in enumerate(step.segments):
         if segment.is_content:
-            own = choose_tokens(segment, a_BLN, model.config.num_tokens, ops)
-            kept[j] = ops.concat([own, own], 0) if both else own
+            own = choose_tokens(segment, a_BLN)
+            kept[j] = torch.cat([own, own]) if both else own
     return step._replace(kept=tuple(kept))
 
 
-def run_blocks(step: Step, z_BND: Array, blocks: Sequence[Any], mods: Sequence[Any], ops: Ops) -> tuple[Array, dict[Entry, Array]]:
+def run_blocks(step: Step, z_BND: Tensor, blocks: Sequence[Any], mods: Sequence[Any]) -> tuple[Tensor, dict[Entry, Tensor]]:
     """Run all blocks as the step says.
 
     Args:
@@ -87,20 +86,20 @@ def run_blocks(step: Step, z_BND: Array, blocks: Sequence[Any], mods: Sequence[A
         z_BND: tokens.
         blocks: the blocks of a `DiT`, or objects with their methods.
         mods: adaLN terms of each block.
-        ops: array operations.
 
     Returns:
         Tokens [B, N, D], and the value of every wanted entry.
     """
-    writes: dict[Entry, Array] = {}
+    writes: dict[Entry, Tensor] = {}
     spans = [entry for entry in step.wanted if entry.kind == "span"]
     edges = {entry.start for entry in spans} | {entry.stop for entry in spans}
-    z_at: dict[int, Array] = {0: z_BND}
+    z_at: dict[int, Tensor] = {0: z_BND}
     for segment, kept in zip(step.segments, step.kept, strict=True):
         if segment.mode == "skip":
             z_BND = z_BND + step.cached[Entry("span", segment.start, segment.stop)]
         elif segment.mode == "partial":
-            z_BND = _run_partial(segment, kept, z_BND, blocks, mods, step.cached, writes, ops)
+            assert kept is not None, "tokens are chosen before blocks are run"
+            z_BND = _run_partial(segment, kept, z_BND, blocks, mods, step.cached, writes)
         else:
             for b in segment.blocks:
                 z_BND = _run_block(segment, b, z_BND, blocks[b], mods[b], step.cached, step.wanted, writes)
@@ -115,16 +114,16 @@ def run_blocks(step: Step, z_BND: Array, blocks: Sequence[Any], mods: Sequence[A
 def _run_block(
     segment: Segment,
     b: int,
-    z_BND: Array,
+    z_BND: Tensor,
     block: Any,
     mod: Any,
     cached: Cache,
     wanted: Collection[Entry],
-    writes: dict[Entry, Array],
-) -> Array:
+    writes: dict[Entry, Tensor],
+) -> Tensor:
     """Compute a block over all tokens, but for the branches that the segment reuses; add what is wanted to `writes`."""
     reused = segment.branches if segment.mode == "reuse" else ()
-    available: dict[str, Array] = {}
+    available: dict[str, Tensor] = {}
     if "attn" in reused:
         a_BND = cached[Entry("attn", b, b + 1)]
     else:
@@ -144,14 +143,13 @@ def _run_block(
 
 def _run_partial(
     segment: Segment,
-    kept: Array,
-    z_BND: Array,
+    kept: Tensor,
+    z_BND: Tensor,
     blocks: Sequence[Any],
     mods: Sequence[Any],
     cached: Cache,
-    writes: dict[Entry, Array],
-    ops: Ops,
-) -> Array:
+    writes: dict[Entry, Tensor],
+) -> Tensor:
     """Recompute the kept tokens through the segment: one gather on entry, one scatter on exit, however deep it is.
 
     Nothing inside the segment looks at the other tokens but through their cached keys and values, so their path through it is a
@@ -161,21 +159,21 @@ def _run_partial(
     span = cached.get(Entry("span", segment.start, segment.stop))
     if span is None:  # every token is kept, and in its place
         return _run_every_token(segment, z_BND, blocks, mods, cached)
-    z_BKD = ops.take(z_BND, kept)
+    z_BKD = take(z_BND, kept)
     for b in segment.blocks:
         if "attn" in segment.branches:
             q, k, v = blocks[b].qkv(z_BKD, mods[b])
-            k, v = (ops.put(cached[Entry(kind, b, b + 1)], kept, new) for kind, new in (("k", k), ("v", v)))
+            k, v = (put(cached[Entry(kind, b, b + 1)], kept, new) for kind, new in (("k", k), ("v", v)))
             writes |= {Entry("k", b, b + 1): k, Entry("v", b, b + 1): v}
             a_BKD = blocks[b].attention(q, k, v)
         else:
-            a_BKD = ops.take(cached[Entry("attn", b, b + 1)], kept)
+            a_BKD = take(cached[Entry("attn", b, b + 1)], kept)
         z_BKD = z_BKD + mods[b].gate_attn * a_BKD
         z_BKD = z_BKD + mods[b].gate_mlp * blocks[b].mlp_branch(z_BKD, mods[b])
-    return ops.put(z_BND + span, kept, z_BKD)
+    return put(z_BND + span, kept, z_BKD)
 
 
-def _run_every_token(segment: Segment, z_BND: Array, blocks: Sequence[Any], mods: Sequence[Any], cached: Cache) -> Array:
+def _run_every_token(segment: Segment, z_BND: Tensor, blocks: Sequence[Any], mods: Sequence[Any], cached: Cache) -> Tensor:
     """A partial segment that keeps all tokens; with the MLP alone recomputed, attention still comes from the cache."""
     for b in segment.blocks:
         a_BND = blocks[b].attn_branch(z_BND, mods[b])[0] if "attn" in segment.branches else cached[Entry("attn", b, b + 1)]
@@ -194,8 +192,8 @@ class Guided(NamedTuple):
 
 
 def predict(
-    step: Step, guided: Guided | None, x_BCHW: Array, model: Any, mods: Sequence[Any], final: Any, channels: int, ops: Ops
-) -> tuple[Array, dict[Entry, Array]]:
+    step: Step, guided: Guided | None, x_BCHW: Tensor, model: Any, mods: Sequence[Any], final: Any, channels: int
+) -> tuple[Tensor, dict[Entry, Tensor]]:
     """Guided eps of one step, from latents to latents.
 
     Blocks know nothing of the halves of guidance: what is cached of each is put together on entry and taken apart on exit.
@@ -208,44 +206,43 @@ def predict(
         mods: adaLN terms of each block, for the rows that are computed.
         final: those of the readout.
         channels: channels C of the latents.
-        ops: array operations.
 
     Returns:
         eps [B, C, H, W], and the value of every wanted entry.
     """
     both = guided is not None and guided.mode == "both"
     wanted = dict.fromkeys(entry.whole for entry in step.wanted if entry.kind != "guidance")
-    inner = step._replace(cached=join_halves(step.cached, ops), wanted=tuple(wanted))
-    z_BND = model.embed(ops.concat([x_BCHW, x_BCHW], 0) if both else x_BCHW)
-    inner = _choose_all(inner, z_BND, both, model, ops)
-    z_BND, found = run_blocks(inner, z_BND, model.blocks, mods, ops)
-    eps = ops.channels(model.readout(z_BND, final), 0, channels)
-    writes = split_halves(found, step.wanted, both, ops)
+    inner = step._replace(cached=join_halves(step.cached), wanted=tuple(wanted))
+    z_BND = model.embed(torch.cat([x_BCHW, x_BCHW]) if both else x_BCHW)
+    inner = _choose_all(inner, z_BND, both)
+    z_BND, found = run_blocks(inner, z_BND, model.blocks, mods)
+    eps = model.readout(z_BND, final)[:, :channels]
+    writes = split_halves(found, step.wanted, both)
     for entry in (e for e in step.wanted if e.kind == "guidance"):
         assert guided is not None
-        writes[entry] = difference_of_halves(eps, guided.channels, channels, ops)
+        writes[entry] = difference_of_halves(eps, guided.channels, channels)
     if guided is None or guided.mode == "cond":
         return eps, writes
     if both:
-        return guide(eps, guided.scale, guided.channels, channels, ops), writes
+        return guide(eps, guided.scale, guided.channels, channels), writes
     difference = next(value for entry, value in step.cached.items() if entry.kind == "guidance")
-    return guide_by(eps, difference, guided.scale, guided.channels, channels, ops), writes
+    return guide_by(eps, difference, guided.scale, guided.channels, channels), writes
 
 
-def join_halves(values: Cache, ops: Ops) -> dict[Entry, Array]:
+def join_halves(values: Cache) -> dict[Entry, Tensor]:
     """Cached values as blocks take them: those of the two halves of a batch one after the other, or the one that there is."""
     joined = {}
     for entry, value in values.items():
         if entry.half != "uncond":
             other = values.get(entry._replace(half="uncond")) if entry.half else None
-            joined[entry.whole] = value if other is None else ops.concat([value, other], 0)
+            joined[entry.whole] = value if other is None else torch.cat([value, other])
     return joined
 
 
-def split_halves(found: Cache, wanted: Collection[Entry], both: bool, ops: Ops) -> dict[Entry, Array]:
+def split_halves(found: Cache, wanted: Collection[Entry], both: bool) -> dict[Entry, Tensor]:
     """The wanted ones of the values that blocks return; `both`: whether these hold two halves."""
     divided = {entry.whole for entry in wanted if entry.half} if both else set()
-    pieces = {entry: dict(zip(("cond", "uncond"), ops.halves(found[entry]), strict=True)) for entry in sorted(divided)}
+    pieces = {entry: dict(zip(("cond", "uncond"), found[entry].chunk(2), strict=True)) for entry in sorted(divided)}
     return {e: pieces[e.whole][e.half] if e.whole in divided else found[e.whole] for e in wanted if e.kind != "guidance"}
 
 

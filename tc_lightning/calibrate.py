@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tc_lightning.array_ops import TorchOps
 from tc_lightning.cache import Step, forecast, run_blocks
 from tc_lightning.calibration import MAX_GAP, Calibration
 from tc_lightning.dataflow import Entry, lagrange_weights
@@ -26,7 +25,6 @@ from tc_lightning.segments import BRANCHES, MAX_ORDER, compute
 from tc_lightning.step_effect import step_effect
 from tc_lightning.superposition import enter, guided_eps
 
-OPS = TorchOps()
 BATCH = 4  # trajectories at a time: the branches of the last G steps of each are held
 
 
@@ -93,7 +91,7 @@ def _known(model: DiT, guidance: Guidance, x_BCHW: Tensor, t: float, labels_B: T
     L = len(model.blocks)
     z_BND, mods, final = enter(model, guidance, x_BCHW, torch.full((len(x_BCHW),), t, device=x_BCHW.device), labels_B)
     span, entries = Entry("span", 0, L), [Entry(branch, b, b + 1) for b in range(L) for branch in BRANCHES]
-    out_BND, writes = run_blocks(Step((compute(0, L),), (None,), {}, [span, *entries]), z_BND, list(model.blocks), mods, OPS)
+    out_BND, writes = run_blocks(Step((compute(0, L),), (None,), {}, [span, *entries]), z_BND, list(model.blocks), mods)
     return _Known(z_BND, writes[span], [writes[e] for e in entries], final, guided_eps(model, guidance, out_BND, final))
 
 

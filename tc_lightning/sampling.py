@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tc_lightning.array_ops import TorchOps
 from tc_lightning.cache import Guided, Step, forecast, predict
 from tc_lightning.content_predictor import Selector, require_selector
 from tc_lightning.dataflow import Entry, StepFlow, trace
@@ -23,9 +22,6 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.noise import initial_noise
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.segments import Segment, compute
-
-OPS = TorchOps()
-
 
 Store = dict[tuple[Entry, int], Tensor]  # (entry, step that wrote it) -> value
 # (step, x, eps, the solver's last m, latest first) -> (next x, m)
@@ -183,7 +179,7 @@ def _predict(
     guidance = plan.guidance
     guided = Guided(plan.guidance_mode(i).mode, guidance.scale, guidance.channels) if guidance.doubles_batch else None
     step = Step(plan.steps[i], kept, cached, flow.writes, None if selector is None else selector.scorer(model, t_M[: len(x_BCHW)]))
-    return predict(step, guided, x_BCHW, model, mods, final, plan.model.in_channels, OPS)
+    return predict(step, guided, x_BCHW, model, mods, final, plan.model.in_channels)
 
 
 def _rows(plan: CachePlan, i: int, labels_B: Tensor) -> Tensor:

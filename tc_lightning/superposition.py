@@ -15,13 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tc_lightning.array_ops import TorchOps
 from tc_lightning.cache import BlockCache, BranchCache, full_block, mixed_block, mixed_branches
 from tc_lightning.diffusion.update import guide
 from tc_lightning.models.dit import DiT, FinalModulation, Modulation
 from tc_lightning.plan import Guidance
-
-OPS = TorchOps()
 
 
 def enter(
@@ -39,7 +36,7 @@ def guided_eps(model: DiT, guidance: Guidance, z_BND: Tensor, final: FinalModula
     C = model.config.in_channels
     eps = model.readout(z_BND, final)[:, :C]
     eps = eps if eps.dtype == torch.float64 else eps.float()
-    return guide(eps, guidance.scale, guidance.channels, C, OPS) if guidance.doubles_batch else eps
+    return guide(eps, guidance.scale, guidance.channels, C) if guidance.doubles_batch else eps
 
 
 class StepCaches(NamedTuple):

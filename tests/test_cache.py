@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from conftest import FULL, make_plan, make_teacher
 from torch import Tensor
 
-from tc_lightning.array_ops import TorchOps
 from tc_lightning.cache import BlockCache, Cache, Step, forecast, full_block, mixed_block, mixed_branches, run_blocks
 from tc_lightning.dataflow import Entry
 from tc_lightning.errors import PlanError, TokenCacheError
@@ -20,7 +19,6 @@ from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.sampling import full_plan, kept_tokens, model_signature, noise_for, sample, sample_steps
 from tc_lightning.segments import compute, partial, reuse, skip
 
-OPS = TorchOps()
 LABELS = torch.tensor([0, 3])
 EVERYTHING = tuple(range(16))
 
@@ -165,7 +163,7 @@ def test_reuse_applies_the_current_gate(teacher, branches):
 
     cached = {Entry("attn", b, b + 1): a_old, Entry("mlp", b, b + 1): m_old}
     step = Step((reuse(b, b + 1, branches),), (None,), cached, ())
-    out, writes = run_blocks(step, z, list(teacher.blocks), mods, OPS)
+    out, writes = run_blocks(step, z, list(teacher.blocks), mods)
     assert torch.equal(out, expected)
     assert writes == {}
     assert (out - block(z, mods[b])).abs().max() > 1e-3
@@ -177,7 +175,7 @@ def test_reuse_returns_what_it_computed(teacher):
     a, kv = teacher.blocks[0].attn_branch(z, mods[0])
     wanted = [Entry(kind, 0, 1) for kind in ("attn", "k", "v")]
     step = Step((reuse(0, 1, ("mlp",)),), (None,), {Entry("mlp", 0, 1): torch.zeros_like(z)}, wanted)
-    _, writes = run_blocks(step, z, list(teacher.blocks), mods, OPS)
+    _, writes = run_blocks(step, z, list(teacher.blocks), mods)
     assert set(writes) == set(wanted)
     assert all(torch.equal(writes[entry], value) for entry, value in zip(wanted, (a, kv.k, kv.v), strict=True))
 
@@ -220,7 +218,7 @@ def cache_of_another_time(model: DiT, start: int, stop: int) -> dict[Entry, Tens
     z, mods, _ = tokens_of(model, t=900.0, seed=5)
     entries = [Entry("span", start, stop)]
     entries += [Entry(kind, b, b + 1) for b in range(start, stop) for kind in ("k", "v", "attn")]
-    return run_blocks(Step(FULL, (None,), {}, entries), z, list(model.blocks), mods, OPS)[1]
+    return run_blocks(Step(FULL, (None,), {}, entries), z, list(model.blocks), mods)[1]
 
 
 @pytest.mark.parametrize(("start", "stop"), [(1, 2), (0, 3)])
@@ -231,7 +229,7 @@ def test_partial_equals_the_slow_definition(start, stop):
     z, mods, _ = tokens_of(model, t=500.0)
     segment = partial(start, stop, kept)
     step = Step((segment,), (kept_tokens(segment),), cached, ())
-    out, _ = run_blocks(step, z, list(model.blocks), mods, OPS)
+    out, _ = run_blocks(step, z, list(model.blocks), mods)
     torch.testing.assert_close(out, slow_partial(model, z, mods, kept, cached, start, stop), rtol=1e-4, atol=1e-4)
 
     pruned = [n for n in range(16) if n not in kept]
@@ -243,10 +241,10 @@ def test_partial_equals_the_slow_definition(start, stop):
     for n in (1, 14):
         moved = dict(cached) | {k: cached[k].clone()}
         moved[k][:, n] += 5.0
-        assert (run_blocks(step._replace(cached=moved), z, list(model.blocks), mods, OPS)[0] - out)[:, kept].abs().max() > 1e-4
+        assert (run_blocks(step._replace(cached=moved), z, list(model.blocks), mods)[0] - out)[:, kept].abs().max() > 1e-4
     moved[k] = cached[k].clone()  # of a kept token it does not
     moved[k][:, 7] += 5.0
-    assert torch.equal(run_blocks(step._replace(cached=moved), z, list(model.blocks), mods, OPS)[0], out)
+    assert torch.equal(run_blocks(step._replace(cached=moved), z, list(model.blocks), mods)[0], out)
 
 
 @torch.no_grad()
@@ -256,7 +254,7 @@ def test_partial_leaves_the_latest_key_and_value_of_every_token(teacher):
     cached = cache_of_another_time(teacher, b, b + 1)
     z, mods, _ = tokens_of(teacher, t=500.0)
     segment = partial(b, b + 1, tuple(kept))
-    _, writes = run_blocks(Step((segment,), (kept_tokens(segment),), cached, ()), z, blocks, mods, OPS)
+    _, writes = run_blocks(Step((segment,), (kept_tokens(segment),), cached, ()), z, blocks, mods)
     _, k, v = blocks[b].qkv(z[:, kept], mods[b])
     assert set(writes) == {Entry("k", b, b + 1), Entry("v", b, b + 1)}
     others = [n for n in range(16) if n not in kept]
@@ -288,7 +286,7 @@ def test_partial_of_the_mlp_alone(teacher):
         part = part + mods[b].gate_mlp * teacher.blocks[b].mlp_branch(part, mods[b])
     expected[:, kept] = part
     segment = partial(2, 4, tuple(kept), 0, ("mlp",))
-    out, _ = run_blocks(Step((segment,), (kept_tokens(segment),), cached, ()), z, list(teacher.blocks), mods, OPS)
+    out, _ = run_blocks(Step((segment,), (kept_tokens(segment),), cached, ()), z, list(teacher.blocks), mods)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
@@ -308,7 +306,7 @@ def test_soft_form_at_zero_and_one_is_the_partial_step(teacher, kept):
     soft = mixed_block(teacher.blocks[b], z, mods[b], w, soft_cache)
     if kept:
         segment = partial(b, b + 1, kept)
-        hard, _ = run_blocks(Step((segment,), (kept_tokens(segment),), cached, ()), z, list(teacher.blocks), mods, OPS)
+        hard, _ = run_blocks(Step((segment,), (kept_tokens(segment),), cached, ()), z, list(teacher.blocks), mods)
     else:
         hard = z + soft_cache.residual
     torch.testing.assert_close(soft, hard, rtol=1e-5, atol=1e-5)
@@ -342,7 +340,7 @@ def test_soft_branches_at_zero_and_one_are_the_reuse_step_bit_for_bit(teacher, r
     entries = [Entry("attn", b, b + 1), Entry("mlp", b, b + 1)]
     segment = reuse(b, b + 1, reused) if reused else compute(b, b + 1)
     step = Step((segment,), (None,), dict(zip(entries, old, strict=True)), entries)
-    hard, writes = run_blocks(step, z, list(teacher.blocks), mods, OPS)
+    hard, writes = run_blocks(step, z, list(teacher.blocks), mods)
     assert torch.equal(soft, hard)
     for entry, before, value in zip(entries, old, left, strict=True):
         assert torch.equal(value, writes.get(entry, before))  # an entry that is not written keeps its value
@@ -401,7 +399,7 @@ def test_halves_of_guidance_have_their_own_cache(teacher):
     eps = []
     for half, labels in ((span[:2], LABELS), (span[2:], torch.full_like(LABELS, 5))):
         z, mods, _ = tokens_of(teacher, plan.sampler.steps[0].t, 0, labels)
-        own, _ = run_blocks(Step(FULL, (None,), {}, ()), z, list(teacher.blocks), mods, OPS)
+        own, _ = run_blocks(Step(FULL, (None,), {}, ()), z, list(teacher.blocks), mods)
         torch.testing.assert_close(half, own - z, rtol=1e-4, atol=1e-4)
         _, _, final = tokens_of(teacher, plan.sampler.steps[1].t, 0, labels)
         eps.append(teacher.readout(teacher.embed(states[1].x) + half, final)[:, :4])
@@ -441,7 +439,7 @@ OPEN = SimpleNamespace(gate_attn=1.0, gate_mlp=0.0)
 def run(segments, cached=None, wanted=(), z=1.0, mods=None):
     blocks = [Doubling() for _ in range(3)]
     step = Step(tuple(segments), (None,) * len(segments), cached or {}, wanted)
-    out, writes = run_blocks(step, z, blocks, mods or [OPEN] * 3, OPS)
+    out, writes = run_blocks(step, z, blocks, mods or [OPEN] * 3)
     return out, writes, [block.calls for block in blocks]
 
 

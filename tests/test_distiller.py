@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from data.rollouts import RolloutDataModule
 from data.trajectory_module import TrajectoryDataModule
-from tc_lightning.array_ops import TorchOps
 from tc_lightning.cache import Step, run_blocks
 from tc_lightning.calibration import Calibration
 from tc_lightning.costs import macs_speedup
@@ -133,13 +132,13 @@ def test_soft_form_with_weights_0_and_1_is_the_partial_step(teacher: TeacherSpec
     w_BLN = torch.rand(1, 3, 16).round().expand(2, -1, -1)
     soft = mixed_eps(model, guidance, record_caches(model, guidance, x_prev, t_prev, y), x, t, y, w_BLN)
 
-    ops, blocks = TorchOps(), list(model.blocks)
+    blocks = list(model.blocks)
     segments = tuple(partial(b, b + 1, tuple(w_BLN[0, b].nonzero()[:, 0].tolist())) for b in range(3))
     entries = [Entry(kind, b, b + 1) for b in range(3) for kind in ("k", "v", "span")]
     z, mods, _ = enter(model, guidance, x_prev, t_prev, y)
-    _, cached = run_blocks(Step((compute(0, 3),), (None,), {}, entries), z, blocks, mods, ops)
+    _, cached = run_blocks(Step((compute(0, 3),), (None,), {}, entries), z, blocks, mods)
     z, mods, final = enter(model, guidance, x, t, y)
-    z, _ = run_blocks(Step(segments, tuple(kept_tokens(s) for s in segments), cached, []), z, blocks, mods, ops)
+    z, _ = run_blocks(Step(segments, tuple(kept_tokens(s) for s in segments), cached, []), z, blocks, mods)
     assert torch.allclose(soft, guided_eps(model, guidance, z, final), atol=2e-5)
 
 

@@ -22,7 +22,6 @@ from export.compiler import export_artefact
 from export.emit import condition_times
 from export.fidelity import psnr
 from export.manifest import read_manifest, sha256_of
-from export.onnx_dit import OnnxDiT
 from export.parity import Check, ParityError, relative_l2, require_parity
 from export.programs import lower
 from export.runtime import CachedSampler
@@ -437,13 +436,15 @@ def test_a_folder_that_is_no_artefact_is_never_replaced(tmp_path, teacher):
 
 def planted_scale_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of shift and scale exchanged in the final layer."""
-    original = OnnxDiT.unpack
+    from export import emit
 
-    def unpack(self: OnnxDiT, mods: Any, used: list[int]) -> Any:
-        blocks, final = original(self, mods, used)
-        return blocks, final._replace(shift=final.scale, scale=final.shift)
+    original = emit.unpack
 
-    monkeypatch.setattr(OnnxDiT, "unpack", unpack)
+    def unpack(*args: Any) -> Any:
+        terms = original(*args)
+        return terms._replace(final=terms.final._replace(shift=terms.final.scale, scale=terms.final.shift))
+
+    monkeypatch.setattr(emit, "unpack", unpack)
 
 
 def test_planted_bug_is_found(tmp_path, monkeypatch, teacher, plan):

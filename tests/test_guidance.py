@@ -17,7 +17,6 @@ from export.parity import relative_l2
 from export.programs import FULL as STEP_FULL
 from export.programs import lower
 from export.runtime import CachedSampler
-from tc_lightning.array_ops import TorchOps
 from tc_lightning.cache import Guided, Step, predict
 from tc_lightning.costs import cache_bytes_per_image, fixed_macs, full_step_macs, macs_speedup, plan_macs
 from tc_lightning.dataflow import Entry, Read, assign_slots, lagrange_weights, trace
@@ -33,7 +32,6 @@ SKIP = (skip(0, 4, 1),)
 DIFFERENCE = Entry("guidance", 0, 4)
 COND, UNCOND = (Entry("span", 0, 4, half) for half in ("cond", "uncond"))
 LABELS = torch.tensor([0, 3])
-OPS = TorchOps()
 
 
 # The plan
@@ -186,7 +184,7 @@ def by_hand(mode: str, segments: Any, cached: dict[Entry, float], wanted: list[E
     mods = [SimpleNamespace(gate_attn=gates, gate_mlp=gates)] * 3
     values = {entry: torch.full((1, 1, 1), value) for entry, value in cached.items()}
     step = Step(tuple(segments), (None,) * len(segments), values, wanted)
-    eps, writes = predict(step, Guided(mode, 3.0, 1), torch.ones(1, 1, 1, 1), model, mods, None, 1, OPS)
+    eps, writes = predict(step, Guided(mode, 3.0, 1), torch.ones(1, 1, 1, 1), model, mods, None, 1)
     assert eps.shape == (1, 1, 1, 1)
     return eps.item(), {entry: value.item() for entry, value in writes.items()}, [block.rows for block in model.blocks]
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from tc_lightning.array_ops import TorchOps
 from tc_lightning.cache import Step, run_blocks
 from tc_lightning.dataflow import Entry
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
@@ -33,11 +32,11 @@ def inputs(scale: float, batch: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def intervene(model: DiT, guidance: Guidance, x_prev: Tensor, x: Tensor, t_prev: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """Mean squared change of guided eps, [B, L, 2], reusing one branch of one block at a time with the semantics of a plan."""
-    L, ops, blocks = CONFIG.depth, TorchOps(), list(model.blocks)
+    L, blocks = CONFIG.depth, list(model.blocks)
 
     def run(x: Tensor, t: Tensor, segments: tuple[Segment, ...], cached: dict, wanted: list) -> tuple[Tensor, dict]:
         z, mods, final = enter(model, guidance, x, t, y)
-        z, writes = run_blocks(Step(segments, (None,) * len(segments), cached, wanted), z, blocks, mods, ops)
+        z, writes = run_blocks(Step(segments, (None,) * len(segments), cached, wanted), z, blocks, mods)
         return guided_eps(model, guidance, z, final), writes
 
     entries = [Entry(branch, b, b + 1) for b in range(L) for branch in BRANCHES]

@@ -1,16 +1,14 @@
-"""Guidance and the sampler's update, for torch tensors and for the exporter's symbolic values alike."""
+"""Guidance and the sampler's update. The exporter runs them on symbolic values (`export.symbolic`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from tc_lightning.diffusion.table import SamplerStep
-
-if TYPE_CHECKING:
-    from tc_lightning.array_ops import Ops
-
-Array = Any
 
 
 class Coefficients(NamedTuple):
@@ -26,32 +24,32 @@ class Coefficients(NamedTuple):
     past: tuple[Any | None, ...]
 
 
-def guide(eps_BCHW: Array, scale: Any, guided: int, total: int, ops: Ops) -> Array:
+def guide(eps_BCHW: Tensor, scale: Any, guided: int, total: int) -> Tensor:
     """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) on the first `guided` of `total` channels.
 
     The batch holds the conditional half, then the unconditional one; the other channels are the conditional half's.
     """
-    cond, uncond = ops.halves(eps_BCHW)
+    cond, uncond = eps_BCHW.chunk(2)
     if guided == total:
         return uncond + (cond - uncond) * scale
-    cond_g, uncond_g = ops.channels(cond, 0, guided), ops.channels(uncond, 0, guided)
-    return ops.concat([uncond_g + (cond_g - uncond_g) * scale, ops.channels(cond, guided, total)], 1)
+    cond_g, uncond_g = cond[:, :guided], uncond[:, :guided]
+    return torch.cat([uncond_g + (cond_g - uncond_g) * scale, cond[:, guided:]], 1)
 
 
-def guide_by(cond_BCHW: Array, difference: Array, scale: Any, guided: int, total: int, ops: Ops) -> Array:
+def guide_by(cond_BCHW: Tensor, difference: Tensor, scale: Any, guided: int, total: int) -> Tensor:
     """Guidance from the conditional eps and the difference cond - uncond of its guided channels."""
     if guided == total:
         return cond_BCHW + difference * (scale - 1.0)
-    cond_g = ops.channels(cond_BCHW, 0, guided)
-    return ops.concat([cond_g + difference * (scale - 1.0), ops.channels(cond_BCHW, guided, total)], 1)
+    cond_g = cond_BCHW[:, :guided]
+    return torch.cat([cond_g + difference * (scale - 1.0), cond_BCHW[:, guided:]], 1)
 
 
-def difference_of_halves(eps_BCHW: Array, guided: int, total: int, ops: Ops) -> Array:
+def difference_of_halves(eps_BCHW: Tensor, guided: int, total: int) -> Tensor:
     """cond - uncond on the guided channels, from a batch that holds both halves."""
-    cond, uncond = ops.halves(eps_BCHW)
+    cond, uncond = eps_BCHW.chunk(2)
     if guided == total:
         return cond - uncond
-    return ops.channels(cond, 0, guided) - ops.channels(uncond, 0, guided)
+    return cond[:, :guided] - uncond[:, :guided]
 
 
 def coefficients(row: SamplerStep) -> Coefficients:
@@ -59,7 +57,7 @@ def coefficients(row: SamplerStep) -> Coefficients:
     return Coefficients(row.m_x, row.m_eps, row.next_x, row.next_m, (row.next_m_prev or None, row.next_m_prev2 or None))
 
 
-def advance(x: Array, eps: Array, past: Sequence[Array], c: Coefficients) -> tuple[Array, Array]:
+def advance(x: Tensor, eps: Tensor, past: Sequence[Tensor], c: Coefficients) -> tuple[Tensor, Tensor]:
     """One sampler step without noise; `past` holds m_{i-1}, m_{i-2} as far as they exist; returns (next x, m)."""
     m = x * c.m_x + eps * c.m_eps
     x_next = x * c.next_x + m * c.next_m

@@ -10,7 +10,6 @@ them, D width, M heads, E head dimension (D = M E), L blocks.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tc_lightning.errors import TeacherError
+from tc_lightning.lean import attend, patch_tokens, time_features
 
 NORM_EPS = 1e-6
 FREQUENCIES = 256  # width of the sinusoidal timestep features
@@ -133,11 +133,7 @@ class TimestepEmbedder(nn.Module):
 
     def features(self, t_B: Tensor) -> Tensor:
         """Sinusoidal features of times (in training steps, fractional allowed), [B] -> [B, 256] fp32."""
-        half = FREQUENCIES // 2
-        # On the CPU first: the frequencies are constants of the graph, and must be the same on every device.
-        freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - self.freq_shift)).to(t_B.device)
-        args = t_B.float()[:, None] * freqs[None]
-        return torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
+        return time_features(t_B, FREQUENCIES, self.freq_shift)
 
     def forward(self, t_B: Tensor) -> Tensor:
         """Embed times [B] -> [B, D]."""
@@ -165,7 +161,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, N, D]."""
-        return self.proj(x_BCHW).flatten(2).transpose(1, 2)
+        return patch_tokens(x_BCHW, self.proj.weight, self.proj.bias)
 
 
 class Attention(nn.Module):
@@ -210,7 +206,7 @@ class DiTBlock(nn.Module):
 
     def modulation(self, c_BD: Tensor) -> Modulation:
         """adaLN terms from the conditioning vector."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c_BD).unsqueeze(1).chunk(6, dim=2)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c_BD).unsqueeze(-2).chunk(6, dim=-1)
         return Modulation(shift_a, 1 + scale_a, gate_a, shift_m, 1 + scale_m, gate_m)
 
     def qkv(self, z_BnD: Tensor, mod: Modulation) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,8 +216,7 @@ class DiTBlock(nn.Module):
 
     def attention(self, q_BnD: Tensor, k_BND: Tensor, v_BND: Tensor) -> Tensor:
         """Attend from the tokens of q to those of k and v; [B, n, D] before the gate."""
-        q, k, v = (x.unflatten(2, (self.attn.num_heads, -1)).transpose(1, 2) for x in (q_BnD, k_BND, v_BND))
-        return self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.attn.proj(attend(q_BnD, k_BND, v_BND, self.attn.num_heads))
 
     def attn_branch(self, z_BND: Tensor, mod: Modulation) -> tuple[Tensor, KeyValue]:
         """Self-attention over all tokens, before the gate, and its keys and values."""
@@ -251,7 +246,7 @@ class FinalLayer(nn.Module):
 
     def modulation(self, c_BD: Tensor) -> FinalModulation:
         """adaLN terms from the conditioning vector."""
-        shift, scale = self.adaLN_modulation(c_BD).unsqueeze(1).chunk(2, dim=2)
+        shift, scale = self.adaLN_modulation(c_BD).unsqueeze(-2).chunk(2, dim=-1)
         return FinalModulation(shift, 1 + scale)
 
     def forward(self, z_BND: Tensor, mod: FinalModulation) -> Tensor:

@@ -150,7 +150,8 @@ def reuse_damage(task: Task, x_BCHW: Tensor, labels_B: Tensor) -> Tensor:
     teacher, _, sampler, guidance = task
     none_BL2 = torch.zeros(len(x_BCHW), task.signature.depth, 2, device=x_BCHW.device)
     damage: list[float] = []
-    branches, past = None, ()
+    past: tuple[Tensor, ...] = ()
+    branches = None
     for row in sampler.steps:
         t_B = torch.full((len(x_BCHW),), row.t, device=x_BCHW.device)
         eps, caches = full_eps(teacher, guidance, x_BCHW, t_B, labels_B)
