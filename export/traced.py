@@ -17,6 +17,7 @@ from export.symbolic import Graph, Sym, syms
 from export.torch_functions import elementwise
 from export.torch_shapes import Piece
 from export.weights import TORCH_DTYPES
+from tc_lightning.models.network import Block
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -62,19 +63,20 @@ def _scopes(name: str) -> tuple[Callable[..., None], Callable[..., None]]:
 
 
 class NamedBlock:
-    """A block whose nodes bear its name, whichever of its methods writes them."""
+    """A block whose nodes bear its name; see `tc_lightning.models.network.Block`."""
 
-    def __init__(self, graph: Graph, name: str, block: nn.Module) -> None:
-        self._graph, self._name, self._block = graph, name, block
+    def __init__(self, graph: Graph, name: str, block: Block) -> None:
+        self._graph, self._name, self._block, self.branches = graph, name, block, block.branches
 
-    def __getattr__(self, method: str) -> Any:
-        found = getattr(self._block, method)
+    def branch(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """See `Block`."""
+        with self._graph.scope(self._name):
+            return self._block.branch(*args, **kwargs)
 
-        def named(*args: Any, **kwargs: Any) -> Any:
-            with self._graph.scope(self._name):
-                return found(*args, **kwargs)
-
-        return named if callable(found) else found
+    def gated(self, *args: Any) -> Any:
+        """See `Block`."""
+        with self._graph.scope(self._name):
+            return self._block.gated(*args)
 
 
 class NetworkInGraph:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tc_lightning.dataflow import Entry
 from tc_lightning.diffusion.update import difference_of_halves, guide, guide_by
 from tc_lightning.lean import put, take
-from tc_lightning.models.dit import DiTBlock, KeyValue, Modulation
+from tc_lightning.models.network import Block, KeyValue, compose
 from tc_lightning.segments import Segment
 
 Cache = Mapping[Entry, Tensor]
@@ -84,8 +84,8 @@ def run_blocks(step: Step, z_BND: Tensor, blocks: Sequence[Any], mods: Sequence[
     Args:
         step: segments, kept tokens, cached values and the entries to return.
         z_BND: tokens.
-        blocks: the blocks of a `DiT`, or objects with their methods.
-        mods: adaLN terms of each block.
+        blocks: blocks of a network, or objects with their methods.
+        mods: terms of the conditioning of each.
 
     Returns:
         Tokens [B, N, D], and the value of every wanted entry.
@@ -121,24 +121,17 @@ def _run_block(
     wanted: Collection[Entry],
     writes: dict[Entry, Tensor],
 ) -> Tensor:
-    """Compute a block over all tokens, but for the branches that the segment reuses; add what is wanted to `writes`."""
-    reused = segment.branches if segment.mode == "reuse" else ()
-    available: dict[str, Tensor] = {}
-    if "attn" in reused:
-        a_BND = cached[Entry("attn", b, b + 1)]
-    else:
-        a_BND, kv = block.attn_branch(z_BND, mod)
-        available |= {"attn": a_BND, "k": kv.k, "v": kv.v}
-    z_BND = z_BND + mod.gate_attn * a_BND
-    if "mlp" in reused:
-        m_BND = cached[Entry("mlp", b, b + 1)]
-    else:
-        m_BND = block.mlp_branch(z_BND, mod)
-        available["mlp"] = m_BND
-    for kind, value in available.items():
-        if (entry := Entry(kind, b, b + 1)) in wanted:
-            writes[entry] = value
-    return z_BND + mod.gate_mlp * m_BND
+    """Compute a block over all tokens, but for the branches that come from the cache; add what is wanted to `writes`."""
+
+    def take_branch(name: str, z_BND: Tensor) -> Tensor:
+        if not segment.computes(name):
+            return cached[Entry(name, b, b + 1)]
+        update_BND, kv = block.branch(name, z_BND, mod)
+        found = {name: update_BND} | ({"k": kv.k, "v": kv.v} if kv else {})
+        writes.update({entry: value for kind, value in found.items() if (entry := Entry(kind, b, b + 1)) in wanted})
+        return update_BND
+
+    return compose(block, z_BND, mod, take_branch)
 
 
 def _run_partial(
@@ -158,28 +151,32 @@ def _run_partial(
     """
     span = cached.get(Entry("span", segment.start, segment.stop))
     if span is None:  # every token is kept, and in its place
-        return _run_every_token(segment, z_BND, blocks, mods, cached)
+        for b in segment.blocks:
+            z_BND = _run_block(segment, b, z_BND, blocks[b], mods[b], cached, (), writes)
+        return z_BND
     z_BKD = take(z_BND, kept)
     for b in segment.blocks:
-        if "attn" in segment.branches:
-            q, k, v = blocks[b].qkv(z_BKD, mods[b])
-            k, v = (put(cached[Entry(kind, b, b + 1)], kept, new) for kind, new in (("k", k), ("v", v)))
-            writes |= {Entry("k", b, b + 1): k, Entry("v", b, b + 1): v}
-            a_BKD = blocks[b].attention(q, k, v)
-        else:
-            a_BKD = take(cached[Entry("attn", b, b + 1)], kept)
-        z_BKD = z_BKD + mods[b].gate_attn * a_BKD
-        z_BKD = z_BKD + mods[b].gate_mlp * blocks[b].mlp_branch(z_BKD, mods[b])
+        z_BKD = _run_kept(segment, kept, b, z_BKD, blocks[b], mods[b], cached, writes)
     return put(z_BND + span, kept, z_BKD)
 
 
-def _run_every_token(segment: Segment, z_BND: Tensor, blocks: Sequence[Any], mods: Sequence[Any], cached: Cache) -> Tensor:
-    """A partial segment that keeps all tokens; with the MLP alone recomputed, attention still comes from the cache."""
-    for b in segment.blocks:
-        a_BND = blocks[b].attn_branch(z_BND, mods[b])[0] if "attn" in segment.branches else cached[Entry("attn", b, b + 1)]
-        z_BND = z_BND + mods[b].gate_attn * a_BND
-        z_BND = z_BND + mods[b].gate_mlp * blocks[b].mlp_branch(z_BND, mods[b])
-    return z_BND
+def _run_kept(
+    segment: Segment, kept: Tensor, b: int, z_BKD: Tensor, block: Any, mod: Any, cached: Cache, writes: dict[Entry, Tensor]
+) -> Tensor:
+    """Recompute the kept tokens in one block."""
+    k, v = Entry("k", b, b + 1), Entry("v", b, b + 1)
+
+    def among_all(own: KeyValue) -> KeyValue:
+        return KeyValue(put(cached[k], kept, own.k), put(cached[v], kept, own.v))
+
+    def take_branch(name: str, z_BKD: Tensor) -> Tensor:
+        if not segment.computes(name):
+            return take(cached[Entry(name, b, b + 1)], kept)
+        update_BKD, kv = block.branch(name, z_BKD, mod, kept, among_all)
+        writes.update({k: kv.k, v: kv.v} if kv else {})
+        return update_BKD
+
+    return compose(block, z_BKD, mod, take_branch, kept)
 
 
 class Guided(NamedTuple):
@@ -202,8 +199,8 @@ def predict(
         step: what the step does; its entries may be of one half, and `guidance`.
         guided: None for a network without guidance, which sees the batch as it is.
         x_BCHW: latents.
-        model: a `DiT`, or an object with its methods.
-        mods: adaLN terms of each block, for the rows that are computed.
+        model: a network, or an object with its methods.
+        mods: terms of the conditioning of each block, for the rows that are computed.
         final: those of the readout.
         channels: channels C of the latents.
 
@@ -247,44 +244,47 @@ def split_halves(found: Cache, wanted: Collection[Entry], both: bool) -> dict[En
 
 
 class BlockCache(NamedTuple):
-    """What the soft form takes from the neighbouring step: residual update, keys and values, each [B, N, D]."""
+    """What the soft form takes from the neighbouring step: residual update, and keys and values if any, each [B, N, D]."""
 
     residual: Tensor
-    kv: KeyValue
+    kv: KeyValue | None = None
 
 
-class BranchCache(NamedTuple):
-    """What the soft form of reuse takes from the step before: both branches before their gates, each [B, N, D]."""
-
-    attn: Tensor
-    mlp: Tensor
+BranchCache = dict[str, Tensor]  # what the soft form of reuse takes from the step before: each branch before its gate, [B, N, D]
 
 
-def full_block(block: DiTBlock, z_BND: Tensor, mod: Modulation) -> tuple[Tensor, BlockCache, BranchCache]:
+def full_block(block: Block, z_BND: Tensor, mod: Any) -> tuple[Tensor, BlockCache, BranchCache]:
     """Compute a block and return its tokens, and what `mixed_block` and `mixed_branches` need of it."""
-    a_BND, kv = block.attn_branch(z_BND, mod)
-    h_BND = z_BND + mod.gate_attn * a_BND
-    m_BND = block.mlp_branch(h_BND, mod)
-    out_BND = h_BND + mod.gate_mlp * m_BND
-    return out_BND, BlockCache(out_BND - z_BND, kv), BranchCache(a_BND, m_BND)
+    branches: BranchCache = {}
+    attended: list[KeyValue] = []
+
+    def take_branch(name: str, z_BND: Tensor) -> Tensor:
+        branches[name], kv = block.branch(name, z_BND, mod)
+        attended.extend([kv] if kv else [])
+        return branches[name]
+
+    out_BND = compose(block, z_BND, mod, take_branch)
+    return out_BND, BlockCache(out_BND - z_BND, *attended), branches
 
 
-def mixed_block(block: DiTBlock, z_BND: Tensor, mod: Modulation, w_BN: Tensor, cached: BlockCache) -> Tensor:
+def mixed_block(block: Block, z_BND: Tensor, mod: Any, w_BN: Tensor, cached: BlockCache) -> Tensor:
     """Superposition of computing and reusing, token by token (TokenCache v1): z + w f(z) + (1 - w) cached.
 
     Keys and values are mixed with the same weights, so that with w in {0, 1} this is exactly the partial step of a one-block
     segment: kept tokens attend to all tokens, those of weight 0 through their cached keys and values.
     """
     w_BN1 = w_BN[:, :, None]
-    q, k, v = block.qkv(z_BND, mod)
-    k, v = k * w_BN1 + cached.kv.k * (1 - w_BN1), v * w_BN1 + cached.kv.v * (1 - w_BN1)
-    h_BND = z_BND + mod.gate_attn * block.attention(q, k, v)
-    f_BND = h_BND + mod.gate_mlp * block.mlp_branch(h_BND, mod) - z_BND
+
+    def mixed(own: KeyValue) -> KeyValue:
+        assert cached.kv is not None, "what attends has left keys and values"
+        return KeyValue(*(new * w_BN1 + old * (1 - w_BN1) for new, old in zip(own, cached.kv, strict=True)))
+
+    f_BND = compose(block, z_BND, mod, lambda name, z: block.branch(name, z, mod, see=mixed)[0]) - z_BND
     return z_BND + w_BN1 * f_BND + (1 - w_BN1) * cached.residual
 
 
 def mixed_branches(
-    block: DiTBlock, z_BND: Tensor, mod: Modulation, w_attn: Tensor, w_mlp: Tensor, cached: BranchCache
+    block: Block, z_BND: Tensor, mod: Any, weights: Mapping[str, Tensor], cached: BranchCache
 ) -> tuple[Tensor, BranchCache]:
     """Superposition of computing and reusing, branch by branch (routers: Learning-to-Cache, arXiv 2406.01733; HarmoniCa, 2410.01723).
 
@@ -294,16 +294,19 @@ def mixed_branches(
     Args:
         block: the block.
         z_BND: its tokens.
-        mod: its adaLN terms.
-        w_attn: weight of computing attention, of any shape that broadcasts to [B, N, D]: [B, 1, 1] for each image, [B, N, 1] for
+        mod: its terms of the conditioning.
+        weights: weight of computing each branch, of any shape that broadcasts to [B, N, D]: [B, 1, 1] for each image, [B, N, 1] for
             each token.
-        w_mlp: the same for the MLP.
         cached: branches of the step before.
 
     Returns:
-        Tokens [B, N, D], and both mixtures.
+        Tokens [B, N, D], and the mixtures.
     """
-    a_BND = w_attn * block.attn_branch(z_BND, mod)[0] + (1 - w_attn) * cached.attn
-    h_BND = z_BND + mod.gate_attn * a_BND
-    m_BND = w_mlp * block.mlp_branch(h_BND, mod) + (1 - w_mlp) * cached.mlp
-    return h_BND + mod.gate_mlp * m_BND, BranchCache(a_BND, m_BND)
+    mixtures: BranchCache = {}
+
+    def take_branch(name: str, z_BND: Tensor) -> Tensor:
+        w = weights[name]
+        mixtures[name] = w * block.branch(name, z_BND, mod)[0] + (1 - w) * cached[name]
+        return mixtures[name]
+
+    return compose(block, z_BND, mod, take_branch), mixtures

@@ -52,6 +52,10 @@ class Segment:
         """The blocks covered."""
         return range(self.start, self.stop)
 
+    def computes(self, branch: str) -> bool:
+        """Whether a branch is computed, for those tokens that are."""
+        return self.mode == "compute" or (self.mode != "skip" and (self.mode == "partial") == (branch in self.branches))
+
     def to_json(self) -> dict[str, Any]:
         """The fields that the mode uses."""
         raw: dict[str, Any] = {"blocks": [self.start, self.stop], "mode": self.mode}

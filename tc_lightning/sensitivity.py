@@ -13,11 +13,14 @@ D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tc_lightning.cache import BranchCache
 from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Take, compose
 from tc_lightning.noise import initial_noise
 from tc_lightning.plan import Guidance
 from tc_lightning.superposition import enter, full_eps, guided_eps
@@ -88,7 +91,9 @@ def _probe_shifts(
     shifts = []
     for probe in probes_PBCHW:
         grads = torch.autograd.grad(eps, sums, probe, retain_graph=True)
-        shifts.append(torch.stack([(g * d).sum(-1) for g, d in zip(grads, deltas, strict=True)], 1).unflatten(1, (-1, 2)))
+        shifts.append(
+            torch.stack([(g * d).sum(-1) for g, d in zip(grads, deltas, strict=True)], 1).unflatten(1, (len(model.blocks), -1))
+        )
     shifts_PBL2N = torch.stack(shifts)
     if guidance.doubles_batch:
         shifts_PBL2N = shifts_PBL2N[:, : len(x)] + shifts_PBL2N[:, len(x) :]
@@ -96,26 +101,32 @@ def _probe_shifts(
 
 
 @torch.no_grad()
-def _branches(model: DiT, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor) -> list[Tensor]:
-    """Branch outputs before the gate, [B, N, D] each, in the order attn 0, mlp 0, attn 1, ..."""
-    _, caches = full_eps(model, guidance, x, t, labels)
-    return [branch for block in caches.branches for branch in block]
+def _branches(model: DiT, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor) -> list[BranchCache]:
+    """Branch outputs before the gate, [B, N, D] each, of every block."""
+    return full_eps(model, guidance, x, t, labels)[1].branches
 
 
 @torch.enable_grad()
 def _trace(
-    model: DiT, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor, cached: list[Tensor]
+    model: DiT, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor, cached: list[BranchCache]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Guided eps, the residual stream after each branch (where v J is read off), and delta of each branch."""
     z_BND, mods, final = enter(model, guidance, x, t, labels)
     z_BND = z_BND.detach().requires_grad_()
-    sums, deltas = [], []
-    for l, (block, mod) in enumerate(zip(model.blocks, mods, strict=True)):  # noqa: E741
-        a_BND, _ = block.attn_branch(z_BND, mod)  # type: ignore[operator]
-        z_BND = z_BND + mod.gate_attn * a_BND
-        sums.append(z_BND)
-        m_BND = block.mlp_branch(z_BND, mod)  # type: ignore[operator]
-        z_BND = z_BND + mod.gate_mlp * m_BND
-        sums.append(z_BND)
-        deltas += [(mod.gate_attn * (cached[2 * l] - a_BND)).detach(), (mod.gate_mlp * (cached[2 * l + 1] - m_BND)).detach()]
-    return guided_eps(model, guidance, z_BND, final), sums, deltas
+    before: list[Tensor] = []
+    deltas: list[Tensor] = []
+    for block, mod, known in zip(model.blocks, mods, cached, strict=True):
+        z_BND = compose(block, z_BND, mod, _watched(block, mod, known, before, deltas))  # type: ignore[arg-type]
+    return guided_eps(model, guidance, z_BND, final), [*before[1:], z_BND], deltas
+
+
+def _watched(block: Any, mod: Any, cached: BranchCache, before: list[Tensor], deltas: list[Tensor]) -> Take:
+    """Computes branches; notes the residual stream before each, and by how much reusing it would change what it adds."""
+
+    def take(name: str, z_BND: Tensor) -> Tensor:
+        before.append(z_BND)
+        update_BND, _ = block.branch(name, z_BND, mod)
+        deltas.append(block.gated(name, cached[name] - update_BND, mod).detach())
+        return update_BND
+
+    return take

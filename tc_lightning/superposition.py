@@ -100,7 +100,8 @@ def mixed_branches_eps(
     w_BL211 = (torch.cat([w_BL2, w_BL2]) if guidance.doubles_batch else w_BL2)[..., None, None]
     mixtures = []
     for block, mod, w_B211, cache in zip(model.blocks, mods, w_BL211.unbind(1), caches, strict=True):
-        z_BND, mixture = mixed_branches(block, z_BND, mod, w_B211[:, 0], w_B211[:, 1], cache)  # type: ignore[arg-type]
+        weights = dict(zip(block.branches, w_B211.unbind(1), strict=True))  # type: ignore[arg-type]
+        z_BND, mixture = mixed_branches(block, z_BND, mod, weights, cache)  # type: ignore[arg-type]
         mixtures.append(mixture)
     return guided_eps(model, guidance, z_BND, final), mixtures
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from tc_lightning.cache import BlockCache, Cache, Step, forecast, full_block, mixed_block, mixed_branches, run_blocks
 from tc_lightning.dataflow import Entry
 from tc_lightning.errors import PlanError, TokenCacheError
-from tc_lightning.models.dit import DiT, KeyValue, Modulation
+from tc_lightning.models.dit import DiT, Modulation
+from tc_lightning.models.network import KeyValue
 from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.sampling import full_plan, kept_tokens, model_signature, noise_for, sample, sample_steps
 from tc_lightning.segments import compute, partial, reuse, skip
@@ -334,15 +335,15 @@ def test_soft_branches_at_zero_and_one_are_the_reuse_step_bit_for_bit(teacher, r
     z_old, mods_old, _ = tokens_of(teacher, t=900.0)
     _, _, old = full_block(teacher.blocks[b], z_old, mods_old[b])
     z, mods, _ = tokens_of(teacher, t=300.0, seed=1)
-    w_attn, w_mlp = (torch.full((2, 1, 1), float(branch not in reused)) for branch in ("attn", "mlp"))
-    soft, left = mixed_branches(teacher.blocks[b], z, mods[b], w_attn, w_mlp, old)
+    weights = {branch: torch.full((2, 1, 1), float(branch not in reused)) for branch in ("attn", "mlp")}
+    soft, left = mixed_branches(teacher.blocks[b], z, mods[b], weights, old)
 
     entries = [Entry("attn", b, b + 1), Entry("mlp", b, b + 1)]
     segment = reuse(b, b + 1, reused) if reused else compute(b, b + 1)
-    step = Step((segment,), (None,), dict(zip(entries, old, strict=True)), entries)
+    step = Step((segment,), (None,), dict(zip(entries, old.values(), strict=True)), entries)
     hard, writes = run_blocks(step, z, list(teacher.blocks), mods)
     assert torch.equal(soft, hard)
-    for entry, before, value in zip(entries, old, left, strict=True):
+    for entry, before, value in zip(entries, old.values(), left.values(), strict=True):
         assert torch.equal(value, writes.get(entry, before))  # an entry that is not written keeps its value
 
 
@@ -353,12 +354,12 @@ def test_soft_branches_mix_before_the_current_gate_per_image_or_token(teacher):
     _, _, old = full_block(block, z_old, mods_old[b])
     z, mods, _ = tokens_of(teacher, t=300.0, seed=1)
     w_attn, w_mlp = torch.rand(2, 1, 1), torch.rand(2, 16, 1)
-    a = w_attn * block.attn_branch(z, mods[b])[0] + (1 - w_attn) * old.attn
+    a = w_attn * block.attn_branch(z, mods[b])[0] + (1 - w_attn) * old["attn"]
     h = z + mods[b].gate_attn * a
-    m = w_mlp * block.mlp_branch(h, mods[b]) + (1 - w_mlp) * old.mlp
-    out, left = mixed_branches(block, z, mods[b], w_attn, w_mlp, old)
+    m = w_mlp * block.mlp_branch(h, mods[b]) + (1 - w_mlp) * old["mlp"]
+    out, left = mixed_branches(block, z, mods[b], {"attn": w_attn, "mlp": w_mlp}, old)
     torch.testing.assert_close(out, h + mods[b].gate_mlp * m)
-    torch.testing.assert_close(tuple(left), (a, m))
+    torch.testing.assert_close(left, {"attn": a, "mlp": m})
 
 
 # Isolation
@@ -422,15 +423,17 @@ def test_store_holds_what_is_still_read_and_no_more(teacher):
 class Doubling:
     """A block that doubles its input, in its attention; its MLP adds 1."""
 
+    branches = ("attn", "mlp")
+
     def __init__(self) -> None:
         self.calls = 0
 
-    def attn_branch(self, z: float, mod: SimpleNamespace) -> tuple[float, KeyValue]:
-        self.calls += 1
-        return z, KeyValue(10 * z, 100 * z)
+    def branch(self, name: str, z: float, mod: SimpleNamespace) -> tuple[float, KeyValue | None]:
+        self.calls += name == "attn"
+        return (z, KeyValue(10 * z, 100 * z)) if name == "attn" else (1.0, None)
 
-    def mlp_branch(self, z: float, mod: SimpleNamespace) -> float:
-        return 1.0
+    def gated(self, name: str, update: float, mod: SimpleNamespace, at: None) -> float:
+        return getattr(mod, f"gate_{name}") * update
 
 
 OPEN = SimpleNamespace(gate_attn=1.0, gate_mlp=0.0)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,8 @@ from tc_lightning.dataflow import Entry, Read, assign_slots, lagrange_weights, t
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.guidance import GuidanceMode
-from tc_lightning.models.dit import DiT, KeyValue
+from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import KeyValue
 from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.sampling import noise_for, reference_plan, sample, sample_steps
 from tc_lightning.segments import compute, partial, reuse, skip
@@ -154,15 +154,17 @@ def test_cache_bytes_of_each_kind():
 class Growing:
     """A block that adds its input times the gate; it counts the rows that it has seen."""
 
+    branches = ("attn", "mlp")
+
     def __init__(self) -> None:
         self.rows = 0
 
-    def attn_branch(self, z: Tensor, mod: Any) -> tuple[Tensor, KeyValue]:
-        self.rows += len(z)
-        return z, KeyValue(z, z)
+    def branch(self, name: str, z: Tensor, mod: Any) -> tuple[Tensor, KeyValue | None]:
+        self.rows += len(z) * (name == "attn")
+        return (z, KeyValue(z, z)) if name == "attn" else (0 * z, None)
 
-    def mlp_branch(self, z: Tensor, mod: Any) -> Tensor:
-        return 0 * z
+    def gated(self, name: str, update: Tensor, mod: Any, at: None) -> Tensor:
+        return mod * update
 
 
 class ByHand:
@@ -181,7 +183,7 @@ class ByHand:
 def by_hand(mode: str, segments: Any, cached: dict[Entry, float], wanted: list[Entry]) -> tuple[float, dict[Entry, float], list[int]]:
     """eps at x = 1 and scale 3, the writes, and the rows that each block has seen, for one image."""
     model, gates = ByHand(), torch.tensor([1.0, 2.0] if mode == "both" else [1.0]).view(-1, 1, 1)
-    mods = [SimpleNamespace(gate_attn=gates, gate_mlp=gates)] * 3
+    mods = [gates] * 3
     values = {entry: torch.full((1, 1, 1), value) for entry, value in cached.items()}
     step = Step(tuple(segments), (None,) * len(segments), values, wanted)
     eps, writes = predict(step, Guided(mode, 3.0, 1), torch.ones(1, 1, 1, 1), model, mods, None, 1)

@@ -1,7 +1,7 @@
 """The diffusion transformer (Peebles and Xie, arXiv 2212.09748), written so that a cache can be put around its blocks.
 
-State-dict keys are those of the original release. A block exposes its two branches (`attn_branch`, `mlp_branch`) and the pieces
-of attention that caching needs (`qkv`, `attention`); `tc_lightning.cache` composes them, and so does the block's own forward.
+State-dict keys are those of the original release. What a network and its blocks owe the rest of the package is said in
+`tc_lightning.models.network`.
 
 Shape suffixes: B batch (both halves of guidance counted), C channels, H W latent height and width, N tokens, n any subset of
 them, D width, M heads, E head dimension (D = M E), L blocks.
@@ -10,7 +10,7 @@ them, D width, M heads, E head dimension (D = M E), L blocks.
 from __future__ import annotations
 
 import dataclasses
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from tc_lightning.errors import TeacherError
 from tc_lightning.lean import attend, patch_tokens, time_features
+from tc_lightning.models.network import Block, KeyValue, Network, See
 
 NORM_EPS = 1e-6
 FREQUENCIES = 256  # width of the sinusoidal timestep features
-A = TypeVar("A")  # array type: torch.Tensor, or a symbolic value of the exporter
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
 
 
@@ -98,29 +98,22 @@ def preset(name: str, **overrides: int | float | bool) -> DiTConfig:
     return dataclasses.replace(base, **overrides)  # type: ignore[arg-type]
 
 
-class Modulation(NamedTuple, Generic[A]):
+class Modulation(NamedTuple):
     """adaLN terms of one block, each [B, 1, D]; `scale_*` already holds 1 + scale (it can be computed ahead of time)."""
 
-    shift_attn: A
-    scale_attn: A
-    gate_attn: A
-    shift_mlp: A
-    scale_mlp: A
-    gate_mlp: A
+    shift_attn: Tensor
+    scale_attn: Tensor
+    gate_attn: Tensor
+    shift_mlp: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
 
 
-class FinalModulation(NamedTuple, Generic[A]):
+class FinalModulation(NamedTuple):
     """adaLN terms of the final layer, each [B, 1, D]; `scale` holds 1 + scale."""
 
-    shift: A
-    scale: A
-
-
-class KeyValue(NamedTuple, Generic[A]):
-    """Keys and values of attention, each [B, n, D]: the heads lie side by side, as the projections give them."""
-
-    k: A
-    v: A
+    shift: Tensor
+    scale: Tensor
 
 
 class TimestepEmbedder(nn.Module):
@@ -192,8 +185,10 @@ def modulate(x_BnD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
     return x_BnD * scale_B1D + shift_B1D
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(Block):
     """One transformer block with adaLN-Zero conditioning."""
+
+    branches = ("attn", "mlp")
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -218,20 +213,25 @@ class DiTBlock(nn.Module):
         """Attend from the tokens of q to those of k and v; [B, n, D] before the gate."""
         return self.attn.proj(attend(q_BnD, k_BND, v_BND, self.attn.num_heads))
 
-    def attn_branch(self, z_BND: Tensor, mod: Modulation) -> tuple[Tensor, KeyValue]:
-        """Self-attention over all tokens, before the gate, and its keys and values."""
-        q, k, v = self.qkv(z_BND, mod)
-        return self.attention(q, k, v), KeyValue(k, v)
+    def attn_branch(self, z_BnD: Tensor, mod: Modulation, see: See | None = None) -> tuple[Tensor, KeyValue]:
+        """Self-attention of the given tokens, before the gate, and the keys and values that they attended to."""
+        q, k, v = self.qkv(z_BnD, mod)
+        kv = see(KeyValue(k, v)) if see else KeyValue(k, v)
+        return self.attention(q, kv.k, kv.v), kv
 
     def mlp_branch(self, z_BnD: Tensor, mod: Modulation) -> Tensor:
         """MLP of the given tokens, before the gate."""
         return self.mlp(modulate(self.norm2(z_BnD), mod.shift_mlp, mod.scale_mlp))
 
-    def forward(self, z_BND: Tensor, mod: Modulation) -> Tensor:
-        """Full computation of the block."""
-        a_BND, _ = self.attn_branch(z_BND, mod)
-        z_BND = z_BND + mod.gate_attn * a_BND
-        return z_BND + mod.gate_mlp * self.mlp_branch(z_BND, mod)
+    def branch(
+        self, name: str, z_BnD: Tensor, mod: Modulation, at: Tensor | None = None, see: See | None = None
+    ) -> tuple[Tensor, KeyValue | None]:
+        """See `Block`."""
+        return self.attn_branch(z_BnD, mod, see) if name == "attn" else (self.mlp_branch(z_BnD, mod), None)
+
+    def gated(self, name: str, update_BnD: Tensor, mod: Modulation, at: Tensor | None = None) -> Tensor:
+        """See `Block`."""
+        return (mod.gate_attn if name == "attn" else mod.gate_mlp) * update_BnD
 
 
 class FinalLayer(nn.Module):
@@ -254,7 +254,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(z_BND), mod.shift, mod.scale))
 
 
-class DiT(nn.Module):
+class DiT(Network):
     """Diffusion transformer with class conditioning."""
 
     def __init__(self, config: DiTConfig) -> None:
@@ -288,14 +288,6 @@ class DiT(nn.Module):
         grid = self.config.input_size // P
         patches = self.final_layer(z_BND, mod).reshape(-1, grid, grid, P, P, C)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, grid * P, grid * P)
-
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
-        """Raw output [B, out_channels, H, W] for latents, times in training steps and labels."""
-        z_BND = self.embed(x_BCHW)
-        mods, final = self.modulations(self.condition(t_B, y_B))
-        for block, mod in zip(self.blocks, mods, strict=True):
-            z_BND = block(z_BND, mod)
-        return self.readout(z_BND, final)
 
     def eps(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
         """Predicted noise [B, C, H, W]: the first C channels of the output."""

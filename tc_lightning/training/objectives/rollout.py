@@ -137,5 +137,5 @@ class RouterRollout(RouterObjective):
     def _moved(self, student: Student, eps: Tensor, caches: list[BranchCache]) -> Student:
         sampler = self.task.sampler
         x, m = advance(student.x, eps.detach(), student.past, coefficients(sampler.steps[student.step]))
-        kept = [BranchCache(cache.attn.detach(), cache.mlp.detach()) for cache in caches]
+        kept = [{name: update.detach() for name, update in cache.items()} for cache in caches]
         return Student(student.index, student.step + 1, x, (m, *student.past)[: sampler.history], kept)

@@ -1,0 +1,101 @@
+"""What a network tells the rest of the package, and the one composition of a block.
+
+A family of models is one file that defines a `Network` of `Block`s in ordinary PyTorch. Caching (`tc_lightning.cache`), its soft forms
+for training, measurements and the exporter know no more of it than is said here; names of branches are the family's own.
+
+Shape suffixes: B batch (both halves of guidance counted), C channels, H W latent height and width, N tokens, n any subset of them,
+D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of attention, each [B, n, D]: the heads lie side by side, as the projections give them."""
+
+    k: Tensor
+    v: Tensor
+
+
+See = Callable[[KeyValue], KeyValue]  # own keys and values -> those that are attended to
+Take = Callable[[str, Tensor], Tensor]  # a branch's name and its input [B, n, D] -> its update before the gate
+
+
+class Block(nn.Module, ABC):
+    """A block: branches that read the residual stream, one after the other, and add to it."""
+
+    branches: tuple[str, ...]  # their names, in the order in which they run
+
+    @abstractmethod
+    def branch(self, name: str, z_BnD: Tensor, mod: Any, at: Tensor | None = None, see: See | None = None) -> tuple[Tensor, Any]:
+        """A branch's update before its gate, and the keys and values that its tokens attended to (None where it attends to none).
+
+        Args:
+            name: which branch.
+            z_BnD: the tokens to compute.
+            mod: the block's terms of the conditioning.
+            at: which tokens these are (`tc_lightning.lean.take`); None for all.
+            see: where given, what the tokens attend to in place of their own keys and values.
+        """
+
+    @abstractmethod
+    def gated(self, name: str, update_BnD: Tensor, mod: Any, at: Tensor | None = None) -> Tensor:
+        """What a branch's update adds to the residual stream; arguments of `branch`."""
+
+    def forward(self, z_BND: Tensor, mod: Any) -> Tensor:
+        """Full computation of the block."""
+        return compose(self, z_BND, mod, lambda name, z: self.branch(name, z, mod)[0])
+
+
+def compose(block: Block, z_BnD: Tensor, mod: Any, take: Take, at: Tensor | None = None) -> Tensor:
+    """For every branch of a block: take its update (computed, cached, forecast, mixed or recorded), add it.
+
+    Args:
+        block: the block, or an object with its methods.
+        z_BnD: tokens before it.
+        mod: its terms of the conditioning.
+        take: gives the update of each branch.
+        at: which tokens these are; None for all.
+    """
+    for name in block.branches:
+        z_BnD = z_BnD + block.gated(name, take(name, z_BnD), mod, at)
+    return z_BnD
+
+
+class Network(nn.Module, ABC):
+    """A diffusion transformer: tokens in, blocks, tokens out. What depends on time and conditions alone comes from `modulations`."""
+
+    blocks: nn.ModuleList
+
+    @abstractmethod
+    def embed(self, x_BCHW: Tensor) -> Tensor:
+        """Latents -> tokens [B, N, D]."""
+
+    @abstractmethod
+    def condition(self, t_B: Tensor, y_B: Tensor) -> Tensor:
+        """Conditioning vector c [B, D] of times (in the network's own units) and labels.
+
+        Times [S, 1] and labels [U] give [S, U, D]: the exporter asks for every time of a run and every label of a request at once.
+        """
+
+    @abstractmethod
+    def modulations(self, c_BD: Tensor) -> tuple[list[Any], Any]:
+        """The terms of every block and of the readout, which depend on time and conditions alone: named tuples of [B, 1, D]."""
+
+    @abstractmethod
+    def readout(self, z_BND: Tensor, mod: Any) -> Tensor:
+        """Tokens -> raw output [B, out_channels, H, W]."""
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+        """Raw output [B, out_channels, H, W] for latents, times and labels."""
+        z_BND = self.embed(x_BCHW)
+        mods, final = self.modulations(self.condition(t_B, y_B))
+        for block, mod in zip(self.blocks, mods, strict=True):
+            z_BND = block(z_BND, mod)
+        return self.readout(z_BND, final)
