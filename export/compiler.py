@@ -121,7 +121,7 @@ def write_unproved(
     write_weights(tensors, folder / WEIGHTS, index)
     _write_graphs(graphs, folder)
     plan.save(folder / "plan.json")
-    return _describe(model, plan, lowered, index, precision, graphs)
+    return _describe(model, plan, lowered, index, precision, graphs) | {"modulations": emitter.modulations}
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def _entry(entry: Entry, slots: int, plan: CachePlan, precision: str) -> dict[st
 
 
 def _interface(program: Program, graph: onnx.ModelProto, plan: CachePlan) -> dict[str, Any]:
-    computed = sum(computed_tokens(s, plan.model.tokens) for s in program.segments)
+    computed = sum(computed_tokens(s, plan.model.tokens, plan.model.block) for s in program.segments)
     return {
         "graph": program.graph,
         "guidance": program.guidance.mode if plan.guidance.doubles_batch else "cond",

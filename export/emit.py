@@ -38,7 +38,7 @@ from tc_lightning.costs import entry_dtype, entry_shape
 from tc_lightning.dataflow import Entry, StepFlow, trace
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.diffusion.update import Coefficients, advance
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan import CachePlan
 
 MODULATION_TABLE = f"{SELECTOR}.modulations"  # the content predictor's adaLN terms [T, 6, D]: they depend on the step alone
@@ -59,7 +59,7 @@ class Emitter:
     def __init__(
         self,
         plan: CachePlan,
-        network: DiT,
+        network: Network,
         predictor: ContentPredictor | None,
         dtype: str,
         weights_file: str,
@@ -124,8 +124,13 @@ class Emitter:
         return g.model()
 
     @property
+    def modulations(self) -> int:
+        """Rows of the table that the condition graph writes for each step and label."""
+        return self._like.rows
+
+    @property
     def _table_shape(self) -> tuple[int, int]:
-        return self._like.rows, self.plan.model.width
+        return self.modulations, self.plan.model.width
 
     def _modulations(self, g: Graph, step: Sym) -> Sym:
         """This step's adaLN terms for every row of the batch, [M, R, D]."""

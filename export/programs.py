@@ -14,7 +14,7 @@ import dataclasses
 from tc_lightning.dataflow import Entry, StepFlow, assign_slots, trace
 from tc_lightning.guidance import BOTH, GuidanceMode
 from tc_lightning.plan import CachePlan
-from tc_lightning.segments import Segment
+from tc_lightning.segments import DIT, Branches, Segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def lower(plan: CachePlan, share_graphs: bool = True) -> LoweredPlan:
         programs.append(Program(name, segments, reads, writes, tuple(steps), name, mode))
     everything = (Segment(0, plan.model.depth, "compute"),)
     if share_graphs:
-        programs = _share_graphs(programs, everything)
+        programs = _share_graphs(programs, everything, plan.model.block)
     programs.append(Program(FULL, everything, (), (), full_steps, FULL))
     by_step = {i: program for program in programs for i in program.steps}
     bindings = tuple(_bind(by_step[i], flow, i, slot_of) for i, flow in enumerate(flows))
@@ -107,9 +107,9 @@ def shares_reference(plan: CachePlan) -> bool:
     return plan.scaled_sampler.steps == plan.baseline.steps
 
 
-def computed_tokens(segment: Segment, num_tokens: int) -> int:
+def computed_tokens(segment: Segment, num_tokens: int, block: Branches = DIT) -> int:
     """Blocks x tokens in which a segment computes a branch at least."""
-    if segment.mode == "compute" or (segment.mode == "reuse" and len(segment.branches) < 2):
+    if segment.mode in ("compute", "reuse") and any(map(segment.computes, block.names)):
         return len(segment.blocks) * num_tokens
     return len(segment.blocks) * segment.keep
 
@@ -136,30 +136,30 @@ def _shapes(segments: tuple[Segment, ...]) -> tuple[object, ...]:
     return tuple((s.start, s.stop, s.mode, s.order, s.branches, s.choice, s.keep) for s in segments)
 
 
-def _share_graphs(programs: list[Program], everything: tuple[Segment, ...]) -> list[Program]:
+def _share_graphs(programs: list[Program], everything: tuple[Segment, ...], block: Branches) -> list[Program]:
     """Give programs that differ in the number of kept tokens alone one graph; full compute joins those that run most often."""
     alike: dict[object, list[Program]] = {}
     for program in programs:
         cuts = tuple((s.start, s.stop, s.mode, s.order, s.branches, s.is_content and s.keep) for s in program.segments)
         alike.setdefault((cuts, program.reads, program.guidance), []).append(program)
     for full in (p for p in programs if p.segments == everything):
-        if hosts := [group for group in alike.values() if _can_host(group[0], full)]:
+        if hosts := [group for group in alike.values() if _can_host(group[0], full, block)]:
             max(hosts, key=lambda group: sum(len(p.steps) for p in group)).append(full)
     graph = {p.name: group[0].name for group in alike.values() if len(group) > 1 for p in group}
     return [dataclasses.replace(p, graph=graph.get(p.name, p.name)) for p in programs]
 
 
-def _can_host(program: Program, full: Program) -> bool:
+def _can_host(program: Program, full: Program, block: Branches) -> bool:
     """Whether full compute is what a program does if it keeps every token.
 
     It has to write what only the program reads, so that its buffers are there, and the program's segments must yield all it writes.
     """
     more = {entry for entry, _ in {*program.reads} - {*full.reads}}
-    yields = all(_yields(s, entry) for s in program.segments for entry in full.writes)
+    yields = all(_yields(s, entry, block) for s in program.segments for entry in full.writes)
     return yields and program.guidance == full.guidance and bool(more) and more <= {*full.writes}
 
 
-def _yields(segment: Segment, entry: Entry) -> bool:
+def _yields(segment: Segment, entry: Entry, block: Branches) -> bool:
     """Whether a segment in which every token is kept leaves what is to be cached: of partial ones keys, values and whole spans."""
     if segment.mode != "partial":
         return segment.mode == "compute"
@@ -167,7 +167,7 @@ def _yields(segment: Segment, entry: Entry) -> bool:
         return False
     if entry.kind == "span":
         return not any(segment.start < edge < segment.stop for edge in (entry.start, entry.stop))
-    return len(segment.branches) == 2 and (entry.kind not in ("attn", "mlp") or entry.start not in segment.blocks)
+    return len(segment.branches) == len(block.names) and (entry.kind not in block.names or entry.start not in segment.blocks)
 
 
 def _read_counts(segments: tuple[Segment, ...], flow: StepFlow, mode: GuidanceMode) -> tuple[tuple[Entry, int], ...]:

@@ -98,7 +98,7 @@ def lay_out(manifest: dict[str, Any], images: int, labels: int, full: bool = Fal
         full: run the reference, which computes everything at every step, rather than the plan.
     """
     model, sampling = manifest["model"], sampling_runs(manifest, full)
-    table = (labels, 6 * model["depth"] + 2, model["width"])
+    table = (labels, manifest["modulations"], model["width"])
     chunks = split_steps(len(sampling), manifest["condition_values"] // math.prod(table))
     runs = _with_condition(sampling, chunks)
     latent = Spec("fp32", (images, model["in_channels"], model["input_size"], model["input_size"]))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.symbolic import CONTRIB, KINDS, Graph, Sym
+from export.symbolic import CONTRIB, KINDS, Graph, Sym, syms
 from tc_lightning.lean import put, take
 
 ANSWERS: dict[Any, Callable[..., Any]] = {}
@@ -98,11 +98,12 @@ def product(x: Sym, weight: Sym, bias: str | None) -> Sym:
 
 
 @answers(take)
-def _take(x_BND: Sym, index: Any) -> Sym:
-    places = lifted(x_BND.graph, index)
+def _take(x_BND: Any, index: Any) -> Sym:
+    g = next(syms((x_BND, index))).graph
+    x, places = lifted(g, x_BND), lifted(g, index)
     if places.ndim == 1:
-        return gather(x_BND, places, 1)
-    return x_BND.graph.op("GatherND", x_BND, _pairs(places), shape=(*places.shape, x_BND.shape[2]))
+        return gather(x, places, 1)
+    return g.op("GatherND", x, _pairs(places), shape=(*places.shape, x.shape[2]))
 
 
 @answers(put)

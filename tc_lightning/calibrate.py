@@ -21,7 +21,7 @@ from tc_lightning.models.dit import DiT, FinalModulation
 from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.sampling import full_plan, sample_steps
 from tc_lightning.scores import sampler_digest
-from tc_lightning.segments import BRANCHES, MAX_ORDER, compute
+from tc_lightning.segments import MAX_ORDER, compute
 from tc_lightning.step_effect import step_effect
 from tc_lightning.superposition import enter, guided_eps
 
@@ -46,7 +46,8 @@ def calibrate(model: DiT, plan: CachePlan, x_T: Tensor, labels_B: Tensor, max_ga
         raise TokenCacheError(f"cannot calibrate on {len(x_T)} trajectories with gaps up to {max_gap}: both must be at least 1.")
     full = full_plan(plan.model, plan.sampler, plan.guidance)
     gaps = min(max_gap, max(plan.num_steps - 1, 1))
-    sums = [np.zeros((plan.num_steps, gaps, plan.model.depth, 2)), np.zeros((plan.num_steps, gaps, gaps, MAX_ORDER + 1))]
+    drifts = (plan.num_steps, gaps, plan.model.depth, len(plan.model.block.names))
+    sums = [np.zeros(drifts), np.zeros((plan.num_steps, gaps, gaps, MAX_ORDER + 1))]
     effect_T = np.zeros(plan.num_steps)
     with tqdm(total=len(x_T), desc="calibration", unit="trajectory", disable=not progress) as bar:
         for start in range(0, len(x_T), BATCH):
@@ -72,14 +73,14 @@ class _Known(NamedTuple):
 @torch.no_grad()
 def _trajectory_tables(model: DiT, full: CachePlan, x_T: Tensor, labels_B: Tensor, gaps: int) -> tuple[np.ndarray, np.ndarray]:
     """Drifts [T, G, L, 2] and gap errors [T, G, S, O] of some trajectories."""
-    drift = np.zeros((full.num_steps, gaps, full.model.depth, 2))
+    drift = np.zeros((full.num_steps, gaps, full.model.depth, len(full.model.block.names)))
     error = np.zeros((full.num_steps, gaps, gaps, MAX_ORDER + 1))
     branches: list[list[Tensor]] = []  # of the last steps, latest first
     spans: list[Tensor] = []
     for state in sample_steps(model, full, x_T, labels_B):
         known = _known(model, full.guidance, state.x, full.sampler.steps[state.step].t, labels_B)
         for g, earlier in enumerate(branches):
-            drift[state.step, g] = _drift_L2(earlier, known.branches)
+            drift[state.step, g] = _drift(earlier, known.branches).reshape(drift.shape[2:])
         for g in range(min(gaps, state.step)):
             error[state.step, g] = _gap_error_SO(model, full.guidance, known, spans, state.step, g + 1, gaps)
         branches = [known.branches, *branches[: gaps - 1]]
@@ -90,17 +91,17 @@ def _trajectory_tables(model: DiT, full: CachePlan, x_T: Tensor, labels_B: Tenso
 def _known(model: DiT, guidance: Guidance, x_BCHW: Tensor, t: float, labels_B: Tensor) -> _Known:
     L = len(model.blocks)
     z_BND, mods, final = enter(model, guidance, x_BCHW, torch.full((len(x_BCHW),), t, device=x_BCHW.device), labels_B)
-    span, entries = Entry("span", 0, L), [Entry(branch, b, b + 1) for b in range(L) for branch in BRANCHES]
+    span, entries = Entry("span", 0, L), [Entry(branch, b, b + 1) for b in range(L) for branch in model.blocks[b].branches]  # type: ignore[union-attr]
     out_BND, writes = run_blocks(Step((compute(0, L),), (None,), {}, [span, *entries]), z_BND, list(model.blocks), mods)
     return _Known(z_BND, writes[span], [writes[e] for e in entries], final, guided_eps(model, guidance, out_BND, final))
 
 
-def _drift_L2(earlier: list[Tensor], now: list[Tensor]) -> np.ndarray:
-    """Relative L1 change of every branch, [L, 2]; a branch that is silent at both steps has not changed."""
+def _drift(earlier: list[Tensor], now: list[Tensor]) -> np.ndarray:
+    """Relative L1 change of every branch of every block; one that is silent at both steps has not changed."""
     ratios = [
         float((a - b).abs().sum() / b.abs().sum().clamp(min=torch.finfo(b.dtype).tiny)) for a, b in zip(earlier, now, strict=True)
     ]
-    return np.array(ratios).reshape(-1, 2)
+    return np.array(ratios)
 
 
 def _gap_error_SO(model: DiT, guidance: Guidance, known: _Known, spans: list[Tensor], step: int, gap: int, spacings: int) -> np.ndarray:

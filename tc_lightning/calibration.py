@@ -96,8 +96,8 @@ class Calibration:
 
 def _validate(calibration: Calibration) -> None:
     drift, error, effect = (getattr(calibration, name) for name in _ARRAYS)
-    if drift.ndim != 4 or drift.shape[3] != 2 or 0 in drift.shape:
-        raise RunError(f"drift has the shape {drift.shape}; [steps, gaps, blocks, 2] was expected.")
+    if drift.ndim != 4 or 0 in drift.shape:
+        raise RunError(f"drift has the shape {drift.shape}; [steps, gaps, blocks, branches] was expected.")
     steps, gaps = drift.shape[:2]
     if error.shape != (steps, gaps, gaps, MAX_ORDER + 1):
         raise RunError(f"gap_error has the shape {error.shape}; {(steps, gaps, gaps, MAX_ORDER + 1)} was expected.")

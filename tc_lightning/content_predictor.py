@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tc_lightning.atomic import write_atomically
 from tc_lightning.errors import PlanError, RunError
 from tc_lightning.models.dit import NORM_EPS, DiT, DiTBlock, DiTConfig, Modulation
+from tc_lightning.models.network import Network
 from tc_lightning.plan import CachePlan
 from tc_lightning.predictor import INITIAL_IMPORTANCE, LOGIT_BOUND
 
@@ -50,7 +51,7 @@ class ContentPredictor(nn.Module):
         predictor.block.load_state_dict(model.blocks[0].state_dict())
         return predictor
 
-    def modulation(self, model: DiT, t_B: Tensor) -> Modulation:
+    def modulation(self, model: Network, t_B: Tensor) -> Modulation:
         """adaLN terms of the block at times [B] in training steps."""
         null_B = torch.full(t_B.shape, model.config.num_classes, device=t_B.device)
         return self.block.modulation(model.condition(t_B, null_B))

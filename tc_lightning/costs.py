@@ -12,11 +12,12 @@ from tc_lightning.segments import Segment
 TIME_FEATURES = 256  # width of the sinusoidal timestep features
 
 
-def block_macs(model: ModelSignature, tokens: int, branches: tuple[str, ...] = ("attn", "mlp")) -> int:
-    """MACs of one block for one sample when `tokens` tokens are computed in `branches`; attention is over all tokens."""
+def block_macs(model: ModelSignature, tokens: int, branches: tuple[str, ...] | None = None) -> int:
+    """MACs of one block for one sample when `tokens` tokens are computed in `branches` (None: all); attention is over all tokens."""
+    computed = model.block.names if branches is None else branches
     attention = tokens * 4 * model.width**2 + 2 * tokens * model.tokens * model.width
     mlp = tokens * 2 * model.width * model.mlp_width
-    return ("attn" in branches) * attention + ("mlp" in branches) * mlp
+    return sum(attention if name in model.block.attending else mlp for name in computed)
 
 
 def fixed_macs(model: ModelSignature) -> int:
@@ -35,8 +36,7 @@ def segment_macs(model: ModelSignature, segment: Segment) -> int:
     if segment.mode == "partial":
         return depth * block_macs(model, segment.keep, segment.branches)
     if segment.mode == "reuse":
-        computed = tuple(b for b in ("attn", "mlp") if b not in segment.branches)
-        return depth * block_macs(model, model.tokens, computed)
+        return depth * block_macs(model, model.tokens, tuple(filter(segment.computes, model.block.names)))
     return 0
 
 

@@ -16,15 +16,16 @@ from typing import NamedTuple
 
 from tc_lightning.errors import PlanError
 from tc_lightning.plan import CachePlan
-from tc_lightning.segments import Segment
+from tc_lightning.segments import DIT, Branches, Segment
 
 
 class Entry(NamedTuple):
     """A cached quantity of blocks [start, stop).
 
-    Kinds: `span`, the summed residual; `attn` and `mlp`, a branch of one block before its gate; `k` and `v`, keys and values of one
-    block, heads side by side. Each is [B, N, D]. `guidance`, of all blocks: the difference cond - uncond of eps on the guided channels,
-    [B, guided channels, H, W]. Halves: `cond` and `uncond`; empty for a batch that is never divided (and for the difference).
+    Kinds: `span`, the summed residual; a branch's name, for example `attn`: that branch of one block before its gate; `k` and `v`,
+    keys and values of one block, heads side by side. Each is [B, N, D]. `guidance`, of all blocks: the difference cond - uncond of eps
+    on the guided channels, [B, guided channels, H, W]. Halves: `cond` and `uncond`; empty for a batch that is never divided (and for
+    the difference).
     """
 
     kind: str
@@ -78,7 +79,7 @@ def lagrange_weights(sources: Sequence[int], at: int) -> tuple[float, ...]:
     return tuple(weights)
 
 
-def entries_read(segment: Segment, num_tokens: int) -> dict[Entry, int]:
+def entries_read(segment: Segment, num_tokens: int, block: Branches = DIT) -> dict[Entry, int]:
     """Entries that a segment reads, with the forecast order of each."""
     start, stop, order = segment.start, segment.stop, segment.order
     if segment.mode == "skip":
@@ -89,9 +90,8 @@ def entries_read(segment: Segment, num_tokens: int) -> dict[Entry, int]:
         return {}
     reads = {} if segment.keep == num_tokens else {Entry("span", start, stop): order}
     for b in segment.blocks:
-        if "attn" not in segment.branches:
-            reads[Entry("attn", b, b + 1)] = order
-        elif segment.keep < num_tokens:
+        reads |= {Entry(branch, b, b + 1): order for branch in block.names if not segment.computes(branch)}
+        if segment.keep < num_tokens and any(segment.computes(branch) for branch in block.attending):
             reads |= {Entry("k", b, b + 1): 0, Entry("v", b, b + 1): 0}
     return reads
 
@@ -105,7 +105,7 @@ def halves(plan: CachePlan, step: int) -> tuple[str, ...]:
 
 def step_reads(plan: CachePlan, step: int) -> dict[Entry, int]:
     """Entries that a step reads, with the forecast order of each."""
-    found = {e: order for s in plan.steps[step] for e, order in entries_read(s, plan.model.tokens).items()}
+    found = {e: order for s in plan.steps[step] for e, order in entries_read(s, plan.model.tokens, plan.model.block).items()}
     reads = {e._replace(half=half): order for e, order in found.items() for half in halves(plan, step)}
     mode = plan.guidance_mode(step)
     return reads | ({Entry("guidance", 0, plan.model.depth): mode.order} if mode.mode == "forecast" else {})
@@ -115,22 +115,23 @@ def step_writes(plan: CachePlan, step: int, entry: Entry) -> bool:
     """Whether a step computes the entry as a whole."""
     if entry.kind == "guidance":
         return not plan.guidance_mode(step).single
-    return entry.half in halves(plan, step) and is_written(entry, plan.steps[step])
+    return entry.half in halves(plan, step) and is_written(entry, plan.steps[step], plan.model.block)
 
 
-def is_written(entry: Entry, segments: Iterable[Segment]) -> bool:
+def is_written(entry: Entry, segments: Iterable[Segment], block: Branches = DIT) -> bool:
     """Whether a step with these segments computes the entry for all tokens."""
     modes = {b: s for s in segments for b in s.blocks}
     covering = [modes[b] for b in range(entry.start, entry.stop)]
     if entry.kind == "span":
         return all(s.mode == "compute" for s in covering)
-    branch = "mlp" if entry.kind == "mlp" else "attn"
-    return covering[0].mode == "compute" or (covering[0].mode == "reuse" and branch not in covering[0].branches)
+    makers = block.attending if entry.kind in ("k", "v") else (entry.kind,)
+    return covering[0].mode in ("compute", "reuse") and all(map(covering[0].computes, makers))
 
 
-def is_updated(entry: Entry, segments: Iterable[Segment], num_tokens: int) -> bool:
+def is_updated(entry: Entry, segments: Iterable[Segment], num_tokens: int, block: Branches = DIT) -> bool:
     """Whether a step with these segments puts the keys or values of some tokens in place."""
-    return entry.kind in ("k", "v") and any(s.mode == "partial" and entry.whole in entries_read(s, num_tokens) for s in segments)
+    placing = (s for s in segments if s.mode == "partial")
+    return entry.kind in ("k", "v") and any(entry.whole in entries_read(s, num_tokens, block) for s in placing)
 
 
 def trace(plan: CachePlan) -> list[StepFlow]:
@@ -147,7 +148,7 @@ def trace(plan: CachePlan) -> list[StepFlow]:
     for i, segments in enumerate(plan.steps):
         reads.append(tuple(_resolve(entry, order, written[entry], i) for entry, order in sorted(wanted[i].items())))
         live |= {(read.entry, source) for read in reads[-1] for source in read.sources}
-        updated = {entry for entry in wanted[i] if is_updated(entry, segments, plan.model.tokens)}
+        updated = {entry for entry in wanted[i] if is_updated(entry, segments, plan.model.tokens, plan.model.block)}
         live |= {(entry, i) for entry in updated}
         for entry in universe:
             if entry in updated or step_writes(plan, i, entry):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,26 +35,26 @@ def importance_figure(scores: Scores) -> Figure:
     return figure
 
 
-def sensitivity_figure(scores: Scores) -> Figure:
+def sensitivity_figure(scores: Scores, names: Sequence[str] = BRANCHES) -> Figure:
     """Mean squared change of eps by step and block, one panel a branch, logarithmic colours."""
     sensitivity_TL2 = scores.sensitivity_TL2[1:]
     positive = sensitivity_TL2[sensitivity_TL2 > 0]
     norm = LogNorm(positive.min(), positive.max()) if positive.size else None
-    return _branch_maps(sensitivity_TL2, "reused from the step before", "mean squared change of eps", norm=norm, cmap="magma")
+    return _branch_maps(sensitivity_TL2, names, "reused from the step before", "mean squared change of eps", norm=norm, cmap="magma")
 
 
-def router_figure(router_TL2: np.ndarray) -> Figure:
+def router_figure(router_TL2: np.ndarray, names: Sequence[str] = BRANCHES) -> Figure:
     """A router's w by step and block, one panel a branch."""
-    return _branch_maps(router_TL2[1:], "router", "w (1: compute)", vmin=0, vmax=1, cmap="viridis")
+    return _branch_maps(router_TL2[1:], names, "router", "w (1: compute)", vmin=0, vmax=1, cmap="viridis")
 
 
-def _branch_maps(values_TL2: np.ndarray, title: str, label: str, **colours: Any) -> Figure:
+def _branch_maps(values_TL2: np.ndarray, names: Sequence[str], title: str, label: str, **colours: Any) -> Figure:
     """Values of sampling steps from 1 on, by block."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     extent = (0.5, len(values_TL2) + 0.5, -0.5, values_TL2.shape[1] - 0.5)
     for b, ax in enumerate(axes):
         image = ax.imshow(values_TL2[..., b].T, aspect="auto", origin="lower", extent=extent, **colours)
-        ax.set(title=f"{BRANCHES[b]} {title}", xlabel="sampling step", ylabel="block")
+        ax.set(title=f"{names[b]} {title}", xlabel="sampling step", ylabel="block")
     figure.colorbar(image, ax=axes, label=label)
     return figure

@@ -36,14 +36,17 @@ from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.guidance import BOTH, GUIDANCE_MODES, Guidance, GuidanceMode
 from tc_lightning.plan_json import as_list, check_keys, from_fields
-from tc_lightning.segments import MAX_ORDER, Segment, require_valid
+from tc_lightning.segments import DIT, MAX_ORDER, Branches, Segment, require_valid
 
 FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSignature:
-    """What a plan must know of the model it was made for; `teacher` is the sha256 of its weights."""
+    """What a plan must know of the model it was made for; `teacher` is the sha256 of its weights.
+
+    `branches` names those of a block in order, and says which attend (`tc_lightning.segments.Branches`).
+    """
 
     family: str
     depth: int
@@ -57,6 +60,16 @@ class ModelSignature:
     input_size: int
     num_classes: int
     teacher: str
+    branches: str = DIT.text
+
+    @functools.cached_property
+    def block(self) -> Branches:
+        """The branches of a block."""
+        return Branches.parse(self.branches)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; branches where they are not those of a DiT."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) != ("branches", DIT.text)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +155,7 @@ class CachePlan:
         optional = {"eps_scale": list(self.eps_scale), "selector": self.selector}
         return {
             "format_version": FORMAT_VERSION,
-            "model": dataclasses.asdict(self.model),
+            "model": self.model.to_json(),
             "sampler": self.sampler.to_json(),
             "guidance": dataclasses.asdict(self.guidance),
             "steps": [self._step_to_json(i) for i in range(self.num_steps)],
@@ -175,7 +188,7 @@ class CachePlan:
             raise PlanError(f"selector: expected a sha256, found {raw['selector']!r}.")
         steps = as_list(raw["steps"], "steps")
         return cls(
-            from_fields(ModelSignature, raw["model"], "model"),
+            from_fields(ModelSignature, raw["model"], "model", {"branches"}),
             SamplerTable.from_json(raw["sampler"]),
             from_fields(Guidance, raw["guidance"], "guidance"),
             tuple(_segments_from_json(step, i) for i, step in enumerate(steps)),
@@ -244,7 +257,8 @@ def _validate(plan: CachePlan) -> None:
     for i, segments in enumerate(plan.steps):
         reached = 0
         for segment in segments:
-            require_valid(segment, reached, plan.model.depth, plan.model.tokens, f"step {i}, blocks [{segment.start}, {segment.stop})")
+            where = f"step {i}, blocks [{segment.start}, {segment.stop})"
+            require_valid(segment, reached, plan.model.depth, plan.model.tokens, where, plan.model.block)
             reached = segment.stop
         if reached != plan.model.depth:
             raise PlanError(f"step {i} covers {reached} of {plan.model.depth} blocks: the plan is for another depth, or a gap.")

@@ -22,16 +22,16 @@ def check_keys(raw: Any, required: set[str], optional: set[str], where: str) -> 
         raise PlanError(f"{where}: unknown {', '.join(sorted(unknown))}.")
 
 
-def from_fields(cls: Any, raw: Any, where: str) -> Any:
-    """A dataclass of plain numbers and strings from its JSON object.
+def from_fields(cls: Any, raw: Any, where: str, optional: frozenset[str] | set[str] = frozenset()) -> Any:
+    """A dataclass of plain numbers and strings from its JSON object, from which `optional` keys may be absent.
 
     Raises:
         PlanError: naming the key that is missing, unknown or of another type.
     """
     types = {field.name: field.type for field in dataclasses.fields(cls)}
-    check_keys(raw, set(types), set(), where)
+    check_keys(raw, set(types) - optional, {*optional}, where)
     allowed: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
-    for name, kind in types.items():
+    for name, kind in ((name, types[name]) for name in raw):
         if type(raw[name]) not in allowed[str(kind)]:
             raise PlanError(f"{where}.{name}: expected {kind}, found {raw[name]!r}.")
     return cls(**raw)

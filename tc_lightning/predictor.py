@@ -60,11 +60,12 @@ class RouterTable(nn.Module):
         num_steps: sampling steps T.
         depth: blocks L.
         start: w about which the table starts.
+        branches: branches of a block.
     """
 
-    def __init__(self, num_steps: int, depth: int, start: float = INITIAL_IMPORTANCE) -> None:
+    def __init__(self, num_steps: int, depth: int, start: float = INITIAL_IMPORTANCE, branches: int = 2) -> None:
         super().__init__()
-        self.table_TL2 = nn.Parameter(torch.randn(num_steps, depth, 2) + math.log(start / (1 - start)))
+        self.table_TL2 = nn.Parameter(torch.randn(num_steps, depth, branches) + math.log(start / (1 - start)))
 
     def forward(self) -> Tensor:
         """Weights [T, L, 2] of all steps."""
@@ -81,11 +82,12 @@ class RouterPredictor(CachePredictor):
         times_T: times of the sampling steps, in training steps.
         depth: blocks L.
         hidden_size: width H.
+        branches: branches of a block.
     """
 
-    def __init__(self, times_T: Tensor, depth: int, hidden_size: int = 64) -> None:
-        super().__init__(depth, 2, hidden_size)
-        self.table_TL2 = nn.Parameter(torch.zeros(len(times_T), depth, 2))
+    def __init__(self, times_T: Tensor, depth: int, hidden_size: int = 64, branches: int = 2) -> None:
+        super().__init__(depth, branches, hidden_size)
+        self.table_TL2 = nn.Parameter(torch.zeros(len(times_T), depth, branches))
         self.times_T: Tensor
         self.register_buffer("times_T", times_T, persistent=False)
 

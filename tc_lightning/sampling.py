@@ -19,6 +19,7 @@ from tc_lightning.diffusion.update import advance, coefficients
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.checkpoints import teacher_digest
 from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.noise import initial_noise
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.segments import Segment, compute
@@ -45,23 +46,9 @@ class SamplingStep(NamedTuple):
     writes: dict[Entry, Tensor]
 
 
-def model_signature(model: DiT, digest: str | None = None) -> ModelSignature:
-    """Signature of a DiT; pass its digest if it is already known, since hashing reads every weight."""
-    c = model.config
-    return ModelSignature(
-        family="dit",
-        depth=c.depth,
-        tokens=c.num_tokens,
-        width=c.hidden_size,
-        heads=c.num_heads,
-        mlp_width=c.mlp_size,
-        patch_size=c.patch_size,
-        in_channels=c.in_channels,
-        out_channels=c.out_channels,
-        input_size=c.input_size,
-        num_classes=c.num_classes,
-        teacher=digest or teacher_digest(model),
-    )
+def model_signature(model: Network, digest: str | None = None) -> ModelSignature:
+    """Signature of a network; pass its digest if it is already known, since hashing reads every weight."""
+    return model.signature(digest or teacher_digest(model))  # type: ignore[arg-type]
 
 
 def full_plan(signature: ModelSignature, sampler: SamplerTable, guidance: Guidance) -> CachePlan:

@@ -105,7 +105,7 @@ def _validate(scores: Scores) -> None:
     importance, sensitivity = scores.importance_TLN, scores.sensitivity_TL2
     if importance.ndim != 3 or 0 in importance.shape:
         raise RunError(f"importance has the shape {importance.shape}; [steps, blocks, tokens] was expected.")
-    shape = (*importance.shape[:2], 2)
+    shape = (*importance.shape[:2], *sensitivity.shape[2:][:1])
     for name, array in scores.arrays.items():
         if name != "importance_TLN" and array.shape != shape:
             raise RunError(f"{_said(name)} has the shape {array.shape}; {shape} was expected.")

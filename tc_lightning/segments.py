@@ -3,15 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from tc_lightning.errors import PlanError
 from tc_lightning.plan_json import check_keys, is_ints
 
 MODES = ("compute", "partial", "reuse", "skip")
-BRANCHES = ("attn", "mlp")
 CHOICES = ("static", "content")
 MAX_ORDER = 2
+
+
+class Branches(NamedTuple):
+    """The branches of a network's blocks, as plans see them.
+
+    Args:
+        names: their names, in the order in which they run.
+        attending: those that attend to all tokens: partial steps read the keys and values of one from the cache.
+    """
+
+    names: tuple[str, ...]
+    attending: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Branches:
+        """Inverse of `text`."""
+        words = [word.partition(":") for word in text.split()]
+        return cls(tuple(name for name, _, _ in words), tuple(name for name, _, mark in words if mark == "kv"))
+
+    @property
+    def text(self) -> str:
+        """Names in order, with `:kv` at those that attend: `attn:kv mlp`."""
+        return " ".join(f"{name}:kv" if name in self.attending else name for name in self.names)
+
+    @property
+    def tokenwise(self) -> tuple[str, ...]:
+        """Those that look at each token by itself."""
+        return tuple(name for name in self.names if name not in self.attending)
+
+
+DIT = Branches(("attn", "mlp"), ("attn",))
+BRANCHES = DIT.names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +143,7 @@ def reuse(start: int, stop: int, branches: tuple[str, ...], order: int = 0) -> S
     return Segment(start, stop, "reuse", order, branches)
 
 
-def require_valid(segment: Segment, reached: int, depth: int, num_tokens: int, where: str) -> None:
+def require_valid(segment: Segment, reached: int, depth: int, num_tokens: int, where: str, block: Branches = DIT) -> None:
     """Check a segment by itself, and that it goes on from block `reached`.
 
     Raises:
@@ -128,8 +159,8 @@ def require_valid(segment: Segment, reached: int, depth: int, num_tokens: int, w
         fail(f"segments must cover blocks 0 to {depth} in order without gap or overlap; {reached} was reached")
     if not 0 <= segment.order <= MAX_ORDER:
         fail(f"order {segment.order} is not 0, 1 or 2")
-    if len(set(segment.branches)) != len(segment.branches) or not set(segment.branches) <= set(BRANCHES):
-        fail(f"branches {list(segment.branches)} must be distinct and of {list(BRANCHES)}")
+    if len(set(segment.branches)) != len(segment.branches) or not set(segment.branches) <= set(block.names):
+        fail(f"branches {list(segment.branches)} must be distinct and of {list(block.names)}")
     if segment.choice not in CHOICES or (segment.is_content and segment.mode != "partial"):
         fail(f"choice {segment.choice!r} must be of {list(CHOICES)}, and content only where the mode is partial")
     if segment.is_content and (segment.tokens or not 1 <= segment.keep <= num_tokens):
@@ -142,8 +173,8 @@ def require_valid(segment: Segment, reached: int, depth: int, num_tokens: int, w
         fail("tokens must be ascending and distinct")
     if segment.mode == "reuse" and not segment.branches:
         fail("reuse must name the branches that come from the cache")
-    if segment.mode == "partial" and "mlp" not in segment.branches:
-        fail("partial recomputes attn and mlp, or mlp alone")
+    if segment.mode == "partial" and set(segment.branches) not in ({*block.names}, {*block.tokenwise}):
+        fail(f"partial recomputes {' and '.join(block.names)}, or {' and '.join(block.tokenwise)} alone")
     if segment.mode == "compute" and (segment.order or segment.branches):
         fail("compute takes neither order nor branches")
     if segment.mode == "skip" and segment.branches:

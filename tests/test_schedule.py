@@ -60,6 +60,7 @@ def manifest_of(plan: CachePlan) -> dict[str, Any]:
         "full_steps": plan.num_steps,
         "precision": "fp32",
         "condition_values": 10**6,
+        "modulations": 6 * plan.model.depth + 2,
         "guidance": {"scale": 1.5},
         "model": model,
     }

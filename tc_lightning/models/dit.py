@@ -12,17 +12,18 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tc_lightning.errors import TeacherError
-from tc_lightning.lean import attend, patch_tokens, time_features
+from tc_lightning.lean import attend
+from tc_lightning.models.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from tc_lightning.models.network import Block, KeyValue, Network, See
+from tc_lightning.plan import ModelSignature
+from tc_lightning.segments import Branches
 
 NORM_EPS = 1e-6
-FREQUENCIES = 256  # width of the sinusoidal timestep features
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
 
 
@@ -116,47 +117,6 @@ class FinalModulation(NamedTuple):
     scale: Tensor
 
 
-class TimestepEmbedder(nn.Module):
-    """Sinusoidal features of the diffusion time, then a two-layer MLP."""
-
-    def __init__(self, hidden_size: int, freq_shift: float = 0.0) -> None:
-        super().__init__()
-        self.freq_shift = freq_shift
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
-
-    def features(self, t_B: Tensor) -> Tensor:
-        """Sinusoidal features of times (in training steps, fractional allowed), [B] -> [B, 256] fp32."""
-        return time_features(t_B, FREQUENCIES, self.freq_shift)
-
-    def forward(self, t_B: Tensor) -> Tensor:
-        """Embed times [B] -> [B, D]."""
-        return self.mlp(self.features(t_B).to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
-
-
-class LabelEmbedder(nn.Module):
-    """Class embedding; the last row is the null label."""
-
-    def __init__(self, num_classes: int, hidden_size: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
-
-    def forward(self, y_B: Tensor) -> Tensor:
-        """[B] -> [B, D]."""
-        return self.embedding_table(y_B)
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches -> tokens, in row-major order."""
-
-    def __init__(self, config: DiTConfig) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, N, D]."""
-        return patch_tokens(x_BCHW, self.proj.weight, self.proj.bias)
-
-
 class Attention(nn.Module):
     """Weights of multi-head self-attention (`DiTBlock` does the arithmetic)."""
 
@@ -188,7 +148,7 @@ def modulate(x_BnD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
 class DiTBlock(Block):
     """One transformer block with adaLN-Zero conditioning."""
 
-    branches = ("attn", "mlp")
+    branches, attends = ("attn", "mlp"), ("attn",)
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -260,7 +220,7 @@ class DiT(Network):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
-        self.x_embedder = PatchEmbed(config)
+        self.x_embedder = PatchEmbed(config.in_channels, config.hidden_size, config.patch_size)
         self.t_embedder = TimestepEmbedder(config.hidden_size, config.freq_shift)
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
         grid = config.input_size // config.patch_size
@@ -269,6 +229,10 @@ class DiT(Network):
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self._initialise()
+
+    def signature(self, teacher: str) -> ModelSignature:
+        """See `Network`."""
+        return signature_of(self.config, "dit", self.branches, teacher)
 
     def embed(self, x_BCHW: Tensor) -> Tensor:
         """Latents -> tokens [B, N, D]."""
@@ -309,6 +273,25 @@ class DiT(Network):
         nn.init.zeros_(self.final_layer.linear.weight)
 
 
+def signature_of(config: DiTConfig, family: str, branches: Branches, teacher: str) -> ModelSignature:
+    """Signature of a network of this shape."""
+    return ModelSignature(
+        family=family,
+        depth=config.depth,
+        tokens=config.num_tokens,
+        width=config.hidden_size,
+        heads=config.num_heads,
+        mlp_width=config.mlp_size,
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        input_size=config.input_size,
+        num_classes=config.num_classes,
+        teacher=teacher,
+        branches=branches.text,
+    )
+
+
 def randomise_(model: DiT, seed: int, std: float = 0.05) -> DiT:
     """Fill every trainable weight with noise in place, so that gates are open and no branch is silent (tests, benchmarks)."""
     generator = torch.Generator().manual_seed(seed)
@@ -317,15 +300,3 @@ def randomise_(model: DiT, seed: int, std: float = 0.05) -> DiT:
             if name != "pos_embed":
                 parameter.normal_(0.0, std, generator=generator)
     return model
-
-
-def sincos_position_embedding(dim: int, grid: int) -> np.ndarray:
-    """Fixed 2-D sine-cosine table [grid * grid, dim] in float64; the first half of the features is the column."""
-    rows, columns = np.meshgrid(np.arange(grid, dtype=np.float64), np.arange(grid, dtype=np.float64), indexing="ij")
-    return np.concatenate([_sincos_1d(dim // 2, columns.ravel()), _sincos_1d(dim // 2, rows.ravel())], axis=1)
-
-
-def _sincos_1d(dim: int, positions: np.ndarray) -> np.ndarray:
-    omega = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2.0))
-    angles = positions[:, None] * omega[None]
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from tc_lightning.plan import ModelSignature
+from tc_lightning.segments import Branches
+
 
 class KeyValue(NamedTuple):
     """Keys and values of attention, each [B, n, D]: the heads lie side by side, as the projections give them."""
@@ -31,6 +34,7 @@ class Block(nn.Module, ABC):
     """A block: branches that read the residual stream, one after the other, and add to it."""
 
     branches: tuple[str, ...]  # their names, in the order in which they run
+    attends: tuple[str, ...] = ()  # those that look at all tokens, by keys and values: one at most
 
     @abstractmethod
     def branch(self, name: str, z_BnD: Tensor, mod: Any, at: Tensor | None = None, see: See | None = None) -> tuple[Tensor, Any]:
@@ -72,6 +76,17 @@ class Network(nn.Module, ABC):
     """A diffusion transformer: tokens in, blocks, tokens out. What depends on time and conditions alone comes from `modulations`."""
 
     blocks: nn.ModuleList
+    config: Any  # its shape; input_size, in_channels and num_classes at least
+
+    @property
+    def branches(self) -> Branches:
+        """Those of its blocks, as plans see them."""
+        block: Any = self.blocks[0]
+        return Branches(block.branches, block.attends)
+
+    @abstractmethod
+    def signature(self, teacher: str) -> ModelSignature:
+        """What a plan must know of it; `teacher` is the sha256 of its weights."""
 
     @abstractmethod
     def embed(self, x_BCHW: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from tc_lightning.costs import full_step_macs, step_macs
 from tc_lightning.errors import PlanError
 from tc_lightning.plan import ModelSignature
 from tc_lightning.scores import Scores
-from tc_lightning.segments import BRANCHES, Segment, compute, partial, reuse, skip
+from tc_lightning.segments import Segment, compute, partial, reuse, skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _branch(p: PrunedStep, signature: ModelSignature, scores: Scores, phase: Seq
     sensitivity_L2 = scores.sensitivity_TL2[list(phase)].sum(0)
     a, b = best_edges(sensitivity_L2.sum(1), _rounded(p.block_share, L))
     sensitivity_2 = sensitivity_L2[[*range(a), *range(L - b, L)]].sum(0)
-    least = (BRANCHES[int(np.argmin(sensitivity_2))],)
+    least = (signature.block.names[int(np.argmin(sensitivity_2))],)
     return reuse(0, a, least, p.order), skip(a, L - b, p.order), reuse(L - b, L, least, p.order)
 
 

@@ -24,21 +24,22 @@ NO_ROUTER = (
 )
 
 
-def router_steps(reused_TL2: np.ndarray) -> tuple[tuple[Segment, ...], ...]:
+def router_steps(reused_TL2: np.ndarray, names: tuple[str, ...] = BRANCHES) -> tuple[tuple[Segment, ...], ...]:
     """Steps in which the given branches come from the cache, before their gate, and all others are computed.
 
     Args:
         reused_TL2: whether a branch is reused, boolean.
+        names: the branches of a block.
     """
-    return tuple(_segments(reused_L2) for reused_L2 in np.asarray(reused_TL2, dtype=bool))
+    return tuple(_segments(reused_L2, names) for reused_L2 in np.asarray(reused_TL2, dtype=bool))
 
 
-def _segments(reused_L2: np.ndarray) -> tuple[Segment, ...]:
+def _segments(reused_L2: np.ndarray, names: tuple[str, ...]) -> tuple[Segment, ...]:
     """Neighbouring blocks that reuse the same branches share a segment."""
     segments, start = [], 0
     for reused, blocks in itertools.groupby(map(tuple, reused_L2.tolist())):
         stop = start + len(list(blocks))
-        branches = tuple(branch for branch, here in zip(BRANCHES, reused, strict=True) if here)
+        branches = tuple(branch for branch, here in zip(names, reused, strict=True) if here)
         segments.append(reuse(start, stop, branches) if branches else compute(start, stop))
         start = stop
     return tuple(segments)
@@ -70,7 +71,7 @@ class RouterPolicy(TargetedPolicy):
     def least_macs(self, signature: ModelSignature, sampler: SamplerTable) -> float:
         """Every branch reused wherever the method allows it."""
         computed_T11 = 1.0 - self.may_reuse(len(sampler))[:, None, None]
-        return _macs(signature, np.broadcast_to(computed_T11, (len(sampler), signature.depth, 2)))
+        return _macs(signature, np.broadcast_to(computed_T11, (len(sampler), signature.depth, len(signature.block.names))))
 
     def unavailable(self, context: PlanningContext) -> str | None:
         """See `Policy.unavailable`."""
@@ -91,7 +92,7 @@ class RouterPolicy(TargetedPolicy):
 
     def _offer(self, context: PlanningContext, reused_TL2: np.ndarray) -> Offer:
         threshold = float(_router(context, self.name)[reused_TL2].max(initial=0.0))
-        return Offer(router_steps(reused_TL2), {"threshold": threshold, "scores": context.scores.digest})
+        return Offer(router_steps(reused_TL2, context.signature.block.names), {"threshold": threshold, "scores": context.scores.digest})
 
 
 def _router(context: PlanningContext, name: str) -> np.ndarray:
@@ -104,7 +105,7 @@ def lowest_within_budget(signature: ModelSignature, router_TL2: np.ndarray, may_
     """Reuse branches from the lowest w on until the budget is met, [T, L, 2]; of equals, the earlier step, block and branch first."""
     allowed = np.flatnonzero(may_TL2)
     order = allowed[np.argsort(router_TL2.ravel()[allowed], kind="stable")]
-    saved = np.cumsum(_branch_macs(signature)[order % 2])
+    saved = np.cumsum(_branch_macs(signature)[order % len(signature.block.names)])
     needed = _macs(signature, np.ones_like(router_TL2)) - macs_budget
     count = int(np.searchsorted(saved, needed * (1 - 1e-12))) + 1 if needed > 0 else 0
     reused = np.zeros(router_TL2.size, dtype=bool)
@@ -114,7 +115,7 @@ def lowest_within_budget(signature: ModelSignature, router_TL2: np.ndarray, may_
 
 def _branch_macs(signature: ModelSignature) -> np.ndarray:
     """MACs of a branch, [2]."""
-    return np.array([block_macs(signature, signature.tokens, (branch,)) for branch in BRANCHES], dtype=np.float64)
+    return np.array([block_macs(signature, signature.tokens, (branch,)) for branch in signature.block.names], dtype=np.float64)
 
 
 def _macs(signature: ModelSignature, computed_TL2: np.ndarray) -> float:

@@ -16,7 +16,6 @@ from tc_lightning.plan import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.feb_cache import branch_step
 from tc_lightning.policies.targeted import Offer, Steps, TargetedPolicy
-from tc_lightning.segments import BRANCHES
 
 
 class SmoothCachePolicy(TargetedPolicy):
@@ -45,7 +44,7 @@ class SmoothCachePolicy(TargetedPolicy):
 
     def least_macs(self, signature: ModelSignature, sampler: SamplerTable) -> float:
         """No change is too large, at the largest gap that is measured."""
-        nothing_changes = np.zeros((len(sampler), max(1, min(MAX_GAP, len(sampler) - 1)), 2))
+        nothing_changes = np.zeros((len(sampler), max(1, min(MAX_GAP, len(sampler) - 1)), len(signature.block.names)))
         return _macs(signature, _steps(signature, nothing_changes, 0.0, MAX_GAP))
 
     def published(self, context: PlanningContext) -> list[Offer]:
@@ -81,8 +80,9 @@ def smooth_schedule(drift_TG: np.ndarray, threshold: float, max_gap: int) -> lis
 
 
 def _steps(signature: ModelSignature, drift_TG2: np.ndarray, threshold: float, max_gap: int) -> Steps:
-    computed = {branch: set(smooth_schedule(drift_TG2[:, :, b], threshold, max_gap)) for b, branch in enumerate(BRANCHES)}
-    return tuple(branch_step(signature, tuple(b for b in BRANCHES if i not in computed[b])) for i in range(len(drift_TG2)))
+    names = signature.block.names
+    computed = {branch: set(smooth_schedule(drift_TG2[:, :, b], threshold, max_gap)) for b, branch in enumerate(names)}
+    return tuple(branch_step(signature, tuple(b for b in names if i not in computed[b])) for i in range(len(drift_TG2)))
 
 
 def _macs(signature: ModelSignature, steps: Steps) -> float:

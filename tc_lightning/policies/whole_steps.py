@@ -10,7 +10,7 @@ from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.plan import ModelSignature
 from tc_lightning.policies.targeted import Steps
-from tc_lightning.segments import BRANCHES, Segment, compute, reuse, skip
+from tc_lightning.segments import Segment, compute, reuse, skip
 
 
 def interval_steps(num_steps: int, interval: float, warmup: int = 1) -> list[int]:
@@ -45,7 +45,7 @@ def reused_step(signature: ModelSignature, order: int) -> tuple[Segment, ...]:
     same error.
     """
     L = signature.depth
-    return (skip(0, L, order),) if order else (reuse(0, L, BRANCHES),)
+    return (skip(0, L, order),) if order else (reuse(0, L, signature.block.names),)
 
 
 def whole_steps(signature: ModelSignature, sampler: SamplerTable, full_steps: Collection[int], order: int) -> Steps:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def trajectory_sensitivity(model: DiT, plan: CachePlan, x_1CHW: Tensor, label_1:
     """
     x_TCHW = torch.cat([state.x for state in sample_steps(model, plan, x_1CHW, label_1)])
     t_T = torch.tensor([step.t for step in plan.sampler.steps], device=x_TCHW.device)
-    rows = [torch.zeros(1, model.config.depth, 2)]
+    rows = [torch.zeros(1, plan.model.depth, len(plan.model.block.names))]
     for steps in torch.arange(1, len(t_T)).split(STEPS_AT_ONCE):
         v = probes_for(model, sample, steps.tolist(), probes).to(x_TCHW)
         x_prev, x, t_prev, t = x_TCHW[steps - 1], x_TCHW[steps], t_T[steps - 1], t_T[steps]
@@ -81,7 +82,7 @@ class PlanningJob:
         if first:
             (self.folder / FRONT).mkdir(parents=True, exist_ok=True)
             scores.save(self.folder / "scores.safetensors")
-            write_figures(scores, self.folder / "figures")
+            write_figures(scores, self.folder / "figures", self.signature.block.names)
             if self.selector is not None:
                 self.selector.save(self.folder / CONTENT)
         choice = self._choose(scores) if first or self.module.policy.on_all_ranks else None
@@ -171,14 +172,14 @@ class PlanningJob:
         print(f"plan {choice.plan.summary} written to {self.folder / 'plan.json'}")
 
 
-def write_figures(scores: Scores, folder: Path) -> None:
+def write_figures(scores: Scores, folder: Path, branches: Sequence[str]) -> None:
     """Write `sensitivity.png`, and of what was learned `importance.png` and `router.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    sensitivity_figure(scores).savefig(folder / "sensitivity.png", dpi=120)
+    sensitivity_figure(scores, branches).savefig(folder / "sensitivity.png", dpi=120)
     if scores.importance_TLN.min() < 1.0:
         importance_figure(scores).savefig(folder / "importance.png", dpi=120)
     if scores.router_TL2 is not None:
-        router_figure(scores.router_TL2).savefig(folder / "router.png", dpi=120)
+        router_figure(scores.router_TL2, branches).savefig(folder / "router.png", dpi=120)
 
 
 def finalists_table(rows: list[dict[str, Any]], most: int = 6) -> str:

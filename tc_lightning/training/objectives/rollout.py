@@ -84,7 +84,7 @@ class RouterRollout(RouterObjective):
     def make_predictor(self, task: Task) -> RouterTable:
         """A table alone, since a batch is of one step; it starts about the threshold."""
         depth, start = task.signature.depth, INITIAL_IMPORTANCE if self.threshold is None else self.threshold
-        return RouterTable(len(task.sampler), depth, start)
+        return RouterTable(len(task.sampler), depth, start, len(task.signature.block.names))
 
     def loss(self, batch: Batch, batch_idx: int) -> Loss:
         """Weighted error of one denoising step plus the cost of computing; moves the student on."""

@@ -148,7 +148,7 @@ def reuse_damage(task: Task, x_BCHW: Tensor, labels_B: Tensor) -> Tensor:
     The trajectories are those of full compute.
     """
     teacher, _, sampler, guidance = task
-    none_BL2 = torch.zeros(len(x_BCHW), task.signature.depth, 2, device=x_BCHW.device)
+    none_BL2 = torch.zeros(len(x_BCHW), task.signature.depth, len(task.signature.block.names), device=x_BCHW.device)
     damage: list[float] = []
     past: tuple[Tensor, ...] = ()
     branches = None

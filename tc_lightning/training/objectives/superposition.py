@@ -132,7 +132,7 @@ class RouterSuperposition(RouterObjective):
 
     def make_predictor(self, task: Task) -> RouterPredictor:
         """A network over the steps, since batches mix them, and a table."""
-        return RouterPredictor(task.times, task.signature.depth, self.hidden_size)
+        return RouterPredictor(task.times, task.signature.depth, self.hidden_size, len(task.signature.block.names))
 
     def loss(self, batch: Batch, batch_idx: int) -> Loss:
         """Weighted error plus the cost of computing."""
