@@ -13,7 +13,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -92,8 +92,15 @@ class Sym:
         return torch.device("cpu")
 
     def cast(self, kind: str) -> Sym:
-        """The value in another type (itself if it is of that one)."""
-        return self if kind == self.kind else self.graph.op("Cast", self, shape=self.shape, kind=kind, to=DTYPES[kind])
+        """The value in another type (itself if it is of that one).
+
+        Values that were only moved are cast before that: next to what computed them, where ONNX Runtime can do without rounding them.
+        """
+        if kind == self.kind:
+            return self
+        if isinstance(self.origin, Moved):
+            return self.origin.move(self.origin.source.cast(kind))
+        return self.graph.op("Cast", self, shape=self.shape, kind=kind, to=DTYPES[kind])
 
     @classmethod
     def __torch_function__(cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -129,6 +136,13 @@ for _operator in (
     "iter",
 ):
     setattr(Sym, f"__{_operator}__", _method(f"__{_operator}__"))
+
+
+class Moved(NamedTuple):
+    """Origin of a value whose entries are those of another one, in another order or shape."""
+
+    source: Sym
+    move: Callable[[Sym], Sym]
 
 
 def syms(values: Any) -> Iterator[Sym]:

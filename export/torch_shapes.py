@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.symbolic import CONTRIB, KINDS, Graph, Sym, syms
+from export.symbolic import CONTRIB, KINDS, Graph, Moved, Sym, syms
 from tc_lightning.lean import put, take
 
 ANSWERS: dict[Any, Callable[..., Any]] = {}
@@ -215,7 +215,9 @@ def _reshape(input: Sym, *sizes: Any) -> Sym:
     shape = [None if size in (0, -1) else size for size in target]
     if -1 in target and None not in input.shape:
         shape[target.index(-1)] = math.prod(input.shape) // math.prod(size for size in shape if size)  # type: ignore[arg-type]
-    return input.graph.op("Reshape", input, input.graph.constant(np.array(target), "int64"), shape=tuple(shape))
+    out = input.graph.op("Reshape", input, input.graph.constant(np.array(target), "int64"), shape=tuple(shape))
+    out.origin = Moved(input, lambda x: x.reshape(*wanted))
+    return out
 
 
 @answers(torch.flatten, "flatten")
@@ -238,7 +240,9 @@ def _unflatten(input: Sym, dim: int, sizes: Sequence[int]) -> Sym:
 @answers(torch.permute, "permute")
 def _permute(input: Sym, *dims: Any) -> Sym:
     order = [dim % input.ndim for dim in (dims[0] if isinstance(dims[0], (tuple, list)) else dims)]
-    return input.graph.op("Transpose", input, shape=tuple(input.shape[dim] for dim in order), perm=order)
+    out = input.graph.op("Transpose", input, shape=tuple(input.shape[dim] for dim in order), perm=order)
+    out.origin = Moved(input, lambda x: x.permute(*order))
+    return out
 
 
 @answers(torch.transpose, "transpose")

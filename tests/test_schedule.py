@@ -26,6 +26,7 @@ MANIFEST = {
     "full_steps": 6,
     "precision": "fp16",
     "condition_values": 10**6,
+    "modulations": 6 * 1 + 2,
     "model": {"depth": 1, "width": 2, "in_channels": 3, "input_size": 8},
     "guidance": {"scale": 1.5},
     "programs": {
