@@ -1,7 +1,7 @@
 """Emission: the condition graph and one graph per step program, from the functions that define caching.
 
 Inputs and outputs of the graphs (M rows that the step computes: B, or 2 B where it computes both halves of guidance; U distinct
-labels, S steps of a chunk, R = 6 L + 2):
+labels, S steps of a chunk, R terms of the conditioning, which `export.traced` packs):
 
     condition   steps [S], offset, labels [U]                            -> mods [S, U, R, D], first_step
     step_*      x [B, C, H, W], (m_prev), (m_prev2), step, first_bad, first_step, mods, rows [M], (guidance), (numbers [M]), ENTRY.j ...

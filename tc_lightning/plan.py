@@ -36,7 +36,7 @@ from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.guidance import BOTH, GUIDANCE_MODES, Guidance, GuidanceMode
 from tc_lightning.plan_json import as_list, check_keys, from_fields
-from tc_lightning.segments import DIT, MAX_ORDER, Branches, Segment, require_valid
+from tc_lightning.segments import DIT, MAX_ORDER, Branches, Segment, require_branches, require_valid
 
 FORMAT_VERSION = 2
 
@@ -254,6 +254,7 @@ def _validate(plan: CachePlan) -> None:
         raise PlanError(f"there are {len(plan.guidance_modes)} guidance modes for {plan.num_steps} steps: give one a step, or none.")
     for i, mode in enumerate(plan.guidance_modes):
         _validate_mode(mode, plan.guidance, f"step {i}, guidance")
+    require_branches(plan.model.block)
     for i, segments in enumerate(plan.steps):
         reached = 0
         for segment in segments:

@@ -11,6 +11,7 @@ from tc_lightning.plan_json import check_keys, is_ints
 MODES = ("compute", "partial", "reuse", "skip")
 CHOICES = ("static", "content")
 MAX_ORDER = 2
+CACHED = ("span", "k", "v", "guidance")  # what is cached beside branches (`tc_lightning.dataflow.Entry`)
 
 
 class Branches(NamedTuple):
@@ -39,6 +40,21 @@ class Branches(NamedTuple):
     def tokenwise(self) -> tuple[str, ...]:
         """Those that look at each token by itself."""
         return tuple(name for name in self.names if name not in self.attending)
+
+
+def require_branches(block: Branches) -> None:
+    """Check that branches can be told apart from each other, and from what else is cached.
+
+    Raises:
+        PlanError: naming what is wrong.
+    """
+    if not all(name.isalnum() for name in block.names) or len({*block.names, *CACHED}) != len(block.names) + len(CACHED):
+        raise PlanError(
+            f"the model's branches are {block.text!r}: each needs a name of letters and digits to itself, and not {', '.join(CACHED)}, "
+            "which are cached beside them. Name them otherwise in the network's file."
+        )
+    if len(block.attending) > 1:
+        raise PlanError(f"the model's branches are {block.text!r}: keys and values of one of them can be cached, not of several.")
 
 
 DIT = Branches(("attn", "mlp"), ("attn",))

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 from conftest import Steps, make_plan
-from toy import Toy, make_toy
+from toy import make_toy
 
 from export.compiler import export_artefact
 from export.manifest import read_manifest
@@ -42,12 +42,12 @@ EVERY_MODE: Steps = (
 
 
 def torch_latents(plan: CachePlan) -> torch.Tensor:
-    return sample(TOY, plan, noise_for(5, range(2), TOY), LABELS)  # type: ignore[arg-type]
+    return sample(TOY, plan, noise_for(5, range(2), TOY), LABELS)
 
 
 def test_full_compute_is_the_network_bit_for_bit() -> None:
     plan = make_plan(SIGNATURE, (FULL,) * 3, Guidance())
-    for state in sample_steps(TOY, plan, noise_for(5, range(2), TOY), LABELS):  # type: ignore[arg-type]
+    for state in sample_steps(TOY, plan, noise_for(5, range(2), TOY), LABELS):
         t = torch.full((2,), plan.sampler.steps[state.step].t)
         assert torch.equal(state.eps, TOY(state.x, t, LABELS))
     kept = make_plan(SIGNATURE, (FULL, *((partial(0, 3, tuple(range(16)), 0, NAMES),),) * 2), Guidance())
@@ -68,6 +68,9 @@ def test_plans_name_its_branches(tmp_path: Path) -> None:
         make_plan(SIGNATURE, (FULL, (partial(0, 3, (1,), 0, ("look", "shade")),)))
     with pytest.raises(PlanError, match=r"differ in family .*; branches"):
         plan.require_model(dataclasses.replace(SIGNATURE, family="dit", branches="attn:kv mlp"))
+    for branches, wrong in (("look:kv k", "not span, k, v, guidance"), ("a a", "a name .* to itself"), ("a:kv b:kv", "not of several")):
+        with pytest.raises(PlanError, match=wrong):
+            make_plan(dataclasses.replace(SIGNATURE, branches=branches), (FULL,))
     reads = entries_read(partial(0, 1, (1,), 2, ("widen", "shade")), 16, SIGNATURE.block)
     assert reads == {Entry("span", 0, 1): 2, Entry("look", 0, 1): 2}
     look, widen = (block_macs(SIGNATURE, 16, (name,)) for name in NAMES[:2])
@@ -76,22 +79,22 @@ def test_plans_name_its_branches(tmp_path: Path) -> None:
 
 
 def test_soft_forms_and_measurements_have_one_column_a_branch() -> None:
-    x_prev, x = noise_for(0, range(2), TOY), noise_for(1, range(2), TOY)  # type: ignore[arg-type]
+    x_prev, x = noise_for(0, range(2), TOY), noise_for(1, range(2), TOY)
     t_prev, t = torch.tensor([600.0, 300.0]), torch.tensor([560.0, 250.0])
-    model: Toy = TOY
-    eps, _ = full_eps(model, GUIDANCE, x, t, LABELS)  # type: ignore[arg-type]
-    _, caches = full_eps(model, GUIDANCE, x_prev, t_prev, LABELS)  # type: ignore[arg-type]
+    model = TOY
+    eps, _ = full_eps(model, GUIDANCE, x, t, LABELS)
+    _, caches = full_eps(model, GUIDANCE, x_prev, t_prev, LABELS)
     assert [set(cache) for cache in caches.branches] == [{*NAMES}] * 3
-    ones, _ = mixed_branches_eps(model, GUIDANCE, caches.branches, x, t, LABELS, torch.ones(2, 3, 3))  # type: ignore[arg-type]
+    ones, _ = mixed_branches_eps(model, GUIDANCE, caches.branches, x, t, LABELS, torch.ones(2, 3, 3))
     assert torch.equal(ones, eps)
-    soft = mixed_eps(model, GUIDANCE, caches.blocks, x, t, LABELS, torch.ones(2, 3, 16))  # type: ignore[arg-type]
+    soft = mixed_eps(model, GUIDANCE, caches.blocks, x, t, LABELS, torch.ones(2, 3, 16))
     torch.testing.assert_close(soft, eps, rtol=1e-5, atol=1e-5)
-    probes = probes_for(model, 0, [1, 2], 1)  # type: ignore[arg-type]
-    sensitivity = branch_sensitivity(model, GUIDANCE, x_prev, x, t_prev, t, LABELS, probes)  # type: ignore[arg-type]
+    probes = probes_for(model, 0, [1, 2], 1)
+    sensitivity = branch_sensitivity(model, GUIDANCE, x_prev, x, t_prev, t, LABELS, probes)
     assert sensitivity.shape == (2, 3, 3)
     assert (sensitivity > 0).all()
     table = make_plan(SIGNATURE, (FULL,) * 3, GUIDANCE).sampler
-    measured = calibrate(model, full_plan(SIGNATURE, table, GUIDANCE), x, LABELS, 2, progress=False)  # type: ignore[arg-type]
+    measured = calibrate(model, full_plan(SIGNATURE, table, GUIDANCE), x, LABELS, 2, progress=False)
     assert measured.drift_TGL2.shape == (3, 2, 3, 3)
     reused = torch.eye(3, dtype=torch.bool)[None].numpy()
     assert router_steps(reused, NAMES) == (tuple(reuse(b, b + 1, NAMES[b : b + 1]) for b in range(3)),)
@@ -102,7 +105,7 @@ def test_soft_forms_and_measurements_have_one_column_a_branch() -> None:
 def test_the_exporter_runs_it(tmp_path: Path, modes: str, precision: str) -> None:
     plan = make_plan(SIGNATURE, EVERY_MODE, GUIDANCE, "dpmpp_2m", modes=modes)
     tolerance = 1e-5 if precision == "fp32" else 3e-2
-    manifest = export_artefact(TOY, plan, tmp_path / "toy", precision, "cpu", 2, lambda _: None)  # type: ignore[arg-type]
+    manifest = export_artefact(TOY, plan, tmp_path / "toy", precision, "cpu", 2, lambda _: None)
     assert manifest["parity"]["trajectory_rel_l2"] < tolerance
     assert read_manifest(tmp_path / "toy")["modulations"] == 3 * 2 + 1
     latents, expected = CachedSampler(tmp_path / "toy").sample(LABELS.tolist(), seed=5).latents, torch_latents(plan).numpy()
