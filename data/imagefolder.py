@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from tc_lightning.errors import TokenCacheError
+from tc_lightning.errors import TokenCacheError, first_line
 
 SPLIT_SEED = 0  # the split is a property of the folder, not of the run
 
@@ -96,7 +96,7 @@ class ImageFolderDataModule(LightningDataModule):
             with Image.open(path) as image:
                 return image.convert("L" if self.grayscale else "RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise TokenCacheError(f"image {path} cannot be read ({error}): replace or remove it.") from error
+            raise TokenCacheError(f"image {path} cannot be read ({first_line(error)}): replace or remove it.") from error
 
     def _train_transform(self) -> transforms.Compose:
         flip = [transforms.RandomHorizontalFlip()] if self.horizontal_flip else []

@@ -18,21 +18,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.arrow_writer import ArrowWriter
-from torch import Tensor
 from tqdm import tqdm
 
 from data.shards import RECORD_BATCH, Recipe, is_recorded, shard_path, shards, write_atomically
 from tc_lightning.errors import TrajectoryError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
-from tc_lightning.sampling import full_plan, model_signature, noise_for, sample_steps
-
-LABEL_STREAM = 2**63 - 1  # Philox counter of the labels; the noise of `tc_lightning.noise` counts up from 0
-
-
-def labels_for(seed: int, indices: range, num_classes: int) -> Tensor:
-    """Class of each sample, [B] int64: every class once, in random order, then again in another order."""
-    return torch.tensor([_class_order(seed, index // num_classes, num_classes)[index % num_classes] for index in indices])
+from tc_lightning.sampling import full_plan, labels_for, model_signature, noise_for, sample_steps
 
 
 def prepare(root: Path, recipe: Recipe, num_samples: int) -> None:
@@ -157,12 +149,6 @@ def _write_shard(root: Path, recipe: Recipe, number: int, columns: dict[str, np.
     write_atomically(path, content)
     index = {"set": recipe.digest, "rows": rows, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     write_atomically(path.with_suffix(".json"), json.dumps(index).encode() + b"\n")
-
-
-def _class_order(seed: int, turn: int, num_classes: int) -> list[int]:
-    """Raw Philox output, whose stream numpy guarantees, ranked."""
-    raw = np.random.Philox(key=[seed, turn], counter=[0, 0, 0, LABEL_STREAM]).random_raw(num_classes)
-    return np.argsort(raw, kind="stable").tolist()
 
 
 def _megabytes(size: int) -> str:

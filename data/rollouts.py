@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from data.recording import labels_for
 from data.trajectory_module import TrajectoryDataModule
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.noise import initial_noise
+from tc_lightning.noise import drawn_labels, initial_noise
 
 
 class Rollout(TypedDict):
@@ -50,7 +49,7 @@ class RolloutDataset(TorchDataset[Rollout]):
         group, step = divmod(place, self.num_steps - 1)
         index = self.indices[group * self.batch_size + row]
         noise = torch.from_numpy(initial_noise(self.seed, [index], self.shape)[0])
-        label = int(labels_for(self.seed, range(index, index + 1), self.num_classes)[0])
+        label = int(drawn_labels(self.seed, [index], self.num_classes)[0])
         return Rollout(noise=noise, label=label, step=step + 1, index=index)
 
 

@@ -43,6 +43,7 @@ from tc_lightning.costs import cache_bytes_per_image, plan_macs
 from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.models.checkpoints import load_teacher
 from tc_lightning.models.dit import DiT, preset, randomise_
+from tc_lightning.noise import drawn_labels
 from tc_lightning.plan import CachePlan
 from tc_lightning.runs import read_run
 from tc_lightning.sampling import model_signature, noise_for, reference_plan
@@ -90,7 +91,7 @@ def main() -> None:
                 reports.append(benchmark(name, model, plans, batch, precision, args))
                 print(table(reports[-1]), flush=True)
                 if args.json is not None:
-                    args.json.write_text(json.dumps(reports, indent=1) + "\n")
+                    args.json.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
 
 
 def benchmark(
@@ -100,7 +101,7 @@ def benchmark(
     with tempfile.TemporaryDirectory() as folder:
         exported = {n: _export(model, plan, Path(folder) / str(j), precision, args) for j, (n, plan) in enumerate(plans.items())}
         first = next(iter(exported.values()))
-        labels = [i % first.plan.model.num_classes for i in range(batch)]
+        labels = drawn_labels(0, range(batch), first.plan.model.num_classes).tolist()
         requests: dict[str, Callable[[], Any]] = {}
         on_gpu = args.provider == "cuda"
         if not args.no_torch:
@@ -121,7 +122,7 @@ def benchmark(
             "provider": args.provider,
             "device": _device(args.provider),
             "precision": precision,
-            "steps": len(first.plan.baseline),
+            "steps": len(first.plan.reference),
             "repeats": args.repeats,
             "weights_mb": weights_mb,
             "product_tflops": product_tflops(_torch_device(args.provider), TORCH_TYPES[precision]),
@@ -190,7 +191,7 @@ def _export(model: DiT, plan: CachePlan, folder: Path, precision: str, args: arg
     folder.mkdir()
     selector = selector_for(plan, read_run(args.run).content if args.run else None, model.config)
     started = time.perf_counter()
-    lowered = lower(plan, share_graphs=args.provider == "cpu")
+    lowered = lower(plan, args.provider)
     write_manifest(folder, write_unproved(model, plan, lowered, folder, precision, selector))
     written = time.perf_counter()
     graphs = not args.no_cuda_graphs

@@ -47,6 +47,7 @@ def benchmark_plans(signature: ModelSignature, num_steps: int, full_steps: int) 
             sampler,
             guidance,
             tuple((compute(0, L),) if i in full else pruned() for i in range(num_steps)),
+            sampler,
             {"policy": f"benchmark-{name.replace(' ', '-')}"},
         )
         for name, pruned in kinds.items()

@@ -13,13 +13,10 @@ import numpy as np
 import onnxruntime as ort
 
 from export.cuda_provider import in_short
-from export.schedule import Layout, Run, graphed
+from export.schedule import ELEMENT_TYPES, Layout, Run, graphed
 from tc_lightning.errors import TokenCacheError
 
-# ONNX element types that buffers have; numpy has no bfloat16, so types go by number, and its bits by those of an integer.
-ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16, "int64": 7}
-NUMPY_TYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int64": np.int64}
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8}
+NUMPY_TYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int64": np.int64}  # of bfloat16 the bits
 NO_GRAPH = -1  # ONNX Runtime's mark of a run that is neither captured as a CUDA graph nor replayed
 GRAPH_ID, NO_WAIT, SHRINK = "gpu_graph_id", "disable_synchronize_execution_providers", "memory.enable_memory_arena_shrinkage"
 MOST_GRAPHS = 64  # for one size of request: a binding takes a slot of each entry, so there are few, but a plan may be irregular
@@ -28,16 +25,16 @@ MOST_SIZES = 4  # sizes of request whose buffers and graphs are kept; others run
 OpenSession = Callable[[str], ort.InferenceSession]
 
 
-def place(array: np.ndarray, dtype: str, provider: str) -> ort.OrtValue:
-    """A copy of an array on the device of a provider, in a buffer of its own; bfloat16 comes as its bits, uint16."""
-    value = empty(dtype, array.shape, provider)
+def place(array: np.ndarray, dtype: str, provider: str, device: int = 0) -> ort.OrtValue:
+    """A copy of an array on a device of a provider, in a buffer of its own; bfloat16 comes as its bits, uint16."""
+    value = empty(dtype, array.shape, provider, device)
     fill(value, array, dtype)
     return value
 
 
-def empty(dtype: str, shape: tuple[int, ...], provider: str) -> ort.OrtValue:
+def empty(dtype: str, shape: tuple[int, ...], provider: str, device: int = 0) -> ort.OrtValue:
     """A buffer with nothing in particular in it."""
-    return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), ELEMENT_TYPES[dtype], provider, 0)
+    return ort.OrtValue.ortvalue_from_shape_and_type(list(shape), ELEMENT_TYPES[dtype], provider, device)
 
 
 def fill(value: ort.OrtValue, array: np.ndarray | np.generic, dtype: str) -> None:
@@ -78,13 +75,17 @@ class Workspace:
         layout: what runs, and which buffers it takes.
         session: gives the session of a program.
         provider: where the buffers are.
+        device: on which of its devices.
         graph_ids: where to take the numbers of CUDA graphs from, which no two bindings may share; None for no graphs.
     """
 
-    def __init__(self, layout: Layout, session: OpenSession, provider: str, graph_ids: Iterator[int] | None = None) -> None:
+    def __init__(
+        self, layout: Layout, session: OpenSession, provider: str, device: int = 0, graph_ids: Iterator[int] | None = None
+    ) -> None:
         self.layout, self.has_graphs, self._session, self._provider = layout, graph_ids is not None, session, provider
-        self._values = {name: empty(spec.dtype, spec.shape, provider) for name, spec in layout.buffers.items()}
-        self._bindings: dict[Run, ort.IOBinding] = {}
+        self._values = {name: empty(spec.dtype, spec.shape, provider, device) for name, spec in layout.buffers.items()}
+        # With the session that each was made for, which may be dropped by others while this request runs.
+        self._bindings: dict[Run, tuple[ort.InferenceSession, ort.IOBinding]] = {}
         self._graphs = {} if graph_ids is None else dict(zip(graphed(layout.runs, MOST_GRAPHS), graph_ids, strict=False))
         self._captured: set[Run] = set()
 
@@ -112,8 +113,9 @@ class Workspace:
         if run not in self._bindings:
             self._bindings[run] = self._bind(run)
         graph = self._graphs.get(run, NO_GRAPH)
+        session, binding = self._bindings[run]
         try:
-            self._session(run.program).run_with_iobinding(self._bindings[run], self._options(graph, shrink))
+            session.run_with_iobinding(binding, self._options(graph, shrink))
         except Exception as error:
             raise ProgramError(run.program, self._provider, graph != NO_GRAPH, error) from error
         if graph == NO_GRAPH:
@@ -124,16 +126,17 @@ class Workspace:
 
     def wait(self) -> None:
         """Until the device has done everything that was put in its queue."""
-        for binding in list(self._bindings.values())[:1]:  # one stream: any binding will do
+        for _, binding in list(self._bindings.values())[:1]:  # one stream: any binding will do
             binding.synchronize_outputs()
 
-    def _bind(self, run: Run) -> ort.IOBinding:
-        binding = self._session(run.program).io_binding()
+    def _bind(self, run: Run) -> tuple[ort.InferenceSession, ort.IOBinding]:
+        session = self._session(run.program)
+        binding = session.io_binding()
         for name, buffer in (*run.inputs, *run.unread):
             binding.bind_ortvalue_input(name, self._values[buffer])
         for name, buffer in run.outputs:
             binding.bind_ortvalue_output(name, self._values[buffer])
-        return binding
+        return session, binding
 
     def _options(self, graph: int, shrink: bool) -> ort.RunOptions | None:
         if self._provider == "cpu" and not shrink:
@@ -157,10 +160,11 @@ class Pool:
         session: gives the session of a program.
         provider: where the buffers are.
         keep: whether to keep any: CUDA graphs need it, and without them memory that nobody uses is better given back.
+        device: on which of its devices.
     """
 
-    def __init__(self, session: OpenSession, provider: str, keep: bool) -> None:
-        self._session, self._provider, self._keep = session, provider, keep
+    def __init__(self, session: OpenSession, provider: str, keep: bool, device: int = 0) -> None:
+        self._session, self._provider, self._keep, self._device = session, provider, keep, device
         self._kept: dict[object, Workspace | None] = {}  # None while it is lent
         self._graph_ids = itertools.count(1)
 
@@ -170,8 +174,8 @@ class Pool:
             self._kept[key] = None
             return kept
         if not self._keep or key in self._kept or len(self._kept) == MOST_SIZES:
-            return Workspace(layout, self._session, self._provider)
-        workspace = Workspace(layout, self._session, self._provider, self._graph_ids)
+            return Workspace(layout, self._session, self._provider, self._device)
+        workspace = Workspace(layout, self._session, self._provider, self._device, self._graph_ids)
         self._kept[key] = None
         return workspace
 

@@ -10,25 +10,25 @@ from typing import Any
 import onnx
 import onnxruntime
 import torch
-from torch import Tensor
 
-from export.emit import MODULATION_TABLE, Emitter, condition_times
+from export.contract import condition_declared, declared, planned
+from export.emit import Emitter
 from export.fidelity import Fidelity, measure
 from export.folders import replacing_folder
-from export.manifest import NAME, ArtefactError, read_manifest, write_manifest
+from export.manifest import NAME, WEIGHTS, ArtefactError, read_manifest, write_manifest
+from export.onnx_header import Header, read_header
 from export.parity import Check, prove, require_parity, trajectory_error
-from export.programs import LoweredPlan, Program, computed_tokens, lower
+from export.programs import LoweredPlan, lower
 from export.runtime import CachedSampler
-from export.weights import SELECTOR, External, place_weights, write_weights
+from export.symbolic import IR_VERSION, ONNXRUNTIME, OPSET
+from export.weight_files import WeightFiles, tensors_of
+from export.weights import External, place_weights, write_weights
 from tc_lightning.content_predictor import Selector, require_selector
-from tc_lightning.costs import cache_bytes_per_image, entry_dtype, entry_rows, entry_shape, halves_share, macs_speedup
-from tc_lightning.dataflow import Entry
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
-from tc_lightning.sampling import model_signature
+from tc_lightning.sampling import model_signature, require_null_label
 
-WEIGHTS = "weights.data"
 CONDITION_VALUES = 1 << 26  # modulation values held at a time (256 MiB in fp32); longer requests are conditioned in chunks
 
 Report = Callable[[str], None]
@@ -61,12 +61,14 @@ def export_artefact(
 
     Raises:
         PlanError: if the plan is for another model or content predictor.
+        TeacherError: if the plan is guided and the model has no null label.
         TokenCacheError: if `out` exists and is something else, the sampler is stochastic, or a weight does not fit the precision.
         ParityError: if the artefact disagrees with the torch reference; nothing is left under `out`.
     """
     plan.require_model(model_signature(model))
+    require_null_label(model.config, plan.guidance)
     require_selector(plan, selector)
-    for table in (plan.sampler, plan.baseline):
+    for table in (plan.sampler, plan.reference):
         if table.stochastic:
             raise TokenCacheError(f"the sampler {table.name} adds noise at every step and cannot be exported: plan with ddim.")
     if precision == "bf16" and provider == "cpu":
@@ -89,7 +91,7 @@ def _compile(
     report: Report,
     selector: Selector | None,
 ) -> dict[str, Any]:
-    lowered = lower(plan, share_graphs=provider == "cpu")
+    lowered = lower(plan, provider)
     report(f"writing {WEIGHTS} and {len(lowered.programs) + 1} graphs in {precision}")
     manifest = write_unproved(model, plan, lowered, folder, precision, selector)
     sampler = CachedSampler(folder, provider, preload=False, manifest=manifest)
@@ -113,30 +115,54 @@ def write_unproved(
     Raises:
         ExportError: if the network does what has no ONNX form; nothing is written then.
     """
-    require_selector(plan, selector)
-    tensors = model.state_dict() | (selector_tensors(model, plan, selector) if plan.selector and selector else {})
+    tensors = tensors_of(model, plan, selector)
     index = place_weights(tensors, precision)
-    emitter = Emitter(plan, model, selector.predictor if selector else None, precision, WEIGHTS, index)
-    graphs = {"condition": emitter.condition()} | {name: emitter.step(programs) for name, programs in lowered.graphs.items()}
+    graphs = _emit(model, plan, lowered, precision, index, selector)
     write_weights(tensors, folder / WEIGHTS, index)
-    _write_graphs(graphs, folder)
-    plan.save(folder / "plan.json")
-    return _describe(model, plan, lowered, index, precision, graphs) | {"modulations": emitter.modulations}
-
-
-@torch.no_grad()
-def selector_tensors(model: DiT, plan: CachePlan, selector: Selector) -> dict[str, Tensor]:
-    """What a weights file holds of a content predictor: all of it, and its adaLN terms at every step, which is what the graphs read."""
-    terms = selector.predictor.modulation(model, torch.tensor([row.t for row in plan.sampler.steps]))
-    weights = {f"{SELECTOR}.{name}": tensor for name, tensor in selector.predictor.state_dict().items()}
-    return weights | {MODULATION_TABLE: torch.cat(terms, 1)}
-
-
-def _write_graphs(graphs: dict[str, onnx.ModelProto], folder: Path) -> None:
-    for name, graph in graphs.items():
-        path = folder / f"{name}.onnx"
-        onnx.save(graph, str(path))
+    manifest = _write_around(graphs, index, model, plan, lowered, folder, precision)
+    for path in sorted(folder.glob("*.onnx")):
         onnx.checker.check_model(str(path))
+    return manifest
+
+
+def write_sharing(weights: WeightFiles, plan: CachePlan, lowered: LoweredPlan, folder: Path) -> None:
+    """Write an artefact with its manifest, but without a proof, for measurements: its weights are those that others have, too.
+
+    Its graphs are checked by ONNX Runtime, which loads them: onnx's own checker refuses weights that have several links.
+    """
+    index, listing = weights.link(plan, folder)
+    graphs = _emit(weights.model, plan, lowered, weights.precision, index, weights.selector)
+    content = _write_around(graphs, index, weights.model, plan, lowered, folder, weights.precision)
+    write_manifest(folder, content, known={WEIGHTS: listing})
+
+
+def _emit(
+    model: DiT, plan: CachePlan, lowered: LoweredPlan, precision: str, index: dict[str, External], selector: Selector | None
+) -> dict[str, onnx.ModelProto]:
+    """The graphs by file stem; the views of weights that they take are added to the index."""
+    emitter = Emitter(plan, model, selector.predictor if plan.selector and selector else None, precision, WEIGHTS, index)
+    return {"condition": emitter.condition()} | {name: emitter.step(programs) for name, programs in lowered.graphs.items()}
+
+
+def _write_around(
+    graphs: dict[str, onnx.ModelProto],
+    index: dict[str, External],
+    model: DiT,
+    plan: CachePlan,
+    lowered: LoweredPlan,
+    folder: Path,
+    precision: str,
+) -> dict[str, Any]:
+    """Write the graphs and the plan beside a weights file, and return what the manifest will say of it all."""
+    headers = _write_graphs(graphs, folder)
+    plan.save(folder / "plan.json")
+    return _describe(model, plan, lowered, index, precision, headers)
+
+
+def _write_graphs(graphs: dict[str, onnx.ModelProto], folder: Path) -> dict[str, Header]:
+    for name, graph in graphs.items():
+        onnx.save(graph, str(folder / f"{name}.onnx"))
+    return {name: read_header(folder / f"{name}.onnx") for name in graphs}
 
 
 def _describe(
@@ -145,55 +171,22 @@ def _describe(
     lowered: LoweredPlan,
     index: dict[str, External],
     precision: str,
-    graphs: dict[str, onnx.ModelProto],
+    graphs: dict[str, Header],
 ) -> dict[str, Any]:
     """What the runtime must know of the plan, and what a reader wants to."""
+    described = planned(plan, lowered, precision)
+    programs = {name: entry | declared(graphs[entry["graph"]]) for name, entry in described["programs"].items()}
     return {
-        "plan_digest": plan.digest,
-        "plan_summary": plan.summary,
-        "selector": plan.selector,
-        "teacher": plan.model.teacher,
-        "model": dataclasses.asdict(plan.model),
-        "dit_config": dataclasses.asdict(model.config),
-        "sampler": {"name": plan.sampler.name, "spacing": plan.sampler.spacing},
-        "reference": {"name": plan.baseline.name, "spacing": plan.baseline.spacing},
-        "guidance": dataclasses.asdict(plan.guidance),
-        "steps": plan.num_steps,
-        "full_steps": len(plan.baseline),
-        "full_offset": condition_times(plan)[1],
-        "precision": precision,
-        "programs": {p.name: _interface(p, graphs[p.graph], plan) for p in lowered.programs},
-        "condition": {"weights": _weights_of(graphs["condition"])},
-        "schedule": [dataclasses.asdict(b) for b in lowered.bindings],
-        "entries": {entry.name: _entry(entry, slots, plan, precision) for entry, slots in sorted(lowered.slots.items())},
+        **described,
+        "programs": programs,
+        **condition_declared(graphs["condition"]),
         "condition_values": CONDITION_VALUES,
+        "dit_config": dataclasses.asdict(model.config),
+        "precision": precision,
         "weights": {name: list(entry) for name, entry in index.items()},
-        "macs_speedup": macs_speedup(plan),
-        "cache_bytes_per_image": cache_bytes_per_image(plan, 4 if precision == "fp32" else 2),
+        "needs": {"onnxruntime": ONNXRUNTIME, "opset": OPSET, "ir_version": IR_VERSION},
         "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
     }
-
-
-def _entry(entry: Entry, slots: int, plan: CachePlan, precision: str) -> dict[str, Any]:
-    """What the runtime allocates for an entry; `rows` is for one image."""
-    shape, rows, dtype = entry_shape(plan, entry), entry_rows(plan, entry), entry_dtype(entry, precision)
-    return {"shape": shape, "rows": rows, "dtype": dtype, "slots": slots}
-
-
-def _interface(program: Program, graph: onnx.ModelProto, plan: CachePlan) -> dict[str, Any]:
-    computed = sum(computed_tokens(s, plan.model.tokens, plan.model.block) for s in program.segments)
-    return {
-        "graph": program.graph,
-        "guidance": program.guidance.mode if plan.guidance.doubles_batch else "cond",
-        "inputs": [value.name for value in graph.graph.input],
-        "outputs": [value.name for value in graph.graph.output],
-        "blocks_x_tokens": computed * halves_share(program.guidance),
-        "weights": _weights_of(graph),
-    }
-
-
-def _weights_of(graph: onnx.ModelProto) -> list[str]:
-    return sorted(tensor.name for tensor in graph.graph.initializer if tensor.external_data)
 
 
 def _measured(checks: list[Check], fidelity: Fidelity, images: int, provider: str) -> dict[str, Any]:

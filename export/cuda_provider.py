@@ -5,12 +5,14 @@ Needs numpy and onnxruntime alone. Nothing here runs unless CUDA is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
+import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
@@ -24,6 +26,7 @@ CUDA = "CUDAExecutionProvider"
 # (microsoft/onnxruntime#32121), and a replay waited for the device whatever it was told (#28686).
 GRAPHS_SINCE = (1, 31)
 _NON_BLOCKING = 1  # cudaStreamNonBlocking: independent of the default stream, on which PyTorch works
+_once = threading.Lock()  # what exists once in a process is made by one thread
 T = TypeVar("T")
 
 
@@ -31,8 +34,11 @@ class RuntimeUnavailableError(TokenCacheError):
     """The provider that was asked for cannot be used."""
 
 
-def require_cuda() -> None:
+def require_cuda(device: int = 0) -> None:
     """Say what is missing, rather than run on the CPU as ONNX Runtime would.
+
+    Args:
+        device: the GPU that is to be used, counted from 0.
 
     Raises:
         RuntimeUnavailableError: with what to do.
@@ -47,11 +53,17 @@ def require_cuda() -> None:
             "onnxruntime and onnxruntime-gpu are both installed, and overwrite each other's files: `pip uninstall onnxruntime "
             "onnxruntime-gpu`, then install onnxruntime-gpu alone."
         )
+    lane()
     ort.preload_dlls()  # of the nvidia-* packages, if they are installed
     _require_driver()
+    if device >= (found := _device_count()) > 0:
+        raise RuntimeUnavailableError(
+            f"device {device} was asked for, but CUDA sees {found} here, numbered from 0: give {found - 1} or less, or look at "
+            "CUDA_VISIBLE_DEVICES, which hides and renumbers devices."
+        )
     try:
-        ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cuda", 0)
-        compute_stream()
+        ort.OrtValue.ortvalue_from_shape_and_type([1], np.float32, "cuda", device)
+        compute_stream(device)
     except Exception as error:
         raise cuda_error("the CUDA provider cannot be loaded", error) from error
 
@@ -93,11 +105,24 @@ def _require_driver() -> None:
 
 def _driver_version() -> str | None:
     """CUDA version that the installed driver supports, for example `13.0`; None without a driver."""
-    version = ctypes.c_int()
+    version = _ask_driver("cuDriverGetVersion")
+    return None if version is None else f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _device_count() -> int:
+    """GPUs that this process may use; 0 if the driver cannot tell."""
+    return _ask_driver("cuDeviceGetCount") or 0
+
+
+def _ask_driver(function: str) -> int | None:
+    """What a function of the driver that yields a number says; None without a driver."""
+    answer = ctypes.c_int()
     for name in ("libcuda.so.1", "nvcuda.dll"):
         try:
-            if ctypes.CDLL(name).cuDriverGetVersion(ctypes.byref(version)) == 0:
-                return f"{version.value // 1000}.{version.value % 1000 // 10}"
+            driver = ctypes.CDLL(name)
+            driver.cuInit(0)
+            if getattr(driver, function)(ctypes.byref(answer)) == 0:
+                return answer.value
         except (OSError, AttributeError):
             continue
     return None
@@ -130,28 +155,48 @@ def _call(function: str, *arguments: Any) -> None:
         raise OSError(f"{function} failed with CUDA error {status}, {(describe(status) or b'').decode()}.")
 
 
-@functools.cache
-def compute_stream() -> int:
-    """The stream of all our sessions in the process, so that each program comes after the one before it without the host waiting.
+@contextlib.contextmanager
+def _current(device: int) -> Iterator[None]:
+    """Calls of the CUDA runtime within are about this device; the thread's own is as it was afterwards."""
+    before = ctypes.c_int()
+    _call("cudaGetDevice", ctypes.byref(before))
+    _call("cudaSetDevice", ctypes.c_int(device))
+    try:
+        yield
+    finally:
+        _call("cudaSetDevice", before)
+
+
+def compute_stream(device: int = 0) -> int:
+    """The stream of all our sessions on a device, so that each program comes after the one before it without the host waiting.
 
     A stream of our own: CUDA graphs cannot be captured on the default one.
     """
+    with _once:
+        return _stream(device)
+
+
+@functools.cache
+def _stream(device: int) -> int:
     stream = ctypes.c_void_p()
-    _call("cudaStreamCreateWithFlags", ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
+    with _current(device):
+        _call("cudaStreamCreateWithFlags", ctypes.byref(stream), ctypes.c_uint(_NON_BLOCKING))
     return int(stream.value or 0)
 
 
-def device_memory_mb() -> float:
-    """Megabytes of the device that are taken, by this process and others."""
+def device_memory_mb(device: int = 0) -> float:
+    """Megabytes of a device that are taken, by this process and others."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    _call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+    with _current(device):
+        _call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
     return (total.value - free.value) / 1e6
 
 
-def provider_options(graphs: bool) -> dict[str, str]:
+def provider_options(graphs: bool, device: int = 0) -> dict[str, str]:
     """Options of one session's CUDA provider."""
     return {
-        "user_compute_stream": str(compute_stream()),
+        "device_id": str(device),
+        "user_compute_stream": str(compute_stream(device)),
         "enable_cuda_graph": "1" if graphs else "0",
         "use_tf32": "0",  # fp32 means fp32, as on the CPU and in PyTorch
         "arena_extend_strategy": "kSameAsRequested",  # the default doubles what each session takes
@@ -177,6 +222,7 @@ class Lane:
     """
 
     def __init__(self) -> None:
+        self.process = os.getpid()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokencache-cuda")
         self._thread = self._pool.submit(threading.get_ident).result()  # starts it: an interrupt while it starts would go unnoticed
 
@@ -210,7 +256,22 @@ class Lane:
             raise
 
 
-@functools.cache
 def lane() -> Lane:
-    """The lane of the process's GPU work."""
+    """The lane of the process's GPU work, on whichever devices.
+
+    Raises:
+        RuntimeUnavailableError: in the child of a process that has one: neither its thread nor CUDA survives a fork.
+    """
+    with _once:
+        found = _lane()
+    if found.process != os.getpid():
+        raise RuntimeUnavailableError(
+            "the process that this one was forked from has used CUDA, which cannot be used after a fork: start processes with "
+            'multiprocessing.get_context("spawn"), or make the first CachedSampler after the fork.'
+        )
+    return found
+
+
+@functools.cache
+def _lane() -> Lane:
     return Lane()

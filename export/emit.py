@@ -25,13 +25,13 @@ import numpy as np
 import onnx
 import torch
 
-from export.programs import FULL, Program, kept_tokens
+from export.programs import FULL, Program, condition_times, kept_tokens
 from export.schedule import PAST
 from export.symbolic import Graph, Sym, Weights
 from export.torch_functions import ANSWERS
 from export.torch_shapes import at, gather, lookup
 from export.traced import NetworkInGraph, conditioning, pack, skeleton, unpack
-from export.weights import SELECTOR, External
+from export.weights import MODULATION_TABLE, SELECTOR, External
 from tc_lightning.cache import Guided, Step, forecast, predict
 from tc_lightning.content_predictor import ContentPredictor
 from tc_lightning.costs import entry_dtype, entry_shape
@@ -40,8 +40,6 @@ from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.diffusion.update import Coefficients, advance
 from tc_lightning.models.network import Network
 from tc_lightning.plan import CachePlan
-
-MODULATION_TABLE = f"{SELECTOR}.modulations"  # the content predictor's adaLN terms [T, 6, D]: they depend on the step alone
 
 
 class Emitter:
@@ -96,7 +94,7 @@ class Emitter:
         signature, guidance = self.plan.model, self.plan.guidance
         latent: list[int | str] = ["batch", signature.in_channels, signature.input_size, signature.input_size]
         x: Any = g.input("x", "fp32", latent)
-        table = self.plan.baseline if program.name == FULL else self.plan.scaled_sampler
+        table = self.plan.reference if program.name == FULL else self.plan.scaled_sampler
         history = PAST[: table.history]
         past: list[Any] = [g.input(name, "fp32", latent) for name in history]
         step, first_bad = g.input("step", "int64", []), g.input("first_bad", "int64", [])
@@ -208,12 +206,6 @@ def _union(programs: Sequence[Program]) -> Program:
     example = max(programs, key=lambda p: len(p.reads))
     writes = tuple(sorted({entry for p in programs for entry in p.writes}))
     return dataclasses.replace(example, name=example.graph, writes=writes, steps=tuple(sorted(i for p in programs for i in p.steps)))
-
-
-def condition_times(plan: CachePlan) -> tuple[list[float], int]:
-    """Times that the condition graph knows, and the place of the reference's first step among them: 0 where it has the plan's."""
-    own, reference = ([row.t for row in table.steps] for table in (plan.sampler, plan.baseline))
-    return (own, 0) if own == reference else (own + reference, len(own))
 
 
 def forecast_table(flows: list[StepFlow], steps: tuple[int, ...], entry: Entry, count: int) -> np.ndarray:

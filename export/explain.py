@@ -25,10 +25,10 @@ COLOURS = {"compute": "#1b4965", "partial": "#5fa8d3", "reuse": "#f2b880", "skip
 def explain(plan: CachePlan, lowered: LoweredPlan, bytes_per_value: int = 4) -> str:
     """The programs of a plan: what each computes, reads and writes, when it runs, and what the cache holds after each step."""
     full, cache = full_step_macs(plan.model), cache_bytes_per_image(plan, bytes_per_value)
-    instead = "" if plan.reference is None else f" in place of {len(plan.reference)} of {plan.reference.name}"
+    instead = "" if plan.reference == plan.sampler else f" in place of {len(plan.reference)} of {plan.reference.name}"
     lines = [
-        f"{plan.summary}: {plan.num_steps} steps{instead}, {len(lowered.programs)} programs, {macs_speedup(plan):.2f}x fewer MACs, "
-        f"cache {cache / 1e6:.2f} MB an image"
+        f"{plan.summary}: {plan.in_words}{instead}",
+        f"  {len(lowered.programs)} programs, {macs_speedup(plan):.2f}x fewer MACs, cache {cache / 1e6:.2f} MB an image",
     ]
     for program in lowered.programs:
         macs = step_macs(plan.model, program.segments, selector_runs(plan.guidance, program.guidance))

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from export.runtime import CachedSampler, Result
+from tc_lightning.noise import drawn_labels
+from tc_lightning.psnr import psnr, squared_errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Fidelity:
 
     @property
     def psnr_db(self) -> float:
-        """Mean over images of the PSNR, data range 2."""
+        """Mean over images of the PSNR (`tc_lightning.psnr`)."""
         return psnr(self.cached, self.full)
 
     @property
@@ -43,7 +45,7 @@ class Fidelity:
 
 
 def measure(sampler: CachedSampler, images: int, batch: int, seed: int, on_batch: Callable[[int], None] | None = None) -> Fidelity:
-    """Run `images` images in batches, cached and full in turn, and compare.
+    """Run `images` images of drawn classes in batches, cached and full in turn, and compare.
 
     Where there is more than one batch the first is not timed: it warms both up.
     """
@@ -51,7 +53,7 @@ def measure(sampler: CachedSampler, images: int, batch: int, seed: int, on_batch
     runs: dict[bool, list[Result]] = {True: [], False: []}
     times: dict[bool, list[float]] = {True: [], False: []}
     for first in range(0, images, batch):
-        labels = [i % classes for i in range(first, min(first + batch, images))]
+        labels = drawn_labels(seed, range(first, min(first + batch, images)), classes).tolist()
         for full in (True, False):
             result = sampler.sample(labels, seed=seed, first_index=first, full=full)
             runs[full].append(result)
@@ -61,13 +63,3 @@ def measure(sampler: CachedSampler, images: int, batch: int, seed: int, on_batch
     full_x, cached_x = (np.concatenate([r.latents for r in runs[full]]) for full in (True, False))
     full_ms, cached_ms = (float(np.median(times[full][1:] or times[full])) for full in (True, False))
     return Fidelity(full_x, cached_x, full_ms, cached_ms)
-
-
-def squared_errors(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """Mean squared error of each image, [B]."""
-    return np.square(actual.astype(np.float64) - expected).reshape(len(actual), -1).mean(1)
-
-
-def psnr(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Mean over images of 10 log10(4 / MSE): data range 2, for pixels in [-1, 1]. Identical images count as 200 dB."""
-    return float(np.mean(10 * np.log10(4.0 / np.maximum(squared_errors(actual, expected), 4e-20))))

@@ -20,7 +20,7 @@ from export.sessions import prepare
 
 def memory_mb() -> dict[str, float]:
     """Resident megabytes of this process, now and at its peak (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return {name: int(fields[key].split()[0]) / 1e3 for name, key in (("now", "VmRSS"), ("peak", "VmHWM"))}
 

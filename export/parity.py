@@ -14,17 +14,17 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from export.buffers import ELEMENT_TYPES, place, run_once
+from export.buffers import place, run_once
 from export.programs import FULL, LoweredPlan, Program
 from export.runtime import CachedSampler
-from export.schedule import CONDITION, PAST
+from export.schedule import CONDITION, ELEMENT_TYPES, PAST
 from export.weights import TORCH_DTYPES
 from tc_lightning.content_predictor import Selector
 from tc_lightning.costs import entry_dtype, entry_rows, entry_shape
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
-from tc_lightning.sampling import SamplingStep, noise_for, reference_plan, sample_steps
+from tc_lightning.sampling import SamplingStep, device_of, labels_for, noise_for, reference_plan, sample_steps
 
 # Relative L2 errors that are accepted: of a whole trajectory, and of every output of one program.
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2e-1}
@@ -65,34 +65,34 @@ def prove(
     """Run the reference once and compare the artefact with it.
 
     Args:
-        model: the teacher.
+        model: the teacher, on any device.
         plan: the plan that was exported.
         lowered: its programs.
         sampler: the artefact.
         images: images in the proof.
         seed: their seed.
-        selector: the content predictor that the plan names, if it does.
+        selector: the content predictor that the plan names, if it does, on the teacher's device.
 
     Returns:
         One check for each output of each program at its first and last step (of `step_full`, at the first of the reference), and one
         for the latents of the whole trajectory.
     """
-    labels = (torch.arange(images) * 7) % plan.model.num_classes
+    device, labels = device_of(model), labels_for(seed, range(images), plan.model.num_classes)
     chosen = {i: p for p in lowered.programs for i in {*p.steps[:1], *p.steps[-1:]}}
-    x_T = noise_for(seed, range(images), model)
+    x_T, y = noise_for(seed, range(images), model, device), labels.to(device)
     checks: list[Check] = []
     final: Tensor | None = None
-    for state in sample_steps(model, plan, x_T, labels, selector=selector):
+    for state in sample_steps(model, plan, x_T, y, selector=selector):
         if state.step in chosen:
-            checks += _check_program(plan, chosen[state.step], sampler, state, labels)
+            checks += _check_program(plan, chosen[state.step], sampler, _on_host(state), labels)
         final = state.x_next
     full = next(p for p in lowered.programs if p.name == FULL)
     if not full.steps:  # no step of the plan runs it: take those of the reference, until its sampler uses all that it may
-        for state in itertools.islice(sample_steps(model, reference_plan(plan), x_T, labels), plan.baseline.history + 1):
-            checks += _check_program(plan, full, sampler, state, labels)
+        for state in itertools.islice(sample_steps(model, reference_plan(plan), x_T, y), plan.reference.history + 1):
+            checks += _check_program(plan, full, sampler, _on_host(state), labels)
     assert final is not None
     latents = sampler.sample(labels.tolist(), seed=seed).latents
-    worst = max(relative_l2(a, b) for a, b in zip(latents, final.numpy(), strict=True))
+    worst = max(relative_l2(a, b) for a, b in zip(latents, final.cpu().numpy(), strict=True))
     return [*checks, Check("trajectory", "latents (worst image)", worst)]
 
 
@@ -116,6 +116,20 @@ def trajectory_error(checks: list[Check]) -> float:
     return next(c.rel_l2 for c in checks if c.where == "trajectory")
 
 
+def _on_host(state: SamplingStep) -> SamplingStep:
+    """The same with every tensor on the CPU."""
+    return SamplingStep(
+        state.step,
+        state.x.cpu(),
+        state.eps.cpu(),
+        state.x_next.cpu(),
+        tuple(value.cpu() for value in state.past),
+        state.m.cpu(),
+        {key: value.cpu() for key, value in state.store.items()},
+        {entry: value.cpu() for entry, value in state.writes.items()},
+    )
+
+
 def _check_program(plan: CachePlan, program: Program, sampler: CachedSampler, state: SamplingStep, labels: Tensor) -> list[Check]:
     doubled = plan.guidance.doubles_batch and not program.guidance.single
     y = torch.cat([labels, torch.full_like(labels, plan.model.num_classes)]) if doubled else labels
@@ -123,15 +137,15 @@ def _check_program(plan: CachePlan, program: Program, sampler: CachedSampler, st
     offset = sampler.manifest["full_offset"] if program.name == FULL else 0
     feed = {"steps": np.array([state.step]), "offset": np.int64(offset), "labels": y.numpy(), "step": np.int64(state.step)}
     feed |= {"first_bad": np.int64(state.step + 1), "rows": np.arange(len(y)), "numbers": np.arange(len(y))}
-    values = {name: place(np.asarray(value), "int64", sampler.provider) for name, value in feed.items()}
+    values = {name: place(np.asarray(value), "int64", sampler.provider, sampler.device) for name, value in feed.items()}
     values |= run_once(sampler.session(CONDITION), values, sampler.provider)
     past = [*state.past, *[torch.zeros_like(state.x)] * (len(PAST) - len(state.past))]
     floats = {"x": state.x, "guidance": torch.tensor(plan.guidance.scale)} | dict(zip(PAST, past, strict=True))
-    values |= {name: _place(tensor, "fp32", sampler.provider) for name, tensor in floats.items()}
-    values |= {name: _place(tensor, dtype, sampler.provider) for name, dtype, tensor in _cache_inputs(program, state, precision)}
+    values |= {name: _place(tensor, "fp32", sampler) for name, tensor in floats.items()}
+    values |= {name: _place(tensor, dtype, sampler) for name, dtype, tensor in _cache_inputs(program, state, precision)}
     session = sampler.session(program.name)
     unread = _unread(plan, program, len(labels), precision, {given.name for given in session.get_inputs()} - values.keys())
-    values |= {name: _place(tensor, dtype, sampler.provider) for name, dtype, tensor in unread}
+    values |= {name: _place(tensor, dtype, sampler) for name, dtype, tensor in unread}
     results = run_once(session, values, sampler.provider)
     expected = {"x_next": state.x_next, "m": state.m} | {f"{entry.name}.new": value for entry, value in state.writes.items()}
     where = f"{program.name}, step {state.step}"
@@ -165,7 +179,8 @@ def _unread(plan: CachePlan, program: Program, images: int, precision: str, name
         yield name, entry_dtype(entry, precision), torch.full(shape, torch.nan)
 
 
-def _place(tensor: Tensor, precision: str, provider: str) -> ort.OrtValue:
-    """A tensor in a precision on the provider's device."""
+def _place(tensor: Tensor, precision: str, sampler: CachedSampler) -> ort.OrtValue:
+    """A tensor in a precision on the sampler's device."""
     rounded = tensor.to(TORCH_DTYPES[precision]).contiguous()
-    return place((rounded.view(torch.uint16) if precision == "bf16" else rounded).numpy(), precision, provider)
+    bits = (rounded.view(torch.uint16) if precision == "bf16" else rounded).numpy()
+    return place(bits, precision, sampler.provider, sampler.device)

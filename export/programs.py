@@ -66,14 +66,15 @@ class LoweredPlan:
 FULL = "step_full"  # full compute that keeps no cache, with the reference's coefficients: the baseline
 
 
-def lower(plan: CachePlan, share_graphs: bool = True) -> LoweredPlan:
+def lower(plan: CachePlan, provider: str) -> LoweredPlan:
     """Group the steps of a plan into programs; the program `step_full` always exists, and runs the reference.
 
     Steps of the plan that keep no cache of what they compute in full run it, too, if the reference's coefficients are theirs.
 
     Args:
         plan: the plan.
-        share_graphs: let programs share graphs where they can. It saves memory on the CPU; CUDA graphs need static shapes.
+        provider: what the programs are to run on. On `cpu` they share graphs where they can, which saves memory; elsewhere each has
+            one of its own, since CUDA graphs need static shapes.
 
     Steps that compute the same share a program even if less is read of what some of them write: a second program would need its
     weights in memory once more, and writing into a slot costs next to nothing.
@@ -94,7 +95,7 @@ def lower(plan: CachePlan, share_graphs: bool = True) -> LoweredPlan:
         reads, name = _read_counts(segments, flow, mode), f"step_{len(programs):02d}"
         programs.append(Program(name, segments, reads, writes, tuple(steps), name, mode))
     everything = (Segment(0, plan.model.depth, "compute"),)
-    if share_graphs:
+    if provider == "cpu":
         programs = _share_graphs(programs, everything, plan.model.block)
     programs.append(Program(FULL, everything, (), (), full_steps, FULL))
     by_step = {i: program for program in programs for i in program.steps}
@@ -104,7 +105,13 @@ def lower(plan: CachePlan, share_graphs: bool = True) -> LoweredPlan:
 
 def shares_reference(plan: CachePlan) -> bool:
     """Whether the plan's steps have the coefficients of the reference's."""
-    return plan.scaled_sampler.steps == plan.baseline.steps
+    return plan.scaled_sampler.steps == plan.reference.steps
+
+
+def condition_times(plan: CachePlan) -> tuple[list[float], int]:
+    """Times that the condition graph knows, and the place of the reference's first step among them: 0 where it has the plan's."""
+    own, reference = ([row.t for row in table.steps] for table in (plan.sampler, plan.reference))
+    return (own, 0) if own == reference else (own + reference, len(own))
 
 
 def computed_tokens(segment: Segment, num_tokens: int, block: Branches = DIT) -> int:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from export.buffers import BYTES, Workspace
-from export.schedule import SLOT, Layout, Run, read_first
-from export.sessions import arena_is_ours
+from export.buffers import Workspace
+from export.schedule import BYTES, SLOT, Layout, Run, read_first
+from export.sessions import arena_is_ours, is_int
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.noise import initial_noise
 
@@ -63,6 +63,33 @@ class Tally:
         self.computed += other.computed
         self.cache_bytes = max(self.cache_bytes, other.cache_bytes)
         self.modulation_bytes = max(self.modulation_bytes, other.modulation_bytes)
+
+
+def check_request(manifest: dict[str, Any], labels: Sequence[int], seed: int, first_index: int, guidance: float | None) -> float:
+    """Check what is asked for, and return its guidance scale.
+
+    Raises:
+        TokenCacheError: if a label, the seed, the first index or the guidance cannot be used.
+    """
+    classes, plan = manifest["model"]["num_classes"], manifest["guidance"]
+    if len(labels) == 0:
+        raise TokenCacheError("no labels were given: name one class for each image.")
+    for label in labels:
+        if not is_int(label) or not 0 <= label < classes:
+            raise TokenCacheError(f"label {label!r} is not a class: this artefact has classes 0 to {classes - 1}.")
+    if not is_int(seed) or not 0 <= seed < 2**63:
+        raise TokenCacheError(f"seed {seed!r} is out of range: choose an integer, 0 to 2**63 - 1.")
+    if not is_int(first_index) or not 0 <= first_index < 2**63 - len(labels):
+        raise TokenCacheError(f"first_index {first_index!r} is out of range: choose an integer, 0 to 2**63 - 1 less the images.")
+    scale = float(plan["scale"] if guidance is None else guidance)
+    if not np.isfinite(scale):
+        raise TokenCacheError(f"guidance {scale} is not a number that can be used.")
+    if plan["scale"] == 1.0 and scale != 1.0:
+        raise TokenCacheError(
+            f"guidance {scale:g} was asked for, but this artefact was planned at scale 1 and holds no unconditional half. "
+            "Fit with model.guidance_scale set, and export again."
+        )
+    return scale
 
 
 def distinct_labels(manifest: dict[str, Any], labels_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -157,3 +184,18 @@ def _require_finite(workspace: Workspace, run: Run) -> None:
             f"latents became NaN or infinite at step {step} in program {bad.program}: "
             "lower the guidance scale, or export with --precision fp32."
         )
+
+
+def outside_the_fit(fit: dict[str, Any] | None, scale: float, labels: Sequence[int]) -> list[str]:
+    """In what a request leaves the range that the sampler's coefficients were fitted in; empty where none were, or it does not.
+
+    Args:
+        fit: the manifest's word of it: the guidance scale, and the classes of the images.
+        scale: the request's guidance scale.
+        labels: the request's classes.
+    """
+    if fit is None:
+        return []
+    found = [] if scale == fit["guidance"] else [f"guidance {scale:g}: fitted at {fit['guidance']:g}"]
+    unseen = sorted(set(labels) - set(fit["labels"]))
+    return [*found, *([f"{len(unseen)} of its classes: no image of them was fitted on"] if unseen else [])]

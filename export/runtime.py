@@ -11,24 +11,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import onnxruntime as ort
 
 from export.buffers import Pool, ProgramError
+from export.contract import read_artefact
 from export.cuda_provider import lane, why_no_graphs
-from export.manifest import read_manifest
-from export.request import Part, Tally, distinct_labels, fill, run_part
+from export.manifest import WEIGHTS
+from export.request import Part, Tally, check_request, distinct_labels, fill, outside_the_fit, run_part
 from export.schedule import CONDITION, lay_out
 from export.sessions import (
     PROVIDERS,
-    WEIGHTS,
     RuntimeUnavailableError,
     SharedWeights,
     is_int,
@@ -61,9 +62,10 @@ class Result:
 class CachedSampler:
     """An artefact, loaded and ready. Requests share no data but the weights.
 
-    Several threads may use one sampler. On CUDA the requests of all samplers in the process run one after the other, in a thread
-    that is theirs. The first requests of a size capture CUDA graphs; meanwhile no other thread of the process may allocate memory on
-    the GPU, so make a request of each size before serving starts.
+    Several threads may use one sampler, in the process that made it: it cannot be copied or pickled, nor used after a fork. On CUDA
+    the requests of all samplers in the process run one after the other, in a thread that is theirs. The first requests of a size
+    capture CUDA graphs; meanwhile no other thread of the process may allocate memory on the GPU, so make a request of each size
+    before serving starts.
 
     Args:
         path: artefact folder.
@@ -76,12 +78,14 @@ class CachedSampler:
         preload: load the programs of the plan now, rather than at their first use. Full compute, the baseline, waits for its own.
         cuda_graphs: on CUDA, capture each step with its buffers as a CUDA graph when it first runs, and replay it from then on. The
             buffers of up to four sizes of request are kept for that; `release` drops them.
+        device: on CUDA, the number of the GPU.
         profile: write ONNX Runtime's own profiles to files that begin so; `end_profiling` names them.
         manifest: for the exporter alone, which runs an artefact to prove it before its manifest is written.
 
     Raises:
-        ArtefactError: if a file is missing, truncated or changed.
-        RuntimeUnavailableError: if the provider cannot be used.
+        ArtefactError: if a file is missing, truncated or changed, the manifest says what cannot be so, or ONNX Runtime is older than
+            the artefact needs.
+        RuntimeUnavailableError: if the provider or its device cannot be used.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class CachedSampler:
         preload: bool = True,
         memory: float = 1.25,
         cuda_graphs: bool = True,
+        device: int = 0,
         profile: Path | None = None,
         manifest: dict[str, Any] | None = None,
     ) -> None:
@@ -100,8 +105,8 @@ class CachedSampler:
             raise RuntimeUnavailableError(f"unknown provider {provider!r}: choose one of {', '.join(PROVIDERS)}.")
         if not is_int(max_batch) or max_batch < 1:
             raise TokenCacheError(f"max_batch is {max_batch!r}: give 1 or more.")
-        self.path, self.provider, self.max_batch = Path(path), provider, max_batch
-        self.manifest = manifest or read_manifest(self.path)
+        self.path, self.provider, self.device, self.max_batch = Path(path), provider, device, max_batch
+        self.manifest = manifest or read_artefact(self.path, ort.__version__)
         if not memory >= 1.0:
             raise TokenCacheError(f"memory is {memory!r}: the weights themselves need 1; give 1 or more.")
         if provider == "cuda" and any(program["graph"] != name for name, program in self.manifest["programs"].items()):
@@ -109,22 +114,24 @@ class CachedSampler:
                 f"{self.path} was exported for the CPU: programs share graphs that have no static shapes, which CUDA graphs need. "
                 "Export it again with --provider cuda."
             )
-        prepare(provider, threads)
+        prepare(provider, threads, device)
+        self._process = os.getpid()
         self._packed = packed_graphs(self.manifest, memory) if provider == "cpu" else set()
         self._profile, self._threads = profile, threads
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._loading = threading.Lock()
         self._no_graphs = self._graphs_off(cuda_graphs)
-        self._pool = Pool(self.session, provider, keep=self._no_graphs is None)
+        self._pool = Pool(self.session, provider, keep=self._no_graphs is None, device=device)
         self._exclusively(lambda _: self._load(preload))
 
     def session(self, name: str) -> ort.InferenceSession:
-        """The session of `condition` or of a step program's graph, loaded on first use; it lives as long as the sampler."""
+        """The session of `condition` or of a step program's graph, loaded on first use; the sampler keeps it until `release`."""
+        self._require_own_process()
         name = self.graph_of(name)
         with self._loading:
             if name not in self._sessions:
                 self._sessions[name] = self._open(name)
-        return self._sessions[name]
+            return self._sessions[name]
 
     def graph_of(self, name: str) -> str:
         """The graph of `condition` or of a step program."""
@@ -132,16 +139,31 @@ class CachedSampler:
 
     def end_profiling(self) -> dict[str, str]:
         """The profile of each program that was loaded; see `profile`."""
-        return {name: session.end_profiling() for name, session in self._sessions.items()}
+        self._require_own_process()
+        with self._loading:
+            return {name: session.end_profiling() for name, session in self._sessions.items()}
 
     def release(self) -> None:
-        """Drop all sessions, buffers and CUDA graphs; they are made again when needed."""
+        """Drop all sessions, buffers and CUDA graphs; they are made again when needed. Requests that run meanwhile keep theirs."""
+        self._require_own_process()
 
         def drop(_: Callable[[], None]) -> None:
             self._pool.clear(keep=self._no_graphs is None)
-            self._sessions.clear()
+            with self._loading:
+                self._sessions.clear()
 
         self._exclusively(drop)
+
+    def __reduce__(self) -> NoReturn:
+        """Neither `copy` nor `pickle` can copy it.
+
+        Raises:
+            RuntimeUnavailableError: always, with what to do.
+        """
+        raise RuntimeUnavailableError(
+            "a CachedSampler cannot be copied or pickled, since its ONNX Runtime sessions belong to one process: hand on the path of "
+            f'the artefact, and make a sampler where it is needed: CachedSampler("{self.path}").'
+        )
 
     def sample(
         self,
@@ -169,12 +191,14 @@ class CachedSampler:
         Raises:
             TokenCacheError: if a label is out of range, guidance was not exported, or latents become NaN.
         """
-        scale = self._check_request(labels, seed, first_index, guidance)
+        self._require_own_process()
+        scale = check_request(self.manifest, labels, seed, first_index, guidance)
         started = time.perf_counter()
         labels_B = np.asarray(labels, dtype=np.int64)
         starts = range(0, len(labels), self.max_batch)
         parts = [Part(labels_B[i : i + self.max_batch], seed, first_index + i, scale, full) for i in starts]
         tally, steps = Tally(), self.manifest["full_steps" if full else "steps"]
+        nodes: dict[str, dict[str, int]] = {}
 
         def run(check: Callable[[], None]) -> list[np.ndarray]:
             def done(place: int, step: int) -> None:
@@ -187,12 +211,13 @@ class CachedSampler:
                 x_BCHW, ran = self._run(part, timing, functools.partial(done, place))
                 latents.append(x_BCHW)
                 tally.add(ran)
+            nodes.update({name: nodes_per_provider(self.session(name)) for name in tally.ran})  # if released meanwhile, it loads here
             return latents
 
         result = np.concatenate(self._exclusively(run))
         images = np.clip(result, -1.0, 1.0) if self.manifest["model"]["in_channels"] in (1, 3) else None
         asked = {"seed": seed, "first_index": first_index, "images": len(labels), "labels": labels_B.tolist(), "parts": len(parts)}
-        receipt = self._receipt(tally, asked, scale, full, time.perf_counter() - started)
+        receipt = self._receipt(tally, nodes, asked, scale, full, time.perf_counter() - started)
         return Result(result, images, receipt)
 
     def _run(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, Tally]:
@@ -230,15 +255,24 @@ class CachedSampler:
         options = session_options(self.provider, self._threads, name in self._packed, profile)
         graphs = self._no_graphs is None and name != CONDITION
         self._weights.give(options)
-        session = open_session(self.path / f"{name}.onnx", self.provider, options, graphs)
+        session = open_session(self.path / f"{name}.onnx", self.provider, options, graphs, self.device)
         self._weights.forget()
         return session
 
     def _load(self, preload: bool) -> None:
-        self._weights = SharedWeights(self.path / WEIGHTS, self.manifest, self.provider)
+        self._weights = SharedWeights(self.path, self.manifest, self.provider, self.device)
         if preload:
             for name in sorted({CONDITION, *(bound["program"] for bound in self.manifest["schedule"])}):
                 self.session(name)
+
+    def _require_own_process(self) -> None:
+        """Before any lock is asked for: one that was held at the time of a fork stays held for ever."""
+        if os.getpid() != self._process:
+            raise RuntimeUnavailableError(
+                f"this CachedSampler was made in process {self._process} and is used after a fork, in process {os.getpid()}: the "
+                "threads and locks of ONNX Runtime do not survive that. Make the sampler in the process that uses it: "
+                f'CachedSampler("{self.path}").'
+            )
 
     def _exclusively(self, call: Callable[[Callable[[], None]], T]) -> T:
         """Run a call; on CUDA in the thread of the GPU, one at a time."""
@@ -250,40 +284,24 @@ class CachedSampler:
             return "the provider is the CPU"
         return why_no_graphs() if wanted else "cuda_graphs=False"
 
-    def _check_request(self, labels: Sequence[int], seed: int, first_index: int, guidance: float | None) -> float:
-        classes, plan = self.manifest["model"]["num_classes"], self.manifest["guidance"]
-        if len(labels) == 0:
-            raise TokenCacheError("no labels were given: name one class for each image.")
-        for label in labels:
-            if not is_int(label) or not 0 <= label < classes:
-                raise TokenCacheError(f"label {label!r} is not a class: this artefact has classes 0 to {classes - 1}.")
-        if not is_int(seed) or not 0 <= seed < 2**63:
-            raise TokenCacheError(f"seed {seed!r} is out of range: choose an integer, 0 to 2**63 - 1.")
-        if not is_int(first_index) or not 0 <= first_index < 2**63 - len(labels):
-            raise TokenCacheError(f"first_index {first_index!r} is out of range: choose an integer, 0 to 2**63 - 1 less the images.")
-        scale = float(plan["scale"] if guidance is None else guidance)
-        if not np.isfinite(scale):
-            raise TokenCacheError(f"guidance {scale} is not a number that can be used.")
-        if plan["scale"] == 1.0 and scale != 1.0:
-            raise TokenCacheError(
-                f"guidance {scale:g} was asked for, but this artefact was planned at scale 1 and holds no unconditional half. "
-                "Fit with model.guidance_scale set, and export again."
-            )
-        return scale
-
-    def _receipt(self, tally: Tally, asked: dict[str, Any], scale: float, full: bool, seconds: float) -> dict[str, Any]:
+    def _receipt(
+        self, tally: Tally, nodes: dict[str, dict[str, int]], asked: dict[str, Any], scale: float, full: bool, seconds: float
+    ) -> dict[str, Any]:
         m = self.manifest
         planned = float(m["guidance"]["scale"])
         everything = asked["parts"] * m["full_steps"] * m["model"]["depth"] * m["model"]["tokens"]
         return {
             "plan_digest": m["plan_digest"],
+            "plan": m.get("plan_in_words"),
+            "outside_the_fit": outside_the_fit(m.get("fit"), scale, asked["labels"]),
             "weights_sha256": m.get("files", {}).get(WEIGHTS, {}).get("sha256"),
             "teacher": m["teacher"],
             "precision": m["precision"],
             **asked,
             "guidance": {"scale": scale, "planned": planned, "as_planned": scale == planned, "steps": dict(tally.guidance)},
             "provider": self.provider,
-            "nodes_per_provider": {name: nodes_per_provider(self.session(name)) for name in tally.ran},
+            "device": self.device,
+            "nodes_per_provider": nodes,
             "full_compute": full,
             "steps_per_program": {name: count for name, count in tally.ran.items() if name != CONDITION},
             "steps_reading_cache": tally.cached_steps,

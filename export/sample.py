@@ -12,10 +12,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from export.command import run
-from export.fidelity import psnr
 from export.grid import difference_pixels, replacing, save_grid, to_pixels
 from export.runtime import CachedSampler, Result
 from tc_lightning.errors import TokenCacheError
+from tc_lightning.psnr import psnr
 
 GAIN = 10.0  # of the difference row
 
@@ -24,7 +24,7 @@ def main() -> None:
     """Command line."""
     args = _arguments()
     _check_outputs(args)
-    sampler = CachedSampler(args.artefact, provider=args.provider)
+    sampler = CachedSampler(args.artefact, provider=args.provider, device=args.device)
     cache = sampler.manifest["cache_bytes_per_image"]
     print(f"{sampler.manifest['plan_summary']}, {sampler.manifest['precision']}: {cache / 1e6:.2f} MB of cache an image")
     cached = _sample(sampler, args, full=False)
@@ -38,7 +38,7 @@ def main() -> None:
     save_grid(rows, args.out)
     if args.receipt is not None:
         with replacing(args.receipt) as temporary:
-            temporary.write_text(json.dumps(receipt, indent=1) + "\n")
+            temporary.write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {args.out}" + (f" and {args.receipt}" if args.receipt else ""))
 
 
@@ -72,6 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the plan's)")
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", type=int, default=0, help="number of the GPU, with --provider cuda")
     return parser.parse_args()
 
 

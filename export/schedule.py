@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 CONDITION, FULL = "condition", "step_full"
 PAST = ("m_prev", "m_prev2")  # the solver's last outputs, latest first; the sampler weighs them with next_m_prev, next_m_prev2
 SLOT = "@"
+ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16, "int64": 7}  # ONNX's numbers of the types of buffers and weights
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8}
 
 
 @dataclass(frozen=True)

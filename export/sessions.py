@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,28 +15,35 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from export.buffers import BYTES, ELEMENT_TYPES, NUMPY_TYPES, place
+from export.buffers import NUMPY_TYPES, place
 from export.cuda_provider import CUDA, RuntimeUnavailableError, cuda_error, provider_options, require_cuda
-from export.manifest import ArtefactError
-from export.schedule import CONDITION, FULL
+from export.manifest import WEIGHTS, ArtefactError
+from export.schedule import BYTES, CONDITION, ELEMENT_TYPES, FULL
 from tc_lightning.errors import first_line
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": CUDA}
-WEIGHTS = "weights.data"
 _arena: list[bool] = []  # once a sampler was loaded: whether the process-wide arena is ours
+_arena_lock = threading.Lock()
 
 
-def prepare(provider: str, threads: int | None) -> None:
+def prepare(provider: str, threads: int | None, device: int = 0) -> None:
     """What has to be so before the first session of a process.
 
     Raises:
-        RuntimeUnavailableError: if the provider cannot be used, or `threads` is not a number of threads.
+        RuntimeUnavailableError: if the provider or its device cannot be used, or `threads` is not a number of threads.
     """
     if threads is not None and (not is_int(threads) or threads < 1):
         raise RuntimeUnavailableError(f"threads is {threads!r}: give 1 or more, or None to let ONNX Runtime choose.")
+    if not is_int(device) or device < 0:
+        raise RuntimeUnavailableError(f"device is {device!r}: give the number of a GPU, 0 or more, as nvidia-smi lists them.")
     if provider == "cuda":
-        require_cuda()
-    else:
+        require_cuda(device)
+        return
+    if device:
+        raise RuntimeUnavailableError(
+            f"device {device} was asked for, but provider {provider} has no other than 0: ask for provider cuda."
+        )
+    with _arena_lock:
         _share_arena()
 
 
@@ -89,20 +97,21 @@ class SharedWeights:
     the device.
 
     Args:
-        path: the weights file.
-        manifest: what is in it.
+        folder: the artefact.
+        manifest: what is in its weights file.
         provider: where the sessions run.
+        device: on which of its devices.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], provider: str) -> None:
-        with path.open("rb") as file:
+    def __init__(self, folder: Path, manifest: dict[str, Any], provider: str, device: int = 0) -> None:
+        with (folder / WEIGHTS).open("rb") as file:
             self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._values: dict[str, Any] = {}
         for name in {*manifest[CONDITION]["weights"], *(w for p in manifest["programs"].values() for w in p["weights"])}:
             dtype, shape, offset, nbytes = manifest["weights"][name]
             count = nbytes // BYTES[dtype]
             array = np.frombuffer(self._mapped, NUMPY_TYPES[dtype], count, offset).reshape(shape)
-            self._values[name] = _mapped(array, dtype) if provider == "cpu" else on_device(array, dtype, provider)
+            self._values[name] = _mapped(array, dtype) if provider == "cpu" else on_device(array, dtype, provider, device)
 
     def give(self, options: ort.SessionOptions) -> None:
         """Let the session that is made with these options use them; this object must live as long as it."""
@@ -119,9 +128,9 @@ def _mapped(array: np.ndarray, dtype: str) -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, ELEMENT_TYPES[dtype])
 
 
-def on_device(array: np.ndarray, dtype: str, provider: str) -> ort.OrtValue:
+def on_device(array: np.ndarray, dtype: str, provider: str, device: int = 0) -> ort.OrtValue:
     """A copy on the device. Initialisers must not own their memory: a view through DLPack does not, and keeps alive what does."""
-    return ort.OrtValue.from_dlpack(place(array, dtype, provider))
+    return ort.OrtValue.from_dlpack(place(array, dtype, provider, device))
 
 
 def _share_arena() -> None:
@@ -140,7 +149,7 @@ def arena_is_ours() -> bool:
     return _arena == [True]
 
 
-def open_session(path: Path, provider: str, options: ort.SessionOptions, graphs: bool = False) -> ort.InferenceSession:
+def open_session(path: Path, provider: str, options: ort.SessionOptions, graphs: bool = False, device: int = 0) -> ort.InferenceSession:
     """Load a graph on a provider and on no other.
 
     Args:
@@ -148,6 +157,7 @@ def open_session(path: Path, provider: str, options: ort.SessionOptions, graphs:
         provider: `cpu` or `cuda`.
         options: its options.
         graphs: whether its runs may be captured as CUDA graphs.
+        device: the GPU.
 
     Raises:
         RuntimeUnavailableError: if the provider cannot run it.
@@ -155,7 +165,7 @@ def open_session(path: Path, provider: str, options: ort.SessionOptions, graphs:
     """
     name = PROVIDERS[provider]
     try:
-        chosen = (name, provider_options(graphs)) if provider == "cuda" else name
+        chosen = (name, provider_options(graphs, device)) if provider == "cuda" else name
         session = ort.InferenceSession(str(path), options, providers=[chosen])
     except Exception as error:
         if provider == "cuda":

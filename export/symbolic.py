@@ -28,6 +28,7 @@ from tc_lightning.errors import TokenCacheError
 OPSET = 23  # Attention as one node; TopK has no CUDA kernel from opset 24 on
 CONTRIB = "com.microsoft"  # operators of ONNX Runtime's own
 IR_VERSION = 11
+ONNXRUNTIME = "1.24.2"  # the oldest that runs what is written here, from the same opset on, and from folders of symbolic links
 DTYPES = {
     "fp32": TensorProto.FLOAT,
     "fp16": TensorProto.FLOAT16,

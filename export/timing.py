@@ -57,24 +57,24 @@ def torch_latents(eps: Denoiser, plan: CachePlan, x_BCHW: Tensor, labels_B: Tens
     doubled, channels = plan.guidance.doubles_batch, plan.model.in_channels
     y = torch.cat([labels_B, torch.full_like(labels_B, plan.model.num_classes)]) if doubled else labels_B
     past: tuple[Tensor, ...] = ()
-    for row in plan.baseline.steps:
+    for row in plan.reference.steps:
         x = torch.cat([x_BCHW, x_BCHW]) if doubled else x_BCHW
         e = eps(x.to(dtype), torch.full((len(y),), row.t, device=x.device), y).float()
         if doubled:
             e = guide(e, plan.guidance.scale, plan.guidance.channels, channels)
         x_BCHW, m = advance(x_BCHW, e, past, coefficients(row))
-        past = (m, *past)[: plan.baseline.history]
+        past = (m, *past)[: plan.reference.history]
     return x_BCHW.cpu()
 
 
-def compiled(model: DiT, x: Tensor, labels: Tensor) -> tuple[Denoiser, float]:
-    """`torch.compile` of the network, and the seconds that compiling took.
+def compiled(model: DiT, x: Tensor, labels: Tensor, mode: str | None = None) -> tuple[Denoiser, float]:
+    """`torch.compile` of the network in one of its modes, and the seconds that compiling took.
 
     Raises:
         RuntimeError: if this machine cannot compile (no C++ compiler, for example).
     """
     torch._dynamo.reset()  # what was compiled before, for other shapes, must not make this one dynamic
-    function = torch.compile(model.eps, dynamic=False)
+    function = torch.compile(model.eps, dynamic=False, mode=mode)
     started = time.perf_counter()
     with torch.inference_mode():
         function(x, torch.zeros(len(x), device=x.device), labels)
@@ -116,7 +116,7 @@ def operator_ms(sampler: CachedSampler) -> dict[str, dict[str, float]]:
     """
     table = {}
     for name, path in sampler.end_profiling().items():
-        events = json.loads(Path(path).read_text())
+        events = json.loads(Path(path).read_text(encoding="utf-8"))
         Path(path).unlink()
         runs = sum(event["name"] == "model_run" for event in events)
         spent: Counter[str] = Counter()

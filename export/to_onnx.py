@@ -16,6 +16,7 @@ from export.command import positive, run
 from export.compiler import export_artefact
 from export.explain import explain, plan_figure
 from export.programs import lower
+from export.torch_device import torch_device
 from tc_lightning.content_predictor import selector_for
 from tc_lightning.costs import cache_bytes_per_image, full_step_macs, macs_speedup
 from tc_lightning.models.checkpoints import load_teacher
@@ -32,14 +33,16 @@ def main() -> None:
     plan = CachePlan.load(args.plan or run_info.plan)
     print(f"run {run_info.folder}, teacher {run_info.teacher.weights}")
     if args.explain:
-        lowered = lower(plan, share_graphs=args.provider == "cpu")
+        lowered = lower(plan, args.provider)
         print(explain(plan, lowered, 4 if args.precision == "fp32" else 2))
         if args.figure is not None:
             plan_figure(plan, lowered, args.figure)
             print(f"wrote {args.figure}")
         return
-    model = load_teacher(run_info.teacher)
+    device = torch_device(args.provider)
+    model = load_teacher(run_info.teacher).to(device)
     selector = selector_for(plan, run_info.content, model.config)
+    selector = None if selector is None else selector.to(device)
     out = args.out or Path("artefacts") / (run_info.name + ("" if args.precision == "fp32" else f"-{args.precision}"))
     images = args.images or (1 if full_step_macs(plan.model) > FEW_IMAGES_ABOVE else 4)
     cache = cache_bytes_per_image(plan, 4 if args.precision == "fp32" else 2)

@@ -10,43 +10,49 @@ damaged, 3 it disagrees with torch.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from export.command import positive, run
-from export.fidelity import measure, psnr
+from export.fidelity import measure
 from export.manifest import ArtefactError
 from export.parity import prove, require_parity, trajectory_error
 from export.programs import lower
 from export.runtime import CachedSampler
+from export.torch_device import torch_device
 from export.weights import SELECTOR, External, read_weights
 from tc_lightning.content_predictor import ContentPredictor, Selector
 from tc_lightning.costs import full_step_macs, macs_speedup, plan_macs
 from tc_lightning.diffusion.samplers import SAMPLERS
+from tc_lightning.evaluation import final_latents
 from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.plan import CachePlan
+from tc_lightning.planner.fewer_steps import fitted_fewer_steps
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
 from tc_lightning.policies.fora import fora_plan
-from tc_lightning.sampling import noise_for, sample
+from tc_lightning.psnr import psnr
+from tc_lightning.sampling import full_plan, labels_for, noise_for
 
 
 def main() -> None:
     """Command line."""
     args = _arguments()
-    report = verify(args.artefact, args.provider, args.images, args.batch, args.seed, quiet=args.json)
+    report = verify(args.artefact, args.provider, args.images, args.batch, args.seed, quiet=args.json, device=args.device)
     print(json.dumps(report, indent=1) if args.json else _table(report))
 
 
-def verify(path: Path, provider: str, images: int, batch: int, seed: int | None, quiet: bool = False) -> dict[str, Any]:
+def verify(
+    path: Path, provider: str, images: int, batch: int, seed: int | None, quiet: bool = False, device: int = 0
+) -> dict[str, Any]:
     """Check an artefact and measure it on fresh seeds.
 
     Args:
@@ -56,6 +62,7 @@ def verify(path: Path, provider: str, images: int, batch: int, seed: int | None,
         batch: images at a time.
         seed: seed of the images; None draws one.
         quiet: no progress bars.
+        device: number of the GPU, on CUDA.
 
     Returns:
         The figures, in plain JSON values.
@@ -64,24 +71,26 @@ def verify(path: Path, provider: str, images: int, batch: int, seed: int | None,
         ArtefactError: if a file is missing or changed.
         ParityError: if ONNX Runtime and torch disagree.
     """
-    sampler = CachedSampler(path, provider=provider)
+    sampler = CachedSampler(path, provider=provider, device=device)
     plan = CachePlan.load(path / "plan.json")
     if plan.digest != sampler.manifest["plan_digest"]:
         raise ArtefactError(f"{path / 'plan.json'} is not the plan that the manifest names: export it again.")
-    model = rebuild_teacher(sampler)
+    place = torch_device(provider, device)
+    model, selector = rebuild_teacher(sampler).to(place), rebuild_selector(sampler, plan)
+    selector = None if selector is None else selector.to(place)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    checks = prove(model, plan, lower(plan), sampler, min(images, 4), seed=seed + 1, selector=rebuild_selector(sampler, plan))
+    checks = prove(model, plan, lower(plan, provider), sampler, min(images, 4), seed=seed + 1, selector=selector)
     require_parity(
         checks, sampler.manifest["precision"], "Do not serve this artefact: export it again, with --precision fp32 if it fails."
     )
     with tqdm(total=images, desc="cached and full", unit="image", disable=quiet) as bar:
         fidelity = measure(sampler, images, min(batch, -(-images // 2)), seed, on_batch=bar.update)
-    baselines = {
-        name: _baseline_psnr(model, baseline, fidelity.full, seed, batch, name, quiet) for name, baseline in _baselines(plan).items()
-    }
+    rivals = _baselines(plan) | _fitted_baseline(model, plan, quiet)
+    baselines = {name: _baseline_psnr(model, rival, fidelity.full, seed, batch, name, quiet) for name, rival in rivals.items()}
     return {
         "artefact": str(path),
         "plan": plan.summary,
+        "plan_in_words": plan.in_words,
         "plan_digest": plan.digest,
         "provider": provider,
         "images": images,
@@ -119,7 +128,11 @@ def rebuild_selector(sampler: CachedSampler, plan: CachePlan) -> Selector | None
 
 def _fill(module: nn.Module, sampler: CachedSampler, stem: str = "") -> None:
     """Give a module the weights that the artefact holds under names that begin with `stem`, and freeze it."""
-    index = {name: External(*sampler.manifest["weights"][stem + name]) for name in module.state_dict()}
+    listed = sampler.manifest["weights"]
+    wrong = [name for name, tensor in module.state_dict().items() if listed.get(stem + name, [0, 0])[1] != list(tensor.shape)]
+    if wrong:
+        raise ArtefactError(f"{sampler.path} lists no weight {stem}{wrong[0]} of the shape that its model has: export it again.")
+    index = {name: External(*listed[stem + name]) for name in module.state_dict()}
     tensors = read_weights(sampler.path / "weights.data", index)
     module.load_state_dict({name: tensor.float() for name, tensor in tensors}, assign=True)
     module.eval().requires_grad_(False)
@@ -127,10 +140,10 @@ def _fill(module: nn.Module, sampler: CachedSampler, stem: str = "") -> None:
 
 def _baselines(plan: CachePlan) -> dict[str, CachePlan]:
     """What one would do without this package, at the plan's MACs or up to one full step above them: rounding is in their favour."""
-    step, budget, table = full_step_macs(plan.model), plan_macs(plan), plan.baseline
+    step, budget, table = full_step_macs(plan.model), plan_macs(plan), plan.reference
     baselines = {}
     if table.name in SAMPLERS:  # a table of one's own making is for its own number of steps
-        fewer = fewer_steps_plan(plan.model, table.name, table.spacing, plan.guidance, math.ceil(budget / step) * step)
+        fewer = fewer_steps_plan(plan.model, table.name, table.spacing, plan.guidance, math.ceil(budget / step) * step, table)
         baselines[f"{table.name}, {fewer.num_steps} steps"] = fewer
     speedup = len(table) * step / (budget + step)
     if speedup > 1.0:  # a plan that saves less than a step leaves nothing to reuse
@@ -139,19 +152,28 @@ def _baselines(plan: CachePlan) -> dict[str, CachePlan]:
     return baselines
 
 
+def _fitted_baseline(model: DiT, plan: CachePlan, quiet: bool) -> dict[str, CachePlan]:
+    """Fewer steps with a sampler fitted as the plan's own was: the one that the plan names, or one that is fitted now.
+
+    At the plan's budget, not above it. A plan that caches nothing is such a run itself.
+    """
+    steps = int(plan_macs(plan) / full_step_macs(plan.model) + 1e-9)
+    if not plan.caches or plan.reference.stochastic or not 2 <= steps < len(plan.reference):
+        return {}
+    known, fit = plan.fewer_steps, plan.provenance.get("fit")
+    if known is not None and isinstance(fit, dict) and fit.get("target") == "reference":
+        fewer = dataclasses.replace(full_plan(plan.model, known, plan.guidance), reference=plan.reference)
+    else:
+        fewer = fitted_fewer_steps(model, plan, steps, None if quiet else "fitting fewer steps")
+    return {f"fitted, {fewer.num_steps} steps": fewer}
+
+
 def _baseline_psnr(model: DiT, plan: CachePlan, full: np.ndarray, seed: int, batch: int, name: str, quiet: bool) -> float:
-    parts = []
-    with tqdm(total=len(full), desc=name, unit="image", disable=quiet) as bar:
-        for indices, labels in _batches(len(full), batch, plan.model.num_classes):
-            parts.append(sample(model, plan, noise_for(seed, indices, model), labels).numpy())
-            bar.update(len(labels))
-    return psnr(np.concatenate(parts), full)
-
-
-def _batches(images: int, batch: int, classes: int) -> Iterator[tuple[range, Tensor]]:
-    for first in range(0, images, batch):
-        indices = range(first, min(first + batch, images))
-        yield indices, torch.tensor([i % classes for i in indices])
+    images = range(len(full))
+    x_T, labels = noise_for(seed, images, model), labels_for(seed, images, plan.model.num_classes)
+    with tqdm(total=len(full) * plan.num_steps, desc=name, unit="step", disable=quiet) as bar:
+        made = final_latents(model, plan, x_T, labels, batch=batch, on_step=bar.update)
+    return psnr(made.numpy(), full)
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -165,10 +187,25 @@ def _table(report: dict[str, Any]) -> str:
         ("psnr_db", f"{report['psnr_db']:.2f}", f"cached against full, {report['images']} images, seed {report['seed']}"),
         ("rel_l2_export", f"{report['rel_l2_export']:.2e}", "ONNX Runtime against torch, whole trajectory, worst image"),
         ("cache_bytes_per_image", str(report["cache_bytes_per_image"]), ""),
-        *((name, f"{value:.2f}", "dB at the same MACs, rounded up") for name, value in report["baselines_psnr_db"].items()),
+        *((name, f"{value:.2f}", _note(name)) for name, value in report["baselines_psnr_db"].items()),
     ]
-    verdict = "the plan beats its baselines" if report["beats_baselines"] else "the plan does NOT beat its baselines"
-    return "\n".join([report["plan"], *(f"  {name:<26}{value:>12}  {note}" for name, value, note in rows), f"  {verdict}"])
+    lines = [f"  {name:<26}{value:>12}  {note}" for name, value, note in rows]
+    return "\n".join([report["plan"], f"  {report['plan_in_words']}", *lines, *(f"  {line}" for line in _verdict(report))])
+
+
+def _note(baseline: str) -> str:
+    return "dB at no more MACs, sampler fitted, no cache" if baseline.startswith("fitted") else "dB at the same MACs, rounded up"
+
+
+def _verdict(report: dict[str, Any]) -> list[str]:
+    """Whether the plan beats what one would do without it, and by how much its no-cache twin."""
+    lines = ["the plan beats its baselines" if report["beats_baselines"] else "the plan does NOT beat its baselines"]
+    for name, value in report["baselines_psnr_db"].items():
+        if name.startswith("fitted"):
+            apart = report["psnr_db"] - value
+            which = "the cache is the better one" if apart > 0 else "no cache is the better one (plan with --no-cache)"
+            lines.append(f"beside {name} and no cache: {which}, by {abs(apart):.1f} dB")
+    return lines
 
 
 def _arguments() -> argparse.Namespace:
@@ -179,6 +216,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, default=16, help="images at a time")
     parser.add_argument("--seed", type=int, help="seed of the images (default: a fresh one)")
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", type=int, default=0, help="number of the GPU, with --provider cuda")
     return parser.parse_args()
 
 

@@ -1,11 +1,15 @@
 """Measuring a `Calibration` on full-compute trajectories of the frozen teacher.
 
+A run has one, made of images of its own whoever asks first: `lightning fit`, for the policy that it ends with, or a later report.
+
 Shape suffixes: B images (guidance doubles them inside), C H W latent, T sampling steps, G gaps, S spacings, L blocks, 2 branches,
 O forecast orders, N tokens, D width.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,13 +23,43 @@ from tc_lightning.dataflow import Entry, lagrange_weights
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT, FinalModulation
 from tc_lightning.plan import CachePlan, Guidance
-from tc_lightning.sampling import full_plan, sample_steps
+from tc_lightning.sampling import device_of, full_plan, labels_for, noise_for, sample_steps
 from tc_lightning.scores import sampler_digest
 from tc_lightning.segments import MAX_ORDER, compute
 from tc_lightning.step_effect import step_effect
 from tc_lightning.superposition import enter, guided_eps
 
 BATCH = 4  # trajectories at a time: the branches of the last G steps of each are held
+IMAGES = 8  # of a run's calibration
+SEED = 0x63616C6962  # of its noise and labels: apart from any seed that a person would choose for images
+NAME = "calibration.safetensors"
+
+
+def run_calibration(model: DiT, plan: CachePlan, folder: Path, keep: bool = True) -> Calibration:
+    """The calibration of the full-compute run that a plan belongs to: the one in the run's folder if it is of the same, else a new one.
+
+    Args:
+        model: the teacher, on the device where it is to be measured.
+        plan: tells model, sampler and guidance.
+        folder: of the run.
+        keep: write what was measured there; of several processes one should.
+
+    Raises:
+        RunError: if the file in the folder is damaged.
+        TokenCacheError: if the latents become NaN.
+    """
+    path, digest = folder / NAME, sampler_digest(plan.sampler)
+    made_of = f"guidance {plan.guidance.scale:g} on {plan.guidance.channels} channels, {IMAGES} images of seed {SEED}"
+    if path.is_file():
+        known = Calibration.load(path)
+        if (known.teacher, known.sampler, known.made_of) == (plan.model.teacher, digest, made_of):
+            return known
+    device, images = device_of(model), range(IMAGES)
+    labels = labels_for(SEED, images, plan.model.num_classes, device)
+    measured = dataclasses.replace(calibrate(model, plan, noise_for(SEED, images, model, device), labels), made_of=made_of)
+    if keep:
+        measured.save(path)
+    return measured
 
 
 def calibrate(model: DiT, plan: CachePlan, x_T: Tensor, labels_B: Tensor, max_gap: int = MAX_GAP, progress: bool = True) -> Calibration:

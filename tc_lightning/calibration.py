@@ -16,9 +16,11 @@ import numpy as np
 from tc_lightning.atomic import write_atomically
 from tc_lightning.errors import RunError
 from tc_lightning.segments import MAX_ORDER
+from tc_lightning.tensors import TensorFileError, read_tensors
 
 MAX_GAP = 8  # steps between a computation and its reuse that are measured, unless told otherwise
 _ARRAYS = ("drift_TGL2", "gap_error_TGSO", "effect_T")
+_TEXTS = ("teacher", "sampler", "made_of")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +34,7 @@ class Calibration:
         effect_T: mean squared error of the final latents over that of the guided eps of step i (`tc_lightning.step_effect`).
         teacher: sha256 of the teacher's weights.
         sampler: `sampler_digest` of the sampler.
+        made_of: what else it depends on, in words: guidance, and which images (`tc_lightning.calibrate.run_calibration`).
 
     Raises:
         RunError: if shapes disagree, or a value is not finite or negative.
@@ -42,6 +45,7 @@ class Calibration:
     effect_T: np.ndarray
     teacher: str
     sampler: str
+    made_of: str = ""
 
     def __post_init__(self) -> None:
         for name in _ARRAYS:
@@ -58,7 +62,7 @@ class Calibration:
     @functools.cached_property
     def digest(self) -> str:
         """sha256 of all arrays and of what they belong to."""
-        hasher = hashlib.sha256(f"{self.teacher} {self.sampler}".encode())
+        hasher = hashlib.sha256(f"{self.teacher} {self.sampler} {self.made_of}".encode())
         for name in _ARRAYS:
             array = getattr(self, name)
             hasher.update(f"\n{name} {array.shape}\n".encode() + array.tobytes())
@@ -68,8 +72,8 @@ class Calibration:
         """Write `.safetensors` atomically: a reader sees the old file or the new one."""
         from safetensors.numpy import save
 
-        content = save({name: getattr(self, name) for name in _ARRAYS}, {"teacher": self.teacher, "sampler": self.sampler})
-        write_atomically(path, content)
+        metadata = {name: getattr(self, name) for name in _TEXTS}
+        write_atomically(path, save({name: getattr(self, name) for name in _ARRAYS}, metadata))
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -78,18 +82,14 @@ class Calibration:
         Raises:
             RunError: if the file is missing, damaged, or does not hold a valid calibration.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
+            arrays, metadata = read_tensors(path, "np")
+        except TensorFileError as error:
             raise RunError(f"cannot read the calibration {path}: {error}. Delete it, and it is measured again.") from error
         if set(arrays) != set(_ARRAYS) or not {"teacher", "sampler"} <= set(metadata):
             raise RunError(f"{path} does not hold a calibration: found {', '.join(sorted(arrays)) or 'nothing'}.")
         try:
-            return cls(**arrays, teacher=metadata["teacher"], sampler=metadata["sampler"])
+            return cls(*(arrays[name] for name in _ARRAYS), *(metadata.get(name, "") for name in _TEXTS))
         except RunError as error:
             raise RunError(f"{path}: {error}") from error
 

@@ -47,17 +47,29 @@ class TokenCacheCLI(LightningCLI):
         config = self.config.get(self.config.get("subcommand") or "", {})
         if config.get("ckpt_path") != "last":
             return
-        root = _run_root(config)
-        config["ckpt_path"] = str(found) if (found := newest_valid_checkpoint(root)) else None
-        print(f"resuming from {found}" if found else f"no checkpoint under {root} to resume from: starting afresh")
+        folders = _checkpoint_folders(config)
+        config["ckpt_path"] = str(found) if (found := newest_valid_checkpoint(*folders)) else None
+        nowhere = f"no checkpoint under {' or '.join(map(str, folders))} to resume from: starting afresh"
+        print(f"resuming from {found}" if found else nowhere)
 
 
-def _run_root(config: Any) -> Path:
-    """Where the runs of this configuration are: the first logger's folder."""
-    logger = config["trainer"].get("logger")
-    first = logger[0] if isinstance(logger, list) and logger else logger
-    arguments = first.get("init_args", {}) if hasattr(first, "get") else {}
-    return Path(arguments.get("save_dir") or config["trainer"].get("default_root_dir") or ".") / (arguments.get("name") or "")
+def _checkpoint_folders(config: Any) -> list[Path]:
+    """Where runs of this configuration keep their checkpoints, below these folders: as `ModelCheckpoint` chooses them."""
+    callbacks = [entry.get("init_args", {}) for entry in config["trainer"].get("callbacks") or []]
+    own = [Path(arguments["dirpath"]) for arguments in callbacks if arguments.get("dirpath")]
+    return own or [_run_root(config["trainer"])]
+
+
+def _run_root(trainer: Any) -> Path:
+    """The first logger's folder; without a logger every run has the same one."""
+    logger, root = trainer.get("logger"), Path(trainer.get("default_root_dir") or ".")
+    if logger is False or logger == []:
+        return root / "checkpoints"
+    first = logger[0] if isinstance(logger, list) else logger
+    if not hasattr(first, "get"):  # Lightning's default logger
+        return root / "lightning_logs"
+    arguments = first.get("init_args", {})
+    return Path(arguments.get("save_dir") or root) / (arguments.get("name") or "")
 
 
 def main(args: list[str] | None = None) -> None:

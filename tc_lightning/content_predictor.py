@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tc_lightning.atomic import write_atomically
-from tc_lightning.errors import PlanError, RunError
+from tc_lightning.errors import PlanError, RunError, TeacherError
 from tc_lightning.models.dit import NORM_EPS, DiT, DiTBlock, DiTConfig, Modulation
 from tc_lightning.models.network import Network
 from tc_lightning.plan import CachePlan
 from tc_lightning.predictor import INITIAL_IMPORTANCE, LOGIT_BOUND
+from tc_lightning.tensors import TensorFileError, read_tensors
 
 
 class ContentPredictor(nn.Module):
@@ -34,10 +35,15 @@ class ContentPredictor(nn.Module):
 
     Args:
         config: shape of the teacher.
+
+    Raises:
+        TeacherError: if the teacher has no null label, in whose place it would see one class of all images.
     """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
+        if not config.null_label:
+            raise TeacherError("a content predictor needs a null label, and the teacher has none: leave `content` out.")
         self.block = DiTBlock(config)
         self.head = nn.Linear(config.hidden_size, config.depth)
         nn.init.zeros_(self.head.weight)
@@ -109,19 +115,15 @@ class Selector:
         Raises:
             RunError: if the file is missing, damaged, or of a predictor for another teacher.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, "pt") as file:
-                stated = (file.metadata() or {}).get("digest")
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
+            state, metadata = read_tensors(path, "pt")
+        except TensorFileError as error:
             raise RunError(f"cannot read the content predictor {path}: {error}. Make it again with `lightning fit`.") from error
         predictor = ContentPredictor(config)
         expected = {name: tensor.shape for name, tensor in predictor.state_dict().items()}
         if {name: tensor.shape for name, tensor in state.items()} != expected:
             raise RunError(f"{path} does not hold a content predictor of this teacher's shape: make it again with `lightning fit`.")
-        if selector_digest(state) != stated:
+        if selector_digest(state) != metadata.get("digest"):
             raise RunError(f"{path} is damaged: its contents do not match its digest. Make it again with `lightning fit`.")
         predictor.load_state_dict(state)
         return cls.of(predictor)

@@ -1,12 +1,15 @@
-"""A `PlanningContext` from a run folder: policies can be asked for plans long after training."""
+"""A run in memory, and a `PlanningContext` of it: policies can be asked for plans long after training."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 
-from tc_lightning.calibrate import calibrate
+import torch
+
+from tc_lightning.calibrate import run_calibration
 from tc_lightning.calibration import Calibration
+from tc_lightning.content_predictor import Selector, require_selector
 from tc_lightning.errors import RunError
 from tc_lightning.evaluation import RolloutEvaluator
 from tc_lightning.models.checkpoints import load_teacher
@@ -15,35 +18,60 @@ from tc_lightning.plan import CachePlan
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.runs import Run
 from tc_lightning.sampling import model_signature, reference_plan
-from tc_lightning.scores import Scores, sampler_digest
+from tc_lightning.scores import Scores
 from tc_lightning.targets import Targets
 
-CALIBRATION_TRAJECTORIES = 4
 
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LoadedRun:
-    """A run with its teacher, plan and scores in memory."""
+    """All that a run holds, in memory: whoever exports, lowers, samples or evaluates plans of a run finds here what they need.
+
+    Args:
+        run: where it is.
+        model: its teacher.
+        plan: its plan.
+        scores: what was learned and measured.
+        selector: its content predictor, on the teacher's device; None if it has none.
+    """
 
     run: Run
     model: DiT
     plan: CachePlan
     scores: Scores
+    selector: Selector | None
+
+    @functools.cached_property
+    def reference(self) -> CachePlan:
+        """The full-compute run that the plan replaces."""
+        return reference_plan(self.plan)
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        """What the reference run's trajectories tell: kept in the run's folder, measured when it is first asked for."""
+        return run_calibration(self.model, self.reference, self.run.folder)
 
 
-def load_run(run: Run) -> LoadedRun:
-    """Load teacher, plan and scores, and check that they belong together.
+def load_run(run: Run, device: torch.device | str = "cpu") -> LoadedRun:
+    """Load everything that a run holds, and check that it belongs together.
+
+    Args:
+        run: what `tc_lightning.runs.read_run` read.
+        device: where teacher and content predictor are to be.
 
     Raises:
         TeacherError: if the teacher cannot be loaded.
-        PlanError: if the plan is damaged, or was made for another teacher.
-        RunError: if the scores are missing or damaged, or are of another teacher.
+        PlanError: if the plan is damaged, or was made for another teacher or content predictor.
+        RunError: if the scores or the content predictor are missing or damaged, or are of another teacher.
     """
     model, plan, scores = load_teacher(run.teacher), CachePlan.load(run.plan), Scores.load(run.scores)
     plan.require_model(model_signature(model))
     if scores.teacher != plan.model.teacher:
         raise RunError(f"{run.scores} belongs to another teacher than {run.plan}: run `lightning fit` again.")
-    return LoadedRun(run, model, plan, scores)
+    selector = None if run.content is None else Selector.load(run.content, model.config)
+    require_selector(plan, selector)
+    if scores.selector and (selector is None or selector.digest != scores.selector):
+        raise RunError(f"{run.scores} was measured with another content predictor than the run holds: run `lightning fit` again.")
+    return LoadedRun(run, model.to(device), plan, scores, None if selector is None else selector.to(device))
 
 
 def planning_context(loaded: LoadedRun, targets: Targets) -> PlanningContext:
@@ -53,20 +81,15 @@ def planning_context(loaded: LoadedRun, targets: Targets) -> PlanningContext:
         loaded: the run.
         targets: images that neither training nor a later comparison of the plans uses.
     """
-    plan = reference_plan(loaded.plan)
-    evaluate = RolloutEvaluator(loaded.model, targets.x_T, targets.labels, targets.reference)
-    measure = functools.partial(_calibration, loaded, targets)
-    return PlanningContext(plan.model, plan.sampler, plan.guidance, loaded.scores, evaluate, calibrate=measure, model=loaded.model)
-
-
-def _calibration(loaded: LoadedRun, targets: Targets) -> Calibration:
-    """What the run measured, or else a new measurement, kept in the run's folder."""
-    plan, path = reference_plan(loaded.plan), loaded.run.folder / "calibration.safetensors"
-    if path.is_file():
-        known = Calibration.load(path)
-        if (known.teacher, known.sampler) == (plan.model.teacher, sampler_digest(plan.sampler)):
-            return known
-    count = slice(CALIBRATION_TRAJECTORIES)
-    measured = calibrate(loaded.model, plan, targets.x_T[count], targets.labels[count])
-    measured.save(path)
-    return measured
+    plan = loaded.reference
+    evaluate = RolloutEvaluator(loaded.model, targets.x_T, targets.labels, targets.reference, loaded.selector)
+    return PlanningContext(
+        plan.model,
+        plan.sampler,
+        plan.guidance,
+        loaded.scores,
+        evaluate,
+        plan.sampler,
+        calibrate=lambda: loaded.calibration,
+        model=loaded.model,
+    )

@@ -77,7 +77,7 @@ def plan_macs(plan: CachePlan) -> float:
 
 def macs_speedup(plan: CachePlan) -> float:
     """MACs of the reference run, at full compute, over those of the plan."""
-    return len(plan.baseline) * full_step_macs(plan.model) / plan_macs(plan)
+    return len(plan.reference) * full_step_macs(plan.model) / plan_macs(plan)
 
 
 def entry_shape(plan: CachePlan, entry: Entry) -> tuple[int, ...]:

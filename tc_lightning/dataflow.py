@@ -184,13 +184,16 @@ def assign_slots(flows: Sequence[StepFlow]) -> tuple[dict[tuple[Entry, int], int
         last_read |= {(read.entry, source): i for read in flow.reads for source in read.sources}
     slots: dict[tuple[Entry, int], int] = {}
     depth: dict[Entry, int] = {}
+    held: dict[Entry, list[int]] = defaultdict(list)  # steps whose values may still be read
     for i, flow in enumerate(flows):
         sources = {read.entry: read.sources[0] for read in flow.reads}
         for entry in flow.writes:
+            held[entry] = [step for step in held[entry] if last_read.get((entry, step), -1) >= i]
             if flow.updates(entry):
                 slots[entry, i] = slots[entry, sources[entry]]
-                continue
-            busy = {slot for (e, step), slot in slots.items() if e == entry and last_read.get((e, step), -1) >= i}
-            slots[entry, i] = next(s for s in range(len(busy) + 1) if s not in busy)
-            depth[entry] = max(depth.get(entry, 0), slots[entry, i] + 1)
+            else:
+                busy = {slots[entry, step] for step in held[entry]}
+                slots[entry, i] = next(s for s in range(len(busy) + 1) if s not in busy)
+                depth[entry] = max(depth.get(entry, 0), slots[entry, i] + 1)
+            held[entry].append(i)
     return slots, depth

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,31 +11,58 @@ from tc_lightning.content_predictor import Selector
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
-from tc_lightning.sampling import check_labels, sample
+from tc_lightning.sampling import check_labels, device_of, sample_steps
 
 BATCH = 16  # images a forward; guidance doubles them
 
+OnStep = Callable[[int], object]
 
-def psnr_db(mse_B: Tensor | np.ndarray | float, data_range: float = 2.0) -> float:
-    """Mean over images of each image's peak signal-to-noise ratio in dB; infinite if an image has no error at all.
+
+def final_latents(
+    model: DiT,
+    plan: CachePlan,
+    x_T: Tensor,
+    labels: Tensor,
+    selector: Selector | None = None,
+    batch: int = BATCH,
+    on_step: OnStep = lambda _: None,
+) -> Tensor:
+    """Final latents of a plan, [B, C, H, W] where the noise is, so many images at a time on the model's device.
 
     Args:
-        mse_B: mean squared error of each image.
-        data_range: largest minus smallest value of an image.
+        model: the teacher.
+        plan: a plan whose sampler adds no noise.
+        x_T: initial noise [B, C, H, W].
+        labels: class of each image [B].
+        selector: the content predictor that the plan names, on the model's device.
+        batch: images at a time.
+        on_step: called after each step with the number of images that went through it.
+
+    Raises:
+        TokenCacheError: if a label is out of range, or the latents become NaN.
+        PlanError: if the plan is for another model or content predictor.
     """
-    with np.errstate(divide="ignore"):
-        return float(np.mean(10.0 * np.log10(data_range**2 / np.asarray(mse_B, dtype=np.float64))))
+    device, parts = device_of(model), []
+    for x, y in zip(x_T.split(batch), labels.split(batch), strict=True):
+        made = x.to(device)
+        for state in sample_steps(model, plan, made, y.to(device), selector=selector):
+            made = state.x_next
+            on_step(len(x))
+        parts.append(made.to(x_T.device))
+    return torch.cat(parts)
 
 
 class RolloutEvaluator:
     """Error of a plan's final latents against given ones, over whole trajectories from noise.
+
+    Images may be on another device than the model: each batch goes to the model's, and errors come back to theirs.
 
     Args:
         model: the teacher.
         x_T: initial noise [B, C, H, W].
         labels: class of each image [B].
         x_0: final latents of full compute from that noise [B, C, H, W].
-        selector: content predictor for plans that have content segments.
+        selector: content predictor for plans that have content segments, on the model's device.
 
     Raises:
         TokenCacheError: if the numbers of images differ or are zero, a label is out of range, or `x_0` is not finite.
@@ -78,5 +106,5 @@ class RolloutEvaluator:
 
     def _batch(self, plan: CachePlan, images: range) -> Tensor:
         part = slice(images.start, images.stop)
-        x = sample(self.model, plan, self.x_T[part], self.labels[part], selector=self.selector)
+        x = final_latents(self.model, plan, self.x_T[part], self.labels[part], self.selector).to(self.x_0.device)
         return (x - self.x_0[part]).square().flatten(1).mean(1)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from tc_lightning.errors import PlanError
+from tc_lightning.plan_json import is_int, is_name
 
 GUIDANCE_MODES = ("both", "forecast", "cond")
 
@@ -62,7 +63,7 @@ class GuidanceMode:
         """
         if not isinstance(raw, dict) or not {"mode"} <= set(raw) <= {"mode", "order"}:
             raise PlanError(f"{where}: guidance must be an object with a mode, and an order if that is forecast; found {raw!r}.")
-        if not isinstance(raw["mode"], str) or type(raw.get("order", 0)) is not int:
+        if not is_name(raw["mode"]) or not is_int(raw.get("order", 0)):
             raise PlanError(f"{where}: the mode of guidance must be a name and its order an integer; found {raw!r}.")
         return cls(**raw)
 

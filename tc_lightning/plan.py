@@ -35,10 +35,10 @@ from tc_lightning.atomic import write_atomically
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.guidance import BOTH, GUIDANCE_MODES, Guidance, GuidanceMode
-from tc_lightning.plan_json import as_list, check_keys, from_fields
+from tc_lightning.plan_json import MOST, as_list, check_keys, from_fields, is_int, is_name, is_number, shown
 from tc_lightning.segments import DIT, MAX_ORDER, Branches, Segment, require_branches, require_valid
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,11 @@ class ModelSignature:
         """Plain JSON values; branches where they are not those of a DiT."""
         return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) != ("branches", DIT.text)}
 
+    def __post_init__(self) -> None:
+        sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type == "int"}
+        if wrong := [f"{name} {size}" for name, size in sizes.items() if not 1 <= size <= MOST]:
+            raise PlanError(f"the model has {', '.join(wrong)}: every size must be at least 1, and one that a model can have.")
+
 
 @dataclasses.dataclass(frozen=True)
 class CachePlan:
@@ -81,13 +86,15 @@ class CachePlan:
         sampler: coefficients of the sampler.
         guidance: guidance scale and channels.
         steps: the segments of each sampling step, noisiest step first.
+        reference: the sampler of the full-compute run that the plan replaces: the run that savings and errors are measured against.
+            Stated in every plan, equal to the plan's own or not: a plan whose sampler is replaced still replaces the same run.
         provenance: policy, its arguments, digests of what it was made from: plain JSON values.
-        reference: the sampler of the full-compute run that the plan replaces, where it is not the plan's own: the run that savings
-            and errors are measured against.
         eps_scale: one factor a step by which the guided eps is multiplied (EB-Cache, arXiv 2503.07120: caching amplifies exposure
             bias, and a factor a little below 1 makes up for it); empty for none. The reference run has none.
         guidance_modes: which halves of the guided batch each step computes; empty: both at every step, as in the reference run.
         selector: sha256 of the content predictor that chooses the tokens of content segments; empty if there are none.
+        fewer_steps: a sampler with which full compute costs no more than the plan's budget, fitted as the plan's own was: what the
+            plan has to beat, for whoever verifies it. Never run by the plan; None where none was fitted, or the plan is that run.
 
     Raises:
         PlanError: if segments do not cover the blocks, a token or block does not exist, something is reused that was never
@@ -99,24 +106,18 @@ class CachePlan:
     sampler: SamplerTable
     guidance: Guidance
     steps: tuple[tuple[Segment, ...], ...]
+    reference: SamplerTable
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    reference: SamplerTable | None = None
     eps_scale: tuple[float, ...] = ()
     guidance_modes: tuple[GuidanceMode, ...] = ()
     selector: str = ""
+    fewer_steps: SamplerTable | None = None
 
     def __post_init__(self) -> None:
         if set(self.guidance_modes) == {BOTH} and len(self.guidance_modes) == self.num_steps:
             object.__setattr__(self, "guidance_modes", ())
         object.__setattr__(self, "eps_scale", tuple(map(float, self.eps_scale)))
-        if self.reference == self.sampler:  # equal plans are written alike
-            object.__setattr__(self, "reference", None)
         _validate(self)
-
-    @property
-    def baseline(self) -> SamplerTable:
-        """The sampler of the full-compute run that the plan replaces."""
-        return self.reference or self.sampler
 
     @functools.cached_property
     def scaled_sampler(self) -> SamplerTable:
@@ -134,6 +135,11 @@ class CachePlan:
         computed = [all(s.mode == "compute" for s in segments) for segments in self.steps]
         return [i for i, everything in enumerate(computed) if everything and not self.guidance_mode(i).single]
 
+    @property
+    def caches(self) -> bool:
+        """Whether any step takes something from a cache; else the plan is full compute, with a sampler of its own."""
+        return len(self.full_steps) < self.num_steps
+
     def guidance_mode(self, step: int) -> GuidanceMode:
         """Which halves of the guided batch a step computes."""
         return self.guidance_modes[step] if self.guidance_modes else BOTH
@@ -144,6 +150,12 @@ class CachePlan:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
+    def in_words(self) -> str:
+        """What a run of the plan does, for a person."""
+        steps, sampler = f"{len(self.full_steps)} full", self.sampler.in_words
+        return f"{self.num_steps} steps, {steps}, with {sampler}" if self.caches else f"no cache: {steps} steps with {sampler}"
+
+    @property
     def summary(self) -> str:
         """One line, fit for a file name."""
         policy = str(self.provenance.get("policy", "custom"))
@@ -152,7 +164,8 @@ class CachePlan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` inverts it exactly."""
-        optional = {"eps_scale": list(self.eps_scale), "selector": self.selector}
+        fewer = None if self.fewer_steps is None else self.fewer_steps.to_json()
+        optional = {"eps_scale": list(self.eps_scale), "selector": self.selector, "fewer_steps": fewer}
         return {
             "format_version": FORMAT_VERSION,
             "model": self.model.to_json(),
@@ -160,7 +173,7 @@ class CachePlan:
             "guidance": dataclasses.asdict(self.guidance),
             "steps": [self._step_to_json(i) for i in range(self.num_steps)],
             "provenance": dict(self.provenance),
-            "reference": None if self.reference is None else self.reference.to_json(),
+            "reference": self.reference.to_json(),
         } | {name: value for name, value in optional.items() if value}
 
     def _step_to_json(self, i: int) -> dict[str, Any]:
@@ -176,27 +189,28 @@ class CachePlan:
             PlanError: if the format is not this version's, or anything in it is invalid.
         """
         if isinstance(raw, dict) and (version := raw.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
-            raise PlanError(f"plan format version {version} is not {FORMAT_VERSION}: make the plan again.")
+            raise PlanError(f"plan format version {shown(version)} is not {FORMAT_VERSION}: make the plan again.")
         keys = {"format_version", "model", "sampler", "guidance", "steps", "provenance", "reference"}
-        check_keys(raw, keys, {"eps_scale", "selector"}, "plan")
+        check_keys(raw, keys, {"eps_scale", "selector", "fewer_steps"}, "plan")
         eps_scale = as_list(raw.get("eps_scale", []), "eps_scale")
         if not isinstance(raw["provenance"], dict):
             raise PlanError(f"provenance: expected an object, found {type(raw['provenance']).__name__}.")
-        if not all(type(factor) in (int, float) for factor in eps_scale):
-            raise PlanError(f"eps_scale: expected a list of numbers, found {eps_scale}.")
-        if not isinstance(raw.get("selector", ""), str):
-            raise PlanError(f"selector: expected a sha256, found {raw['selector']!r}.")
+        if not all(map(is_number, eps_scale)):
+            raise PlanError(f"eps_scale: expected a list of numbers, found {shown(eps_scale)}.")
+        if not is_name(raw.get("selector", "")):
+            raise PlanError(f"selector: expected a sha256, found {shown(raw['selector'])}.")
         steps = as_list(raw["steps"], "steps")
         return cls(
             from_fields(ModelSignature, raw["model"], "model", {"branches"}),
             SamplerTable.from_json(raw["sampler"]),
             from_fields(Guidance, raw["guidance"], "guidance"),
             tuple(_segments_from_json(step, i) for i, step in enumerate(steps)),
+            SamplerTable.from_json(raw["reference"]),
             raw["provenance"],
-            None if raw["reference"] is None else SamplerTable.from_json(raw["reference"]),
             tuple(eps_scale),
             tuple(GuidanceMode.from_json(step.get("guidance", {"mode": "both"}), f"step {i}") for i, step in enumerate(steps)),
             raw.get("selector", ""),
+            SamplerTable.from_json(raw["fewer_steps"]) if "fewer_steps" in raw else None,
         )
 
     def save(self, path: Path) -> None:
@@ -211,8 +225,8 @@ class CachePlan:
             PlanError: if the file is missing, is not JSON, or is not a valid plan.
         """
         try:
-            raw = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"cannot read the plan {path}: {error}. Make it again with `lightning fit`.") from error
         try:
             return cls.from_json(raw)
@@ -284,6 +298,6 @@ def _validate_mode(mode: GuidanceMode, guidance: Guidance, where: str) -> None:
 
 def _segments_from_json(raw: Any, i: int) -> tuple[Segment, ...]:
     check_keys(raw, {"step", "segments"}, {"guidance"}, f"step {i}")
-    if raw["step"] != i:
-        raise PlanError(f"steps must be listed in order: found step {raw['step']} at place {i}.")
+    if not is_int(raw["step"]) or raw["step"] != i:
+        raise PlanError(f"steps must be listed in order: found step {shown(raw['step'])} at place {i}.")
     return tuple(Segment.from_json(s, f"step {i}, segment {j}") for j, s in enumerate(as_list(raw["segments"], f"step {i}")))

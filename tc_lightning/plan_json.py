@@ -7,6 +7,9 @@ from typing import Any
 
 from tc_lightning.errors import PlanError
 
+MOST = 2**53  # beyond it not every integer is a floating-point number
+MOST_SHOWN = 60
+
 
 def check_keys(raw: Any, required: set[str], optional: set[str], where: str) -> None:
     """Check that a JSON value is an object with these keys.
@@ -30,11 +33,32 @@ def from_fields(cls: Any, raw: Any, where: str, optional: frozenset[str] | set[s
     """
     types = {field.name: field.type for field in dataclasses.fields(cls)}
     check_keys(raw, set(types) - optional, {*optional}, where)
-    allowed: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+    fits = {"int": is_int, "float": is_number, "str": is_name, "bool": lambda value: isinstance(value, bool)}
     for name, kind in ((name, types[name]) for name in raw):
-        if type(raw[name]) not in allowed[str(kind)]:
-            raise PlanError(f"{where}.{name}: expected {kind}, found {raw[name]!r}.")
+        if not fits[str(kind)](raw[name]):
+            raise PlanError(f"{where}.{name}: expected {kind}, found {shown(raw[name])}.")
     return cls(**raw)
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it: its beginning, if it is long."""
+    text = ascii(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+def is_int(value: Any) -> bool:
+    """Whether a value is an integer, no boolean, that floating-point arithmetic can hold."""
+    return type(value) is int and abs(value) <= MOST
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that floating-point arithmetic can hold, finite or not."""
+    return is_int(value) or type(value) is float
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value is text that can be printed and written to any file."""
+    return isinstance(value, str) and not any(0xD800 <= ord(letter) < 0xE000 for letter in value)
 
 
 def as_list(raw: Any, where: str) -> list[Any]:
@@ -49,5 +73,5 @@ def as_list(raw: Any, where: str) -> list[Any]:
 
 
 def is_ints(raw: Any) -> bool:
-    """Whether a value is a list of integers, none of them a boolean."""
-    return isinstance(raw, list) and all(type(value) is int for value in raw)
+    """Whether a value is a list of integers; see `is_int`."""
+    return isinstance(raw, list) and all(map(is_int, raw))

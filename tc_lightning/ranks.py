@@ -36,6 +36,12 @@ class Ranks:
         """The first process's value, on all of them: what each would measure or read for itself could differ."""
         return self.total(torch.tensor(value if self.first else 0.0, dtype=torch.float64, device=device)).item()
 
+    def rows_of_first(self, rows: list[list[float]] | None, shape: tuple[int, int], device: torch.device) -> list[list[float]]:
+        """The first process's rows of numbers, on all of them, which all know their shape; the others' own are not looked at."""
+        own = rows if self.first else None
+        values = torch.zeros(shape, dtype=torch.float64) if own is None else torch.tensor(own, dtype=torch.float64).reshape(shape)
+        return self.total(values.to(device)).tolist()
+
     def gathered(self, values_BF: Tensor) -> Tensor:
         """The rows of all processes, in the order of their ranks, on all of them."""
         counts = self._counts(len(values_BF), values_BF.device)

@@ -5,7 +5,9 @@ Shape suffixes: B images (guidance doubles them inside), C H W latent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,17 +18,73 @@ from tc_lightning.content_predictor import Selector, require_selector
 from tc_lightning.dataflow import Entry, StepFlow, trace
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.diffusion.update import advance, coefficients
-from tc_lightning.errors import TokenCacheError
+from tc_lightning.errors import TeacherError, TokenCacheError
 from tc_lightning.models.checkpoints import teacher_digest
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.models.network import Network
-from tc_lightning.noise import initial_noise
+from tc_lightning.noise import drawn_labels, initial_noise
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.segments import Segment, compute
 
 Store = dict[tuple[Entry, int], Tensor]  # (entry, step that wrote it) -> value
-# (step, x, eps, the solver's last m, latest first) -> (next x, m)
-Solver = Callable[[int, Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]
+
+
+class RunState(NamedTuple):
+    """What a run goes on from: the step to take, latents [B, C, H, W] before it, the sampler's last m as far as it looks back, latest
+    first, and the cached values that this step or a later one reads."""
+
+    step: int
+    x: Tensor
+    past: tuple[Tensor, ...]
+    store: Store
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rollout:
+    """A plan at work on some images, for those who take its steps themselves; `sample_steps` takes them all.
+
+    Args:
+        model: the teacher.
+        plan: a plan for it.
+        labels_B: class of each image.
+        selector: the content predictor that the plan names.
+    """
+
+    model: DiT
+    plan: CachePlan
+    labels_B: Tensor
+    selector: Selector | None = None
+
+    @functools.cached_property
+    def flows(self) -> list[StepFlow]:
+        """What each step reads and writes."""
+        return trace(self.plan)
+
+    def check(self) -> None:
+        """Refuse what does not belong together.
+
+        Raises:
+            TokenCacheError: if a label is out of range.
+            PlanError: if the plan is for another model or content predictor.
+            TeacherError: if the plan is guided and the model has no null label.
+        """
+        check_labels(self.labels_B, self.plan.model.num_classes)
+        self.plan.require_model(model_signature(self.model, self.plan.model.teacher))
+        require_null_label(self.model.config, self.plan.guidance)
+        require_selector(self.plan, self.selector)
+
+    def start(self, x_BCHW: Tensor) -> RunState:
+        """Before the first step."""
+        return RunState(0, x_BCHW, (), {})
+
+    def predict(self, state: RunState) -> tuple[Tensor, dict[Entry, Tensor]]:
+        """Guided eps [B, C, H, W] of a step, and what it writes; gradients are recorded if they are wanted."""
+        return _predict(self.model, self.plan, state.step, self.flows[state.step], state.x, self.labels_B, state.store, self.selector)
+
+    def after(self, state: RunState, x_next: Tensor, m: Tensor, writes: dict[Entry, Tensor]) -> RunState:
+        """The state that a step leads to; the old one belongs to whoever kept it."""
+        store = _updated(state.store, writes, self.flows, state.step)
+        return RunState(state.step + 1, x_next, (m, *state.past)[: self.plan.sampler.history], store)
 
 
 class SamplingStep(NamedTuple):
@@ -52,20 +110,30 @@ def model_signature(model: Network, digest: str | None = None) -> ModelSignature
 
 
 def full_plan(signature: ModelSignature, sampler: SamplerTable, guidance: Guidance) -> CachePlan:
-    """The plan that computes everything."""
+    """The plan that computes everything: the run that it stands for is its own."""
     everything = (compute(0, signature.depth),)
-    return CachePlan(signature, sampler, guidance, (everything,) * len(sampler), {"policy": "full"})
+    return CachePlan(signature, sampler, guidance, (everything,) * len(sampler), sampler, {"policy": "full"})
 
 
 def reference_plan(plan: CachePlan) -> CachePlan:
     """The full-compute run that a plan replaces, as a plan of its own."""
-    return full_plan(plan.model, plan.baseline, plan.guidance)
+    return full_plan(plan.model, plan.reference, plan.guidance)
+
+
+def device_of(model: DiT) -> torch.device:
+    """Where a model is."""
+    return next(model.parameters()).device
 
 
 def noise_for(seed: int, indices: range, model: DiT, device: torch.device | str = "cpu", stream: int = 0) -> Tensor:
     """Initial noise of images `indices`, [B, C, H, W]."""
     c = model.config
     return torch.from_numpy(initial_noise(seed, indices, (c.in_channels, c.input_size, c.input_size), stream)).to(device)
+
+
+def labels_for(seed: int, indices: Sequence[int], num_classes: int, device: torch.device | str = "cpu") -> Tensor:
+    """Class of images `indices`, [B] int64, as `tc_lightning.noise.drawn_labels` draws it: few images are of all classes alike."""
+    return torch.from_numpy(drawn_labels(seed, indices, num_classes)).to(device)
 
 
 @torch.no_grad()
@@ -76,7 +144,6 @@ def sample_steps(
     labels_B: Tensor,
     seed: int = 0,
     first_index: int = 0,
-    solver: Solver | None = None,
     selector: Selector | None = None,
 ) -> Iterator[SamplingStep]:
     """Run a plan from noise, yielding every step.
@@ -88,45 +155,27 @@ def sample_steps(
         labels_B: class of each image.
         seed: seed of what a stochastic sampler adds.
         first_index: global index of the first image, which keys that noise.
-        solver: takes the place of the plan's sampler, whose times and history still count; None for the plan's own.
         selector: the content predictor that the plan names, on the device of the latents; not looked at by plans without one.
 
     Raises:
         TokenCacheError: if a label is out of range, or the latents become NaN.
         PlanError: if the plan is for another model or content predictor.
+        TeacherError: if the plan is guided and the model has no null label.
     """
-    yield from steps_with_gradients(model, plan, x_BCHW, labels_B, seed, first_index, solver, selector)
-
-
-def steps_with_gradients(
-    model: DiT,
-    plan: CachePlan,
-    x_BCHW: Tensor,
-    labels_B: Tensor,
-    seed: int = 0,
-    first_index: int = 0,
-    solver: Solver | None = None,
-    selector: Selector | None = None,
-) -> Iterator[SamplingStep]:
-    """As `sample_steps`, where gradients are recorded if they are wanted: the whole run can be differentiated."""
-    check_labels(labels_B, plan.model.num_classes)
-    plan.require_model(model_signature(model, plan.model.teacher))
-    require_selector(plan, selector)
-    flows = trace(plan)
-    store: Store = {}
-    past: tuple[Tensor, ...] = ()
-    for i, (flow, row) in enumerate(zip(flows, plan.scaled_sampler.steps, strict=True)):
-        eps, writes = _predict(model, plan, i, flow, x_BCHW, labels_B, store, selector)
-        x_next, m = solver(i, x_BCHW, eps, past) if solver else advance(x_BCHW, eps, past, coefficients(row))
+    run = Rollout(model, plan, labels_B, selector)
+    run.check()
+    state = run.start(x_BCHW)
+    for i, row in enumerate(plan.scaled_sampler.steps):
+        eps, writes = run.predict(state)
+        x_next, m = advance(state.x, eps, state.past, coefficients(row))
         if row.noise:
             x_next = x_next + row.noise * noise_for(
                 seed, range(first_index, first_index + len(x_next)), model, x_next.device, stream=i + 1
             )
         if not torch.isfinite(x_next).all():
             raise TokenCacheError(f"latents became NaN or infinite at step {i} (t = {row.t:g}): check the teacher's weights.")
-        yield SamplingStep(i, x_BCHW, eps, x_next, past, m, store, writes)
-        store = _updated(store, writes, flows, i)
-        x_BCHW, past = x_next, (m, *past)[: plan.sampler.history]
+        yield SamplingStep(i, state.x, eps, x_next, state.past, m, state.store, writes)
+        state = run.after(state, x_next, m, writes)
 
 
 def sample(model: DiT, plan: CachePlan, x_BCHW: Tensor, labels_B: Tensor, seed: int = 0, selector: Selector | None = None) -> Tensor:
@@ -134,6 +183,21 @@ def sample(model: DiT, plan: CachePlan, x_BCHW: Tensor, labels_B: Tensor, seed: 
     for state in sample_steps(model, plan, x_BCHW, labels_B, seed, selector=selector):
         x_BCHW = state.x_next
     return x_BCHW
+
+
+def require_null_label(config: DiTConfig, guidance: Guidance) -> None:
+    """Refuse guidance where there is nothing to guide away from.
+
+    Raises:
+        TeacherError: if the guidance scale is not 1 and the model has no null label.
+    """
+    if guidance.doubles_batch and not config.null_label:
+        classes = config.num_classes
+        other = f", or, if the last row is the null label, `num_classes` to {classes - 1}" if classes > 1 else ""
+        raise TeacherError(
+            f"guidance {guidance.scale:g} needs a null label, and the teacher has none: the rows of its label table are as many as its "
+            f"classes ({classes}). Set `guidance_scale` to 1{other}."
+        )
 
 
 def check_labels(labels_B: Tensor, num_classes: int) -> None:
@@ -182,7 +246,7 @@ def kept_tokens(segment: Segment, device: torch.device | str = "cpu") -> Tensor 
 
 
 def _updated(store: Store, writes: dict[Entry, Tensor], flows: list[StepFlow], i: int) -> Store:
-    """The store with this step's writes, less what no later step reads; the old one belongs to whoever kept its step."""
+    """The store with this step's writes, less what no later step reads."""
     still_read = {(read.entry, source) for flow in flows[i + 1 :] for read in flow.reads for source in read.sources}
     known = store | {(entry, i): value for entry, value in writes.items()}
     return {key: value for key, value in known.items() if key in still_read}

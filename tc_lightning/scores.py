@@ -16,6 +16,7 @@ import numpy as np
 from tc_lightning.atomic import write_atomically
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import RunError
+from tc_lightning.tensors import TensorFileError, read_tensors
 
 _REQUIRED = ("importance_TLN", "sensitivity_TL2")
 _OPTIONAL = ("router_TL2",)
@@ -85,13 +86,9 @@ class Scores:
         Raises:
             RunError: if the file is missing, damaged, or does not hold valid scores.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, SafetensorError) as error:
+            arrays, metadata = read_tensors(path, "np")
+        except TensorFileError as error:
             raise RunError(f"cannot read the scores {path}: {error}. Make them again with `lightning fit`.") from error
         if not set(_REQUIRED) <= set(arrays) <= {*_REQUIRED, *_OPTIONAL} or not {"teacher", "sampler"} <= set(metadata):
             raise RunError(f"{path} does not hold scores: found {', '.join(sorted(arrays)) or 'nothing'}.")

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, NamedTuple, NoReturn
 
 from tc_lightning.errors import PlanError
-from tc_lightning.plan_json import check_keys, is_ints
+from tc_lightning.plan_json import check_keys, is_ints, is_name
 
 MODES = ("compute", "partial", "reuse", "skip")
 CHOICES = ("static", "content")
@@ -123,13 +123,13 @@ class Segment:
         """
         check_keys(raw, {"blocks", "mode"}, {"choice", "keep", "tokens", "branches", "order"}, where)
         blocks, tokens = raw["blocks"], raw.get("tokens", [])
-        choice, keep = raw.get("choice", "static"), raw.get("keep", len(tokens))
+        choice, keep = raw.get("choice", "static"), raw.get("keep", len(tokens) if isinstance(tokens, list) else 0)
         if not (is_ints(blocks) and len(blocks) == 2 and is_ints(tokens) and is_ints([keep, raw.get("order", 0)])):
             raise PlanError(f"{where}: blocks must be two integers, tokens a list of integers, keep and order an integer each.")
         if choice == "static" and keep != len(tokens):
             raise PlanError(f"{where}: keep is {keep}, but {len(tokens)} tokens are listed.")
         branches = raw.get("branches", list(BRANCHES) if raw["mode"] == "partial" else [])
-        if not (isinstance(branches, list) and all(isinstance(branch, str) for branch in branches)):
+        if not (isinstance(branches, list) and all(map(is_name, branches))):
             raise PlanError(f"{where}: branches must be a list of names.")
         return cls(blocks[0], blocks[1], raw["mode"], raw.get("order", 0), tuple(branches), tuple(tokens), choice, keep)
 

@@ -8,23 +8,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from tc_lightning.atomic import write_atomically
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.table import SamplerTable
-from tc_lightning.evaluation import BATCH
+from tc_lightning.evaluation import OnStep, final_latents
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature
-from tc_lightning.sampling import full_plan, noise_for, sample_steps
+from tc_lightning.sampling import full_plan, labels_for, noise_for
+from tc_lightning.tensors import TensorFileError, read_tensors
 
 ODE_SAMPLER, ODE_SPACING, ODE_STEPS = "dpmpp_2m", "logsnr", 400
 
-OnStep = Callable[[int], object]  # called with the number of images that went through a step
+
+def converged_ode(steps: int = ODE_STEPS) -> SamplerTable:
+    """The sampler whose run stands for the converged solution of the teacher's ODE, wherever one is compared with or planned for."""
+    return make_sampler(ODE_SAMPLER, steps, ODE_SPACING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,7 @@ class TargetKey:
         reference: sampler of the reference run.
         guidance: guidance scale and channels.
         seed: seed of the noise.
-        images: number of images; image i has the label i modulo the number of classes.
+        images: number of images; their labels are drawn (`tc_lightning.noise.drawn_labels`).
         ode_steps: steps of the solver that stands for the converged ODE.
     """
 
@@ -50,19 +52,19 @@ class TargetKey:
     @property
     def plans(self) -> dict[str, CachePlan]:
         """The two full-compute plans."""
-        ode = make_sampler(ODE_SAMPLER, self.ode_steps, ODE_SPACING)
-        return {"reference": full_plan(self.model, self.reference, self.guidance), "ode": full_plan(self.model, ode, self.guidance)}
+        samplers = {"reference": self.reference, "ode": converged_ode(self.ode_steps)}
+        return {name: full_plan(self.model, sampler, self.guidance) for name, sampler in samplers.items()}
 
     @property
     def digest(self) -> str:
-        """sha256 of both plans, seed and number of images."""
-        content = [self.seed, self.images, *(plan.digest for plan in self.plans.values())]
+        """sha256 of both plans, seed and labels."""
+        content = [self.seed, self.labels.tolist(), *(plan.digest for plan in self.plans.values())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
     def labels(self) -> Tensor:
         """Class of each image, [B]."""
-        return torch.arange(self.images) % self.model.num_classes
+        return labels_for(self.seed, range(self.images), self.model.num_classes)
 
     @property
     def image_steps(self) -> int:
@@ -72,7 +74,7 @@ class TargetKey:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Targets:
-    """Noise, labels, and final latents [B, C, H, W] of the reference run and of the converged ODE."""
+    """Noise, labels, and final latents [B, C, H, W] of the reference run and of the converged ODE, all on the CPU."""
 
     x_T: Tensor
     labels: Tensor
@@ -81,13 +83,13 @@ class Targets:
 
 
 def compute_targets(model: DiT, key: TargetKey, on_step: OnStep = lambda _: None) -> Targets:
-    """Run both plans at full compute.
+    """Run both plans at full compute, in batches on the model's device.
 
     Raises:
         TokenCacheError: if the teacher's latents become NaN.
     """
     x_T, labels = noise_for(key.seed, range(key.images), model), key.labels
-    finals = {name: _final(model, plan, x_T, labels, on_step) for name, plan in key.plans.items()}
+    finals = {name: final_latents(model, plan, x_T, labels, on_step=on_step) for name, plan in key.plans.items()}
     return Targets(x_T, labels, finals["reference"], finals["ode"])
 
 
@@ -106,25 +108,13 @@ def cached_targets(model: DiT, key: TargetKey, folder: Path, on_step: OnStep = l
     return targets
 
 
-def _final(model: DiT, plan: CachePlan, x_T: Tensor, labels: Tensor, on_step: OnStep) -> Tensor:
-    parts = []
-    for x, y in zip(x_T.split(BATCH), labels.split(BATCH), strict=True):
-        for state in sample_steps(model, plan, x, y):
-            x = state.x_next
-            on_step(len(x))
-        parts.append(x)
-    return torch.cat(parts)
-
-
 def _read(path: Path, key: TargetKey, model: DiT) -> Targets | None:
-    from safetensors import SafetensorError, safe_open
-
     x_T = noise_for(key.seed, range(key.images), model)
     try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("digest") != key.digest:
-                return None
-            reference, ode = file.get_tensor("reference"), file.get_tensor("ode")
-    except (OSError, SafetensorError):
+        finals, metadata = read_tensors(path, "pt")
+    except TensorFileError:
         return None
-    return Targets(x_T, key.labels, reference, ode) if reference.shape == ode.shape == x_T.shape else None
+    fit = all(final.shape == x_T.shape and final.dtype == x_T.dtype for final in finals.values())
+    if metadata.get("digest") != key.digest or set(finals) != {"reference", "ode"} or not fit:
+        return None
+    return Targets(x_T, key.labels, **finals)

@@ -59,7 +59,7 @@ def make_plan(
     signature = model if isinstance(model, ModelSignature) else model_signature(model)
     table = make_sampler(sampler, len(steps), spacing)
     guidance = guidance or Guidance(1.5, min(3, signature.in_channels))
-    return CachePlan(signature, table, guidance, steps, provenance, reference, eps_scale, tuple(map(guidance_mode, modes)))
+    return CachePlan(signature, table, guidance, steps, reference or table, provenance, eps_scale, tuple(map(guidance_mode, modes)))
 
 
 def guidance_mode(letter: str) -> GuidanceMode:

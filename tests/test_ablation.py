@@ -20,10 +20,11 @@ from tc_lightning.cli import main
 from tc_lightning.content_predictor import ContentPredictor, Selector
 from tc_lightning.costs import full_step_macs, plan_macs, selector_macs
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.errors import PlanError
+from tc_lightning.errors import PlanError, RunError
 from tc_lightning.models.checkpoints import save_teacher
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan import Guidance
+from tc_lightning.runs import find_run
 from tc_lightning.scores import Scores, sampler_digest
 from tc_lightning.segments import Segment, compute, skip
 
@@ -198,7 +199,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The command on a tiny teacher, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning"])
-    Path("tiny.yaml").write_text(OVERLAY)
+    Path("tiny.yaml").write_text(OVERLAY, encoding="utf-8")
     save_teacher(randomise_(DiT(TINY), seed=0), Path("tiny.safetensors"))
     sizes = "--seeds 2 --max-steps 2 --train-images 3 --images 2 --draws 1 --full 3 --block-share 0.5"
     return ["ablate", "-c", str(CONFIGS / "digits.yaml"), "-c", "tiny.yaml", "--out", "a.json", *sizes.split()]
@@ -206,33 +207,35 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_command_compares_and_goes_on(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(arguments)
-    written = Path("a.json").read_text()
+    written = Path("a.json").read_text(encoding="utf-8")
     found = json.loads(written)
     assert list(found["seeds"]) == ["0", "1"]
     assert len(found["answers"]) == len(QUESTIONS)
     trained = {path: path.stat().st_mtime_ns for path in Path("runs/ablation").rglob("run.json")}
     assert len(trained) == 4
+    with pytest.raises(RunError, match=r"no finished run under .*4 of other purposes"):
+        find_run(Path("runs"))  # what is trained to be compared is never taken for the user's run
     scores = [Scores.load(path.with_name("scores.safetensors")) for path in sorted(trained)]
     assert len({s.digest for s in scores}) == 4
     assert [bool(s.selector) for s in scores] == [False, True, False, True]
 
     del found["seeds"]["1"]  # as if it had been interrupted before the second seed was measured
-    Path("a.json").write_text(json.dumps(found))
+    Path("a.json").write_text(json.dumps(found), encoding="utf-8")
     capsys.readouterr()
     main(arguments)
     assert "training seed 0: known" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in Path("runs/ablation").rglob("run.json")} == trained
-    assert Path("a.json").read_text() == written
+    assert Path("a.json").read_text(encoding="utf-8") == written
 
     main([*arguments, "--order", "0", "--out", "b.json"])
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("run.json")} == trained
-    assert json.loads(Path("b.json").read_text())["rows"] != found["rows"]
+    assert json.loads(Path("b.json").read_text(encoding="utf-8"))["rows"] != found["rows"]
 
 
 def test_settings_count_and_comments_do_not(tmp_path: Path) -> None:
     files = [tmp_path / f"{name}.yaml" for name in "abc"]
     for file, text in zip(files, ("data: {batch_size: 4}", "# four\ndata:\n  batch_size: 4", "data: {batch_size: 5}"), strict=True):
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
     a, b, c = (Training((str(file),)).digest for file in files)
     assert a == b != c
     assert Training((str(files[0]),), steps_v1=7).digest != a
@@ -250,7 +253,7 @@ def test_settings_count_and_comments_do_not(tmp_path: Path) -> None:
     ],
 )
 def test_the_command_refuses(arguments: list[str], more: list[str], what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("a.json").write_text(json.dumps({"settings": {}, "seeds": {}}))
+    Path("a.json").write_text(json.dumps({"settings": {}, "seeds": {}}), encoding="utf-8")
     with pytest.raises(SystemExit):
         main([*arguments, *more])
     assert what in capsys.readouterr().err

@@ -21,7 +21,7 @@ def test_the_torch_baseline_is_full_compute(teacher, sampler, guidance):
     labels = torch.tensor([0, 3])
     x = noise_for(0, range(2), teacher)
     for plan in (make_plan(teacher, EVERY_MODE, guidance, sampler), make_plan(teacher, EVERY_MODE, guidance, reference=reference)):
-        expected = sample(teacher, full_plan(plan.model, plan.baseline, guidance), x, labels)
+        expected = sample(teacher, full_plan(plan.model, plan.reference, guidance), x, labels)
         assert torch.equal(torch_latents(teacher.eps, plan, x, labels, torch.float32), expected)
 
 
@@ -48,7 +48,7 @@ def test_command_on_a_run(tmp_path: Path):
     arguments = ("--run", "runs/tiny/version_0", "--batch", 1, 2, "--repeats", 1, "--no-torch", "--operators", "--json", "out.json")
     done = call(tmp_path, "benchmark.py", *arguments)
     assert done.returncode == 0, done.stderr
-    reports = json.loads((tmp_path / "out.json").read_text())
+    reports = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert [(r["model"], r["batch"], r["steps"]) for r in reports] == [("tiny", 1, 5), ("tiny", 2, 5)]
     full, plan = reports[1]["rows"]
     assert (full["name"], full["wall_speedup"], full["macs_speedup"]) == ("ONNX Runtime, full", 1.0, 1.0)

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tc_lightning.errors import TeacherError
-from tc_lightning.models import checkpoints
-from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, save_teacher, teacher_digest
+from tc_lightning.models.checkpoints import ROOT, TeacherSpec, load_teacher, save, save_teacher, spec, teacher_digest
+from tc_lightning.models.checkpoints.digest import digest
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 
 TINY = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=24, depth=2, num_heads=2, num_classes=5)
@@ -101,10 +101,10 @@ def test_position_table_may_be_absent(model, tmp_path):
 
 
 def test_preset_with_input_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "preset", lambda name: dataclasses.replace(TINY, input_size=32))
+    monkeypatch.setattr(spec, "preset", lambda name: dataclasses.replace(TINY, input_size=32))
     torch.save(DiT(TINY).state_dict(), tmp_path / "t.pt")
     assert load_teacher(TeacherSpec(str(tmp_path / "t.pt"), preset="DiT-S/2", input_size=8)).config == TINY
-    refuse(TeacherSpec(str(tmp_path / "t.pt"), preset="DiT-S/2"), "pos_embed should be (1, 256, 24), is (1, 16, 24)", "input_size")
+    refuse(TeacherSpec(str(tmp_path / "t.pt"), preset="DiT-S/2"), "input_size is 8 in the weights and 32 in the configuration")
 
 
 # Where files are looked for
@@ -114,7 +114,7 @@ def test_relative_paths(model, tmp_path, monkeypatch):
     work, root = tmp_path / "work", tmp_path / "root"
     work.mkdir()
     monkeypatch.chdir(work)
-    monkeypatch.setattr(checkpoints, "ROOT", root)
+    monkeypatch.setattr(spec, "ROOT", root)
     save_teacher(model, root / "data" / "t.safetensors")
     assert same(load_teacher(TeacherSpec("data/t.safetensors")), model)
     other = randomise_(DiT(TINY), seed=1)
@@ -125,7 +125,7 @@ def test_relative_paths(model, tmp_path, monkeypatch):
 
 
 def test_root_is_the_repository():
-    assert (checkpoints.ROOT / "tc_lightning" / "models" / "checkpoints.py").exists()
+    assert (ROOT / "tc_lightning" / "models" / "checkpoints" / "spec.py").exists()
 
 
 # Shapes
@@ -151,7 +151,7 @@ def test_file_from_before_a_field_existed(model, tmp_path):
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     old = {k: v for k, v in dataclasses.asdict(TINY).items() if k not in ("freq_shift", "mlp_norm_eps")}
     text = json.dumps(old)
-    save_file(state, tmp_path / "t.safetensors", {"dit_config": text, "sha256": checkpoints._digest(text, state)})
+    save_file(state, tmp_path / "t.safetensors", {"dit_config": text, "sha256": digest(text, state)})
     assert same(load_teacher(TeacherSpec(str(tmp_path / "t.safetensors"))), model)
 
 
@@ -161,7 +161,7 @@ def test_file_from_before_a_field_existed(model, tmp_path):
 )
 def test_bad_shape_in_metadata(model, tmp_path, text, word):
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
-    save_file(state, tmp_path / "t.safetensors", {"dit_config": text, "sha256": checkpoints._digest(text, state)})
+    save_file(state, tmp_path / "t.safetensors", {"dit_config": text, "sha256": digest(text, state)})
     refuse(TeacherSpec(str(tmp_path / "t.safetensors")), word)
 
 
@@ -181,7 +181,7 @@ def test_keys_are_strict(model, tmp_path):
         "blocks.0.attn.proj.weight should be (24, 24), is (24, 12)",
     )
     torch.save(model.state_dict(), path)
-    refuse(TeacherSpec(path, dit=dataclasses.replace(TINY, depth=5)), "missing blocks.2", "and 25 more")
+    refuse(TeacherSpec(path, dit=dataclasses.replace(TINY, depth=5)), "depth is 2 in the weights and 5 in the configuration")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -262,7 +262,7 @@ def test_interrupted_write_keeps_the_old_file(model, tmp_path, monkeypatch):
         Path(args[1]).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full_disk)
+    monkeypatch.setattr(save, "save_file", full_disk)
     with pytest.raises(TeacherError, match="No space left"):
         save_teacher(randomise_(DiT(TINY), seed=5), path)
     assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
@@ -340,7 +340,7 @@ def test_agrees_with_diffusers(tmp_path, changes, safe):
 def test_diffusers_pipeline_folder_and_shape(tmp_path, monkeypatch):
     diffusers_model().save_pretrained(tmp_path / "transformer")
     found = load_teacher(TeacherSpec(str(tmp_path))).config
-    monkeypatch.setattr(checkpoints, "preset", lambda name: TINY)  # a preset says nothing of diffusers' conventions
+    monkeypatch.setattr(spec, "preset", lambda name: TINY)  # a preset says nothing of diffusers' conventions
     assert load_teacher(TeacherSpec(str(tmp_path), preset="any")).config == found
     assert load_teacher(TeacherSpec(str(tmp_path), dit=found)).config == found
     refuse(TeacherSpec(str(tmp_path), dit=TINY), "freq_shift is 1.0 there and 0.0 here")
@@ -374,13 +374,13 @@ def test_diffusers_missing_key(tmp_path, drop):
         ({"out_channels": 5}, "out_channels"),
         ({"num_layers": "many"}, "num_layers"),
         ({"sample_size": None}, "sample_size"),
-        ({"num_layers": 3}, "missing blocks.2"),
+        ({"num_layers": 3}, "depth is 2 in the weights and 3 in its config.json"),
     ],
 )
 def test_diffusers_config_that_is_not_a_dit(tmp_path, changes, word):
     diffusers_model().save_pretrained(tmp_path)
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | changes), encoding="utf-8")
     refuse(TeacherSpec(str(tmp_path)), word)
 
 

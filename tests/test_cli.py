@@ -48,15 +48,15 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory with a tiny teacher in it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning"])
-    (tmp_path / "tiny.yaml").write_text(OVERLAY)
-    (tmp_path / "search.yaml").write_text(SEARCH)
+    (tmp_path / "tiny.yaml").write_text(OVERLAY, encoding="utf-8")
+    (tmp_path / "search.yaml").write_text(SEARCH, encoding="utf-8")
     save_teacher(randomise_(DiT(TINY), seed=0), tmp_path / "tiny.safetensors")
     return tmp_path
 
 
 def distil(config: str, *extra: str) -> list[str]:
     """Arguments that shrink a distillation config to seconds."""
-    search = ["-c", "search.yaml"] if "PlannerPolicy" in (CONFIGS / config).read_text() else []
+    search = ["-c", "search.yaml"] if "PlannerPolicy" in (CONFIGS / config).read_text(encoding="utf-8") else []
     return ["fit", "-c", str(CONFIGS / config), "-c", "tiny.yaml", *search, *SHORT, *extra]
 
 
@@ -97,7 +97,7 @@ def test_overlays_apply(workplace: Path) -> None:
     overlays = [part for name in ("ddp.yaml", "bf16.yaml") for part in ("-c", str(CONFIGS / name))]
     main([*arguments[:5], *overlays, *arguments[5:]])
     assert not torch.distributed.is_initialized()  # left to the end of the process, gloo's threads can abort it
-    written = (find_run(Path("runs")) / "config.yaml").read_text()
+    written = (find_run(Path("runs")) / "config.yaml").read_text(encoding="utf-8")
     assert "strategy: ddp" in written
     assert "precision: bf16-mixed" in written
 
@@ -131,7 +131,7 @@ def test_imagefolder_teacher_trains_and_feeds_distillation(workplace: Path) -> N
     trained = next(Path("runs").rglob("teacher.safetensors"))
     own = ["--model.init_args.teacher.weights", str(trained), "--model.init_args.guidance_channels", "2"]
     main([*distil("digits.yaml"), *own, "--model.init_args.router", "null"])  # so little trained, its blocks still do nothing
-    assert read_run(find_run(Path("runs"))).teacher.weights == str(trained)
+    assert read_run(find_run(Path("runs"))).teacher.weights == str(trained.absolute())
 
 
 def test_unknown_key_is_named(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,6 +170,34 @@ def test_resume_with_nothing_to_resume_starts_afresh(workplace: Path, capsys: py
     main([*distil("digits.yaml"), "--ckpt_path", "last"])
     assert "starting afresh" in capsys.readouterr().out
     assert find_run(Path("runs")).name == "version_0"
+
+
+@pytest.mark.parametrize("logger", ["false", "true"])
+def test_resume_without_a_logger_of_ones_own(workplace: Path, capsys: pytest.CaptureFixture[str], logger: str) -> None:
+    """A newer checkpoint of another configuration in the same working directory is not taken."""
+    arguments = [*teacher_arguments("digits_teacher.yaml"), "--trainer.logger", logger]
+    main(arguments)
+    foreign = Path("runs/another/version_0/checkpoints/last.ckpt")
+    foreign.parent.mkdir(parents=True)
+    torch.save({"state_dict": {}}, foreign)
+    capsys.readouterr()
+    main([*arguments, "--ckpt_path", "last", "--trainer.max_steps", "4"])
+    told = capsys.readouterr().out
+    assert f"resuming from {'checkpoints' if logger == 'false' else 'lightning_logs'}" in told
+
+
+def test_resume_looks_where_checkpoints_are_told_to_go(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("kept.yaml").write_text(
+        "trainer: {logger: false, callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint, "
+        "init_args: {dirpath: kept, save_last: true, every_n_train_steps: 2}}]}\n",
+        encoding="utf-8",
+    )
+    arguments = teacher_arguments("digits_teacher.yaml")
+    arguments[3:3] = ["-c", "kept.yaml"]
+    main([*arguments, "--ckpt_path", "last"])
+    assert "no checkpoint under kept to resume from: starting afresh" in capsys.readouterr().out
+    main([*arguments, "--ckpt_path", "last", "--trainer.max_steps", "4"])
+    assert "resuming from kept/" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [["lightning"], ["tc-lightning"], [sys.executable, "-m", "tc_lightning"]])

@@ -48,7 +48,7 @@ def workplace(tmp_path_factory) -> Path:
     make_run(folder)
     done = call(folder, "to_onnx.py", "--images", 2)
     assert done.returncode == 0, done.stderr
-    (folder / "stdout.txt").write_text(done.stdout)
+    (folder / "stdout.txt").write_text(done.stdout, encoding="utf-8")
     return folder
 
 
@@ -63,10 +63,10 @@ def is_one_paragraph(done: subprocess.CompletedProcess[str], *words: str) -> Non
 
 
 def test_to_onnx(workplace):
-    out = (workplace / "stdout.txt").read_text()
+    out = (workplace / "stdout.txt").read_text(encoding="utf-8")
     for word in ("plan test-ddim5-full3", "export error", "method error", "speed", "next: python export/sample.py artefacts/tiny"):
         assert word in out
-    manifest = json.loads((workplace / "artefacts" / "tiny" / "manifest.json").read_text())
+    manifest = json.loads((workplace / "artefacts" / "tiny" / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["parity"]["images"] == 2
     assert manifest["parity"]["trajectory_rel_l2"] < 1e-5
 
@@ -89,7 +89,7 @@ def test_sample(workplace, tmp_path):
         assert image.format == "PNG"
         assert image.size == (84 + 3 * 68, 3 * 68)  # three images by cached, full and difference
         assert len(image.getcolors(1 << 20)) > 50
-    receipt = json.loads((tmp_path / "receipt.json").read_text())
+    receipt = json.loads((tmp_path / "receipt.json").read_text(encoding="utf-8"))
     assert receipt["labels"] == [0, 1, 2]
     assert receipt["guidance"] == {"scale": 2.0, "planned": 1.5, "as_planned": False, "steps": {"both": 5}}
     assert receipt["cache_engaged"] is True
@@ -103,7 +103,7 @@ def test_verify(workplace):
     assert report["rel_l2_export"] < 1e-5
     assert (report["images"], report["seed"], report["provider"]) == (3, 1, "cpu")
     assert report["macs_speedup"] > 1
-    assert len(report["baselines_psnr_db"]) == 2
+    assert len(report["baselines_psnr_db"]) == 3
     assert report["beats_baselines"] == all(report["psnr_db"] > value for value in report["baselines_psnr_db"].values())
 
 
@@ -135,12 +135,14 @@ def test_nothing_to_export(tmp_path):
 def test_damaged_run(tmp_path):
     run = make_run(tmp_path)
     shutil.copy(run / "run.json", tmp_path / "intact.json")
-    (run / "plan.json").write_text("{")
+    (run / "plan.json").write_text("{", encoding="utf-8")
     is_one_paragraph(call(tmp_path, "to_onnx.py"), "plan.json", "Make it again")
-    (run / "run.json").write_text('{"format_version": 1}')
+    (run / "run.json").write_text('{"format_version": 2, "purpose": "fit"}', encoding="utf-8")
     is_one_paragraph(call(tmp_path, "to_onnx.py"), "run.json is damaged")
-    (run / "run.json").write_text((tmp_path / "intact.json").read_text().replace('"tiny"', '"../tiny"'))
-    is_one_paragraph(call(tmp_path, "to_onnx.py"), "name a plain name")
+    (run / "run.json").write_text(
+        (tmp_path / "intact.json").read_text(encoding="utf-8").replace('"tiny"', '"../tiny"'), encoding="utf-8"
+    )
+    is_one_paragraph(call(tmp_path, "to_onnx.py"), "a plain name")
 
 
 def test_another_teacher(tmp_path):

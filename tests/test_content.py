@@ -132,8 +132,8 @@ def test_content_reads_and_costs_what_static_does() -> None:
 
 def test_equal_content_steps_share_a_program(teacher: DiT, selector: Selector) -> None:
     plan = content_plan(teacher, selector)
-    assert lower(plan).bindings[1].program == lower(plan).bindings[3].program != lower(plan).bindings[4].program
-    assert "[0,1) partial 5 content tokens order 1" in explain(plan, lower(plan))
+    assert lower(plan, "cpu").bindings[1].program == lower(plan, "cpu").bindings[3].program != lower(plan, "cpu").bindings[4].program
+    assert "[0,1) partial 5 content tokens order 1" in explain(plan, lower(plan, "cpu"))
 
 
 # Choosing
@@ -339,7 +339,7 @@ def test_steps_of_one_half_choose_tokens_too(tmp_path: Path, teacher: DiT, selec
 
 
 def test_only_programs_with_content_run_the_predictor(exported: Path, teacher: DiT, selector: Selector) -> None:
-    programs = {p.name: p for p in lower(content_plan(teacher, selector)).programs}
+    programs = {p.name: p for p in lower(content_plan(teacher, selector), "cpu").programs}
     weights = read_manifest(exported)["weights"]
     held = {name.removeprefix("selector.") for name in weights if name.startswith("selector.")}
     thirds = {name for name in held if any(f".{letter}." in name for letter in "qkv")}  # views of qkv

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from data.digits import DigitsDataModule, load_digits
 from data.imagefolder import ImageFolderDataModule
-from tc_lightning.errors import TokenCacheError
+from tc_lightning.errors import TokenCacheError, TrajectoryError
 
 # Digits
 
@@ -133,7 +134,7 @@ def test_no_classes(tmp_path):
 
 def test_class_without_images(tmp_path):
     (write(tmp_path) / "d").mkdir()
-    (tmp_path / "d" / "notes.txt").write_text("no image")
+    (tmp_path / "d" / "notes.txt").write_text("no image", encoding="utf-8")
     with pytest.raises(TokenCacheError, match=r"no images.*\bd\b"):
         module(tmp_path).setup("fit")
 
@@ -157,5 +158,25 @@ def test_corrupt_image_is_named(tmp_path, damage, num_workers):
         image.write_bytes(image.read_bytes()[:-40] if damage == "truncated" else b"not an image")
     images = module(tmp_path, num_workers=num_workers)
     images.setup("fit")
-    with pytest.raises(TokenCacheError, match=r"b/00\d\.png cannot be read"):
+    with pytest.raises(TokenCacheError, match=r"b/00\d\.png cannot be read") as caught:
         list(images.train_dataloader())
+    assert re.fullmatch(r"image \S+ cannot be read \(.*\): replace or remove it\.", str(caught.value))
+
+
+class Failing(torch.utils.data.Dataset):
+    """Fails as data sets here do: with a cause that has lines of its own."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, item: int) -> int:
+        try:
+            raise ValueError("first\nTrajectoryError: second")
+        except ValueError as error:
+            raise TrajectoryError("shard 3 is damaged: delete it.") from error
+
+
+def test_errors_of_data_workers_are_the_paragraph_that_was_raised():
+    with pytest.raises(TrajectoryError) as caught:
+        list(torch.utils.data.DataLoader(Failing(), num_workers=1))
+    assert str(caught.value) == "shard 3 is damaged: delete it."

@@ -31,7 +31,7 @@ def test_it_is_small_deep_and_described(teacher: DiT) -> None:
     assert (ROOT / PATH).stat().st_size <= 12e6
     assert teacher.config.depth >= 12
     assert teacher.config.num_tokens >= 64
-    card = (ROOT / "data" / "digits_dit.md").read_text()
+    card = (ROOT / "data" / "digits_dit.md").read_text(encoding="utf-8")
     assert model_signature(teacher).teacher in card
 
 

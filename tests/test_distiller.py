@@ -51,7 +51,7 @@ class EveryOtherStep(Policy):
     def plan(self, context: PlanningContext) -> PlanChoice:
         L = context.signature.depth
         steps = tuple((skip(0, L),) if i % 2 else (compute(0, L),) for i in range(len(context.sampler)))
-        plan = CachePlan(context.signature, context.sampler, context.guidance, steps, {"policy": "every-other"})
+        plan = CachePlan(context.signature, context.sampler, context.guidance, steps, context.reference, {"policy": "every-other"})
         full = full_plan(context.signature, context.sampler, context.guidance)
         rows = [
             {"plan": "full", "mse": context.evaluate(full, 2)},
@@ -175,7 +175,7 @@ def test_fit_learns_holds_the_budget_and_writes_everything(teacher: TeacherSpec,
     assert (scores.sensitivity_TL2[1:] > 0).all()
     assert (run.teacher, run.teacher_digest, run.name) == (teacher, module.teacher_digest, "run")
     assert (run.plan, run.scores) == (folder / "plan.json", folder / "scores.safetensors")
-    lines = (folder / "candidates.csv").read_text().splitlines()
+    lines = (folder / "candidates.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "plan,mse"
     full, every_other = (float(line.split(",")[1]) for line in lines[1:3])
     assert full < 1e-8 * every_other  # the plan that computes everything differs by rounding alone
@@ -405,7 +405,7 @@ def test_two_processes_equal_one(teacher: TeacherSpec, tmp_path: Path) -> None:
     folder.mkdir()
     script = tmp_path / "run.py"
     names = {"tests": str(tests), "root": str(tests.parent), "weights": teacher.weights, "folder": str(folder)}
-    script.write_text(DDP_SCRIPT.format(**names))
+    script.write_text(DDP_SCRIPT.format(**names), encoding="utf-8")
     run_two(script)
     for name, value in torch.load(folder / "state.pt").items():
         assert torch.allclose(value, alone.state_dict()[name], atol=1e-4), name

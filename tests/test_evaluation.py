@@ -8,7 +8,7 @@ import torch
 
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
-from tc_lightning.evaluation import BATCH, RolloutEvaluator, psnr_db
+from tc_lightning.evaluation import BATCH, RolloutEvaluator, final_latents
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.sampling import full_plan, model_signature, noise_for, sample
@@ -34,13 +34,7 @@ def evaluator(model: DiT) -> RolloutEvaluator:
 def caching_plan(model: DiT, signature_changes: dict[str, str] | None = None) -> CachePlan:
     signature = dataclasses.replace(model_signature(model), **(signature_changes or {}))
     full, skipped = (compute(0, 3),), (skip(0, 3),)
-    return CachePlan(signature, SAMPLER, GUIDANCE, (full, skipped, full, skipped))
-
-
-def test_psnr_is_the_mean_over_images():
-    assert psnr_db(torch.tensor([4e-4, 4e-2])) == pytest.approx((40 + 20) / 2)
-    assert psnr_db(0.01, data_range=1.0) == pytest.approx(20)
-    assert psnr_db(torch.zeros(2)) == math.inf
+    return CachePlan(signature, SAMPLER, GUIDANCE, (full, skipped, full, skipped), SAMPLER)
 
 
 def test_full_compute_has_no_error_but_rounding(model: DiT, evaluator: RolloutEvaluator):
@@ -79,3 +73,16 @@ def test_mistakes_are_not_taken_for_divergence(model: DiT, evaluator: RolloutEva
         RolloutEvaluator(model, x_T, labels[:3], x_0)
     with pytest.raises(TokenCacheError, match="NaN"):
         RolloutEvaluator(model, x_T, labels, x_0 * torch.nan)
+
+
+def test_no_batch_is_larger_than_was_asked_for(model: DiT, evaluator: RolloutEvaluator, monkeypatch: pytest.MonkeyPatch):
+    """Images of a large set go through the model in parts, and what they become does not depend on it."""
+    plan, seen = caching_plan(model), []
+    embed = model.embed
+    monkeypatch.setattr(model, "embed", lambda x: (seen.append(len(x)), embed(x))[1])
+    steps: list[int] = []
+    parts = final_latents(model, plan, evaluator.x_T, evaluator.labels, batch=4, on_step=steps.append)
+    assert max(seen) == 2 * 4  # both halves of guidance
+    assert sum(steps) == IMAGES * plan.num_steps
+    whole = sample(model, plan, evaluator.x_T, evaluator.labels)
+    assert torch.allclose(parts, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ SKIP = (skip(0, 4, 1),)
 
 def test_listing():
     plan = make_plan(SIGNATURE, (FULL, SKIP, (partial(0, 3, (1, 2)), reuse(3, 4, ("mlp",)))), Guidance())
-    lines = explain(plan, lower(plan)).splitlines()
-    assert lines[0].startswith(f"{plan.summary}: 3 steps, 4 programs, {macs_speedup(plan):.2f}x fewer MACs, cache 0.02 MB")
-    assert lines[1:4] == [
+    lines = explain(plan, lower(plan, "cpu")).splitlines()
+    assert lines[0] == f"{plan.summary}: 3 steps, 1 full, with ddim"
+    assert lines[1].startswith(f"  4 programs, {macs_speedup(plan):.2f}x fewer MACs, cache 0.02 MB")
+    assert lines[2:5] == [
         "  step_00: 1 steps, 0.9 MMACs a sample, 1.000 of a full step",
         "    runs   [0,4) compute",
         "    writes span [0,3), span [0,4), k 0-2, mlp 3, v 0-2",
@@ -38,18 +40,29 @@ def test_listing():
 
 def test_listing_names_programs_that_share_a_graph():
     plan = make_plan(SIGNATURE, (FULL, (partial(0, 4, (1, 2)),), SKIP, (partial(0, 4, (1, 2, 3)),)))
-    lines = explain(plan, lower(plan)).splitlines()
+    lines = explain(plan, lower(plan, "cpu")).splitlines()
     assert [line for line in lines if line.startswith("    graph")] == [
         "    graph  shared with step_01, step_03",
         "    graph  shared with step_00, step_03",
         "    graph  shared with step_00, step_01",
     ]
-    assert "shared" not in explain(plan, lower(plan, share_graphs=False))
+    assert "shared" not in explain(plan, lower(plan, "cuda"))
 
 
 def test_listing_names_the_reference():
     plan = make_plan(SIGNATURE, (FULL, SKIP), reference=make_sampler("dpmpp_2m", 50))
-    assert f": 2 steps in place of 50 of dpmpp_2m, 3 programs, {macs_speedup(plan):.2f}x fewer MACs" in explain(plan, lower(plan))
+    assert explain(plan, lower(plan, "cpu")).splitlines()[0].endswith(": 2 steps, 1 full, with ddim in place of 50 of dpmpp_2m")
+
+
+def test_a_plan_without_a_cache_says_so(tmp_path):
+    fitted = dataclasses.replace(make_sampler("dpmpp_2m", 2), name="dpmpp_2m-fitted")
+    plan = dataclasses.replace(make_plan(SIGNATURE, (FULL, FULL), reference=make_sampler("ddim", 5)), sampler=fitted)
+    lowered = lower(plan, "cpu")
+    listing = explain(plan, lowered)
+    assert "no cache: 2 full steps with a fitted sampler (dpmpp_2m-fitted) in place of 5 of ddim" in listing
+    assert "2.50x fewer MACs, cache 0.00 MB" in listing
+    plan_figure(plan, lowered, tmp_path / "plan.png")
+    assert Image.open(tmp_path / "plan.png").size[0] > 100
 
 
 def test_values_held_by_hand():
@@ -66,7 +79,7 @@ def test_no_more_is_held_than_there_is_room_for(seed):
 
 def test_picture(tmp_path: Path):
     plan = make_plan(SIGNATURE, EVERY_MODE)
-    plan_figure(plan, lower(plan), tmp_path / "plan.png")
+    plan_figure(plan, lower(plan, "cpu"), tmp_path / "plan.png")
     with Image.open(tmp_path / "plan.png") as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     for colour in ((0x1B, 0x49, 0x65), (0x5F, 0xA8, 0xD3), (0xF2, 0xB8, 0x80), (0xF4, 0xF1, 0xEA)):  # all four modes are there
@@ -85,7 +98,7 @@ def test_benchmark_plans():
     assert macs_speedup(skipping) > macs_speedup(quarter) > macs_speedup(third) > 1.4
     assert skipping.full_steps[-1] == 49
     assert max(np.diff(skipping.full_steps)) <= 4
-    assert lower(skipping).slots == dict.fromkeys(lower(skipping).slots, 3)
+    assert lower(skipping, "cpu").slots == dict.fromkeys(lower(skipping, "cpu").slots, 3)
     for wrong in (4, 51):
         with pytest.raises(PlanError, match="cannot be spread"):
             benchmark_plans(SIGNATURE, 50, wrong)

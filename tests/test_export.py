@@ -19,18 +19,18 @@ from conftest import EVERY_MODE, FULL, make_plan, make_teacher, random_steps
 import export.compiler
 from export.command import run
 from export.compiler import export_artefact
-from export.emit import condition_times
-from export.fidelity import psnr
 from export.manifest import read_manifest, sha256_of
 from export.parity import Check, ParityError, relative_l2, require_parity
-from export.programs import lower
+from export.programs import condition_times, lower
 from export.runtime import CachedSampler
-from export.verify import rebuild_teacher, verify
+from export.verify import _table, rebuild_teacher, verify
 from tc_lightning.costs import cache_bytes_per_image, macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
+from tc_lightning.noise import drawn_labels
 from tc_lightning.plan import CachePlan, Guidance
+from tc_lightning.psnr import psnr
 from tc_lightning.sampling import full_plan, model_signature, noise_for, reference_plan, sample
 from tc_lightning.segments import partial, skip
 
@@ -132,7 +132,7 @@ def test_token_sets_of_two_segments_do_not_mix(tmp_path):
     model = make_teacher(3)
     p = [(partial(0, 2, (0, 1, 2)), partial(2, 4, kept)) for kept in ((0, 1, 2), (3, 9, 12), (13, 14, 15))]
     plan = make_plan(model, (FULL, *p))
-    assert len(lower(plan).programs) == 3
+    assert len(lower(plan, "cpu").programs) == 3
     export(model, plan, tmp_path / "artefact")
     loaded = CachedSampler(tmp_path / "artefact", preload=False)
     assert worst_error(loaded.sample([1, 3], seed=5).latents, torch_latents(model, plan, [1, 3], 5)) < 1e-5
@@ -167,12 +167,25 @@ def test_verify_compares_with_the_reference(tmp_path, teacher):
     report = verify(tmp_path / "artefact", "cpu", images=2, batch=2, seed=3, quiet=True)
     assert report["macs_speedup"] == macs_speedup(plan) > 5.0
     assert report["rel_l2_export"] < 1e-5
-    assert list(report["baselines_psnr_db"]) == ["ddim, 4 steps", "reuse, 3 of 18 full"]
-    x, x_full = (torch_latents(teacher, p, [0, 1], 3) for p in (plan, reference_plan(plan)))
+    assert list(report["baselines_psnr_db"]) == ["ddim, 4 steps", "reuse, 3 of 18 full", "fitted, 3 steps"]
+    labels = drawn_labels(3, range(2), 5).tolist()
+    x, x_full = (torch_latents(teacher, p, labels, 3) for p in (plan, reference_plan(plan)))
     assert report["psnr_db"] == pytest.approx(psnr(x, x_full), abs=1e-2)
     own = dataclasses.replace(plan, reference=dataclasses.replace(reference, name="calibrated"))
     export(teacher, own, tmp_path / "artefact")
-    assert list(verify(tmp_path / "artefact", "cpu", 1, 1, seed=3, quiet=True)["baselines_psnr_db"]) == ["reuse, 3 of 18 full"]
+    report = verify(tmp_path / "artefact", "cpu", 1, 1, seed=3, quiet=True)
+    assert list(report["baselines_psnr_db"]) == ["reuse, 3 of 18 full", "fitted, 3 steps"]
+
+
+def test_verify_prints_the_fitted_run_that_the_plan_names(tmp_path, teacher):
+    """It is run as it stands, with the coefficients that the plan holds: an exact one is an exact rival."""
+    table = make_sampler("ddim", 6)
+    plan = make_plan(teacher, (FULL, FULL, (skip(0, 4, 0),), FULL, (skip(0, 4, 0),), FULL), fit={"target": "reference"})
+    export(teacher, dataclasses.replace(plan, fewer_steps=table), tmp_path / "artefact")
+    report = verify(tmp_path / "artefact", "cpu", 2, 2, seed=3, quiet=True)
+    assert report["baselines_psnr_db"]["fitted, 6 steps"] > 100 > report["psnr_db"]
+    assert not report["beats_baselines"]
+    assert "no cache is the better one (plan with --no-cache)" in _table(report)
 
 
 def test_a_reference_at_the_plans_times_is_conditioned_once(tmp_path, teacher):
@@ -206,7 +219,7 @@ def test_eps_scale_costs_no_node_and_leaves_the_reference_alone(tmp_path, teache
 
 def test_planted_bug_in_the_reference_is_found(tmp_path, monkeypatch, teacher):
     """Its steps looked up at the plan's times."""
-    monkeypatch.setattr("export.compiler.condition_times", lambda plan: (condition_times(plan)[0], 0))
+    monkeypatch.setattr("export.contract.condition_times", lambda plan: (condition_times(plan)[0], 0))
     plan = make_plan(teacher, (FULL, (skip(0, 4),), FULL), reference=make_sampler("ddim", 5, "leading"))
     with pytest.raises(ParityError, match=r"step_full, step 0 +x_next") as caught:
         export(teacher, plan, tmp_path / "artefact")
@@ -254,7 +267,7 @@ def test_fp16(tmp_path):
 
 
 def test_graphs_are_lean(artefact, plan):
-    programs = {p.name: p for p in lower(plan).programs}
+    programs = {p.name: p for p in lower(plan, "cpu").programs}
     graphs = graphs_of(artefact)
     assert set(graphs) == {"condition", *programs}
     for name, model in graphs.items():
@@ -298,7 +311,7 @@ def test_only_the_batch_is_symbolic(artefact, plan):
 
 def test_programs_take_and_give_what_their_plan_says(artefact, plan):
     graphs = graphs_of(artefact)
-    for program in lower(plan).programs:
+    for program in lower(plan, "cpu").programs:
         graph = graphs[program.name].graph
         inputs, outputs = [v.name for v in graph.input], [v.name for v in graph.output]
         reads = [f"{e.name}.{j}" for e, n in program.reads for j in range(n)]
@@ -352,7 +365,7 @@ def test_manifest(artefact, plan, teacher):
     checked = {row["where"].split(",")[0] for row in manifest["parity"]["programs"]}
     assert checked == {*manifest["programs"]}
     assert manifest["fidelity"]["mse"] > 0
-    assert [b["program"] for b in manifest["schedule"]] == [b.program for b in lower(plan).bindings]
+    assert [b["program"] for b in manifest["schedule"]] == [b.program for b in lower(plan, "cpu").bindings]
     assert (artefact.stat().st_mode & 0o777) == 0o755
 
 
@@ -420,14 +433,14 @@ def test_a_folder_that_is_no_artefact_is_never_replaced(tmp_path, teacher):
     plan = make_plan(teacher, (FULL,))
     precious = tmp_path / "runs"
     precious.mkdir()
-    (precious / "thesis.txt").write_text("years of work")
+    (precious / "thesis.txt").write_text("years of work", encoding="utf-8")
     with pytest.raises(TokenCacheError, match=r"runs.*not an artefact"):
         export(teacher, plan, precious)
-    assert (precious / "thesis.txt").read_text() == "years of work"
-    (tmp_path / "file").write_text("kept")
+    assert (precious / "thesis.txt").read_text(encoding="utf-8") == "years of work"
+    (tmp_path / "file").write_text("kept", encoding="utf-8")
     with pytest.raises(TokenCacheError, match=r"file.*not an artefact"):
         export(teacher, plan, tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "kept"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"
     empty = tmp_path / "empty"
     empty.mkdir()
     export(teacher, plan, empty)
@@ -524,7 +537,7 @@ def test_replacing_an_artefact(tmp_path, teacher, plan):
     export(teacher, make_plan(teacher, (FULL,)), out)
     assert sorted(p.name for p in out.glob("*.onnx")) == ["condition.onnx", "step_full.onnx"]
     assert [p.name for p in tmp_path.iterdir()] == ["artefact"]
-    assert json.loads((out / "manifest.json").read_text())["steps"] == 1
+    assert json.loads((out / "manifest.json").read_text(encoding="utf-8"))["steps"] == 1
 
 
 def optimised(graph: Path, tmp_path: Path) -> Counter[str]:
@@ -542,7 +555,7 @@ def test_what_onnxruntime_makes_of_the_graphs_is_lean(artefact, plan, tmp_path):
     A block: two norms, each with two nodes of adaLN; six products, five biases (that of fc1 is in FastGelu); attention; two gates and
     two sums.
     """
-    for program in lower(plan).programs:
+    for program in lower(plan, "cpu").programs:
         ops = optimised(artefact / f"{program.graph}.onnx", tmp_path)
         blocks = sum(len(s.blocks) for s in program.segments if s.mode == "compute")
         assert ops["Transpose"] == 2

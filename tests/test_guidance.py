@@ -54,7 +54,7 @@ def test_both_everywhere_is_no_mode_at_all():
     both, plain = make_plan(SIGNATURE, modes="b" * 8), make_plan(SIGNATURE)
     assert both == plain
     assert both.digest == plain.digest
-    assert lower(both) == lower(plain)
+    assert lower(both, "cpu") == lower(plain, "cpu")
 
 
 def test_full_steps_compute_both_halves():
@@ -261,7 +261,7 @@ def test_forecasts_of_the_difference_by_hand(teacher, guided):
 
 
 def test_steps_of_different_halves_have_programs_of_their_own():
-    lowered = lower(make_plan(SIGNATURE, (FULL, SKIP, SKIP, FULL, SKIP, FULL), modes="bb0b1c"))
+    lowered = lower(make_plan(SIGNATURE, (FULL, SKIP, SKIP, FULL, SKIP, FULL), modes="bb0b1c"), "cpu")
     assert [(p.name, p.steps, p.guidance.mode) for p in lowered.programs] == [
         ("step_00", (0, 3), "both"),
         ("step_01", (1,), "both"),
@@ -275,13 +275,13 @@ def test_steps_of_different_halves_have_programs_of_their_own():
 
 
 def test_step_full_is_for_both_halves():
-    programs = lower(make_plan(SIGNATURE, (FULL,) * 3, modes="bcb")).programs
+    programs = lower(make_plan(SIGNATURE, (FULL,) * 3, modes="bcb"), "cpu").programs
     assert [(p.name, p.steps) for p in programs] == [("step_00", (1,)), (STEP_FULL, (0, 2))]
 
 
 def test_listing_and_picture(tmp_path):
     plan = make_plan(SIGNATURE, (FULL, FULL, SKIP, (partial(0, 4, (1, 2)),), SKIP), modes="bb1cb")
-    text = explain(plan, lower(plan))
+    text = explain(plan, lower(plan, "cpu"))
     assert "step_01: 1 steps" in text
     for line in (
         "of a full step; conditional half alone, guided by a forecast of order 1",
@@ -295,8 +295,8 @@ def test_listing_and_picture(tmp_path):
     assert text.endswith("in 12 places of 2 kB a sample and 2 places of 1 kB a sample")
     macs = fixed_macs(SIGNATURE) / full_step_macs(SIGNATURE)
     assert f"{macs / 2:.3f} of a full step; conditional half alone, guided" in text
-    plan_figure(plan, lower(plan), tmp_path / "modes.png")
-    plan_figure(dataclasses.replace(plan, guidance_modes=()), lower(plan), tmp_path / "plain.png")
+    plan_figure(plan, lower(plan, "cpu"), tmp_path / "modes.png")
+    plan_figure(dataclasses.replace(plan, guidance_modes=()), lower(plan, "cpu"), tmp_path / "plain.png")
     assert (tmp_path / "modes.png").read_bytes() != (tmp_path / "plain.png").read_bytes()
 
 
@@ -373,7 +373,7 @@ def test_a_step_of_one_half_knows_nothing_of_the_other(tmp_path, teacher):
     plan = make_plan(teacher, (FULL, FULL, SKIP, SKIP), modes="b0bc")
     export(teacher, plan, tmp_path / "artefact")
     graphs = graphs_of(tmp_path / "artefact")
-    for program in lower(plan).programs:
+    for program in lower(plan, "cpu").programs:
         graph = graphs[program.name].graph
         axes = [a.i for node in graph.node if node.op_type in ("Split", "Concat") for a in node.attribute if a.name == "axis"]
         inputs = {value.name for value in graph.input}

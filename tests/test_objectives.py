@@ -13,12 +13,12 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import RunError
 from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.policies.routers import router_steps
-from tc_lightning.sampling import full_plan, model_signature, noise_for, sample_steps
+from tc_lightning.sampling import full_plan, labels_for, model_signature, noise_for, sample_steps
 from tc_lightning.step_effect import step_effect
 from tc_lightning.superposition import full_eps, mixed_branches_eps
 from tc_lightning.training.objectives.base import Batch, Task
 from tc_lightning.training.objectives.rollout import RouterRollout
-from tc_lightning.training.objectives.routers import CAP, WEIGHTINGS, RouterObjective, reuse_damage, step_weights
+from tc_lightning.training.objectives.routers import CAP, MEASURE_SEED, WEIGHTINGS, RouterObjective, reuse_damage, step_weights
 from tc_lightning.training.objectives.superposition import RouterSuperposition
 
 TEACHER = make_teacher(0, depth=3, in_channels=2, hidden_size=16)
@@ -80,7 +80,7 @@ def test_a_student_with_hard_weights_walks_as_its_plan_does(sampler: str) -> Non
     batches = rollouts(task)
     mask = ~computed.numpy()
     mask[0] = False
-    plan = CachePlan(task.signature, task.sampler, GUIDANCE, router_steps(mask))
+    plan = CachePlan(task.signature, task.sampler, GUIDANCE, router_steps(mask), task.sampler)
     content = batches[0].content
     for batch, state in zip(batches, list(sample_steps(TEACHER, plan, content["noise"], content["label"]))[1:], strict=True):
         torch.testing.assert_close(objective._before(state.step, batch).x, state.x, rtol=1e-5, atol=1e-5)
@@ -131,7 +131,7 @@ def test_reusing_everything_costs_one_at_the_median_step() -> None:
     nothing = torch.zeros(T, L, 2, dtype=torch.bool)
     for weighting in WEIGHTINGS:
         weight_T = prepared(RouterSuperposition(weighting=weighting, samples=4), task).weight_T
-        damage_T = reuse_damage(task, noise_for(0x6C616D626461, range(4), TEACHER), torch.arange(4))
+        damage_T = _damage(task, 4)
         cost_T = weight_T.double() * damage_T
         assert cost_T[1:].median() == pytest.approx(1.0, rel=1e-5)
         assert cost_T.max() <= CAP * (1 + 1e-5)
@@ -140,14 +140,19 @@ def test_reusing_everything_costs_one_at_the_median_step() -> None:
     x, y = noise_for(5, range(6), TEACHER), torch.arange(6) % 5
     mask = np.zeros((T, L, 2), dtype=bool)
     mask[2] = True
-    plans = full_plan(task.signature, task.sampler, GUIDANCE), CachePlan(task.signature, task.sampler, GUIDANCE, router_steps(mask))
+    plans = (
+        full_plan(task.signature, task.sampler, GUIDANCE),
+        CachePlan(task.signature, task.sampler, GUIDANCE, router_steps(mask), task.sampler),
+    )
     full, cached = (list(sample_steps(TEACHER, plan, x, y))[2].eps for plan in plans)
     assert float((cached - full).square().mean()) == pytest.approx(float(reuse_damage(task, x, y)[2]), rel=1e-4)
     assert float(relative.weight_T[2] / relative.weight_T[3]) == pytest.approx(float(1 / _damage(task)[2] * _damage(task)[3]), rel=1e-4)
 
 
-def _damage(task: Task) -> Tensor:
-    return reuse_damage(task, noise_for(0x6C616D626461, range(2), TEACHER), torch.arange(2))
+def _damage(task: Task, images: int = 2) -> Tensor:
+    """On the images that a router's weights are measured on."""
+    noise = noise_for(MEASURE_SEED, range(images), TEACHER)
+    return reuse_damage(task, noise, labels_for(MEASURE_SEED, range(images), TEACHER.config.num_classes))
 
 
 @pytest.mark.parametrize(("weighting", "power"), [("effect", 1), ("image_error", 2)])

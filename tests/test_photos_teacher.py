@@ -24,7 +24,7 @@ def teacher() -> DiT:
 def test_it_is_small_deep_and_described(teacher: DiT) -> None:
     assert (ROOT / PATH).stat().st_size <= 12e6
     assert (teacher.config.in_channels, teacher.config.num_tokens, teacher.config.depth) == (3, 256, 12)
-    assert model_signature(teacher).teacher in (ROOT / "data" / "photos_dit.md").read_text()
+    assert model_signature(teacher).teacher in (ROOT / "data" / "photos_dit.md").read_text(encoding="utf-8")
 
 
 def test_it_tells_its_noise_from_its_images(teacher: DiT) -> None:

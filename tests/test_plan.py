@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps
 
+from tc_lightning.costs import macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.table import SamplerStep, SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature
+from tc_lightning.sampling import reference_plan
 from tc_lightning.segments import Segment, compute, partial, reuse, skip
 
 PLAN = make_plan(SIGNATURE, policy="test", arguments={"share": 0.1, "names": ["a"]})
@@ -74,8 +76,8 @@ def test_digest_is_stable():
     """A change of this value means that every plan on disk has changed its name."""
     steps = (FULL, (skip(0, 4),))
     table = SamplerTable("test", "none", (SamplerStep(t=1.0, m_x=0.0, m_eps=1.0, next_x=1.0, next_m=0.5),) * 2)
-    plan = CachePlan(SIGNATURE, table, Guidance(1.5, 3), steps)
-    assert plan.digest == "759bfcebcff68fe12b8e4ae4e3478a6b5afdaf42cbcf2fd3afed2c9bd3cc5a71"
+    plan = CachePlan(SIGNATURE, table, Guidance(1.5, 3), steps, table)
+    assert plan.digest == "4ba2226d75ecfa55d6124a7dcab3ebd468e80213d25664c7c64460ee9ec18a6e"
     assert make_plan(SIGNATURE).digest == make_plan(SIGNATURE).digest
 
 
@@ -113,13 +115,38 @@ def test_derived_properties():
     assert make_plan(SIGNATURE).summary.startswith("custom-")
 
 
-def test_the_reference_is_the_plans_own_sampler_unless_it_says_otherwise():
-    reference = make_sampler("ddim", 50)
-    assert PLAN.baseline == PLAN.sampler
-    assert make_plan(SIGNATURE, reference=reference).baseline == reference
-    same = make_plan(SIGNATURE, reference=make_sampler("ddim", 8))  # the plan's own
-    assert same.reference is None
-    assert same.digest == make_plan(SIGNATURE).digest
+@pytest.mark.parametrize("reference", [make_sampler("ddim", 50), make_sampler("ddim", 8)], ids=["another", "the plan's own"])
+@pytest.mark.parametrize("through_json", [False, True])
+def test_a_plan_whose_sampler_is_replaced_replaces_the_same_run(reference, through_json):
+    plan = make_plan(SIGNATURE, reference=reference)
+    plan = CachePlan.from_json(json.loads(json.dumps(plan.to_json()))) if through_json else plan
+    fitted = dataclasses.replace(plan, sampler=dataclasses.replace(plan.sampler, name="ddim-fitted"))
+    assert fitted.reference == reference
+    assert reference_plan(fitted).sampler == reference
+    assert macs_speedup(fitted) == macs_speedup(plan)
+
+
+def test_a_reference_is_stated_in_the_file():
+    raw = PLAN.to_json()
+    assert raw["reference"] == PLAN.sampler.to_json()
+    with pytest.raises(PlanError, match="sampler table"):
+        CachePlan.from_json(raw | {"reference": None})
+    with pytest.raises(PlanError, match="missing reference"):
+        CachePlan.from_json({key: value for key, value in raw.items() if key != "reference"})
+
+
+def test_what_the_plan_has_to_beat_is_kept_and_named():
+    fewer = make_sampler("dpmpp_2m", 3)
+    plan = dataclasses.replace(PLAN, fewer_steps=fewer)
+    assert CachePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert plan.digest != PLAN.digest
+    assert "fewer_steps" not in PLAN.to_json()
+
+
+def test_full_compute_caches_nothing():
+    assert PLAN.caches
+    assert not make_plan(SIGNATURE, (FULL, (compute(0, 2), compute(2, 4)))).caches
+    assert make_plan(SIGNATURE, (FULL, FULL), modes="b1").caches
 
 
 def test_eps_scale_is_folded_into_the_coefficients():
@@ -193,7 +220,7 @@ def test_only_what_was_computed_can_be_read(first, then, message):
 
 def test_number_of_steps_is_the_samplers():
     with pytest.raises(PlanError, match="2 steps, its sampler 3"):
-        CachePlan(SIGNATURE, make_sampler("ddim", 3), Guidance(), (FULL, FULL))
+        CachePlan(SIGNATURE, make_sampler("ddim", 3), Guidance(), (FULL, FULL), make_sampler("ddim", 3))
 
 
 @pytest.mark.parametrize(
@@ -225,8 +252,8 @@ def old_format() -> dict[str, Any]:
         ([], "plan: expected an object, found list"),
         (PLAN.to_json() | {"extra": 1}, "plan: unknown extra"),
         ({k: v for k, v in PLAN.to_json().items() if k != "guidance"}, "plan: missing guidance"),
-        (changed("format_version", to=99), "format version 99 is not 2: make the plan again"),
-        (old_format(), "format version 1 is not 2: make the plan again"),
+        (changed("format_version", to=99), "format version 99 is not 3: make the plan again"),
+        (old_format(), "format version 1 is not 3: make the plan again"),
         (changed("eps_scale", to=0.98), "eps_scale: expected a list, found float"),
         (changed("eps_scale", to=["0.98"] * 8), "eps_scale: expected a list of numbers"),
         (changed("eps_scale", to=[0.98]), "eps_scale holds 1 factors for 8 steps"),
@@ -259,6 +286,25 @@ def old_format() -> dict[str, Any]:
         (changed(*SEGMENT, "mode", to=1), "unknown mode 1"),
         (changed(*SEGMENT, "mode", to=[]), r"unknown mode \[\]"),
         (changed("provenance", to=[]), "provenance: expected an object"),
+        (changed(*SEGMENT, "tokens", to=5), "tokens a list of integers"),
+        (changed(*SEGMENT, to={"blocks": [0, 2], "mode": "partial", "tokens": None}), "tokens a list of integers"),
+        (changed(*SEGMENT, "tokens", 0, to=10**400), "tokens a list of integers"),
+        *(
+            (changed("model", name, to=size), f"model has {name} {size}")
+            for name in ("depth", "tokens", "num_classes")
+            for size in (0, -1)
+        ),
+        (changed("model", "depth", to=10**400), "model.depth: expected int, found 1000"),
+        (changed("model", "teacher", to="\ud800"), "model.teacher: expected str"),
+        (changed("guidance", "scale", to=10**400), "guidance.scale: expected float"),
+        (changed("eps_scale", to=[10**400] * 8), "eps_scale: expected a list of numbers"),
+        (changed("sampler", "t", 0, to=10**400), "columns must be lists of numbers"),
+        *(
+            (changed("sampler", "name", to=name), "sampler's name and spacing must be names")
+            for name in (None, 3, ["ddim"], {}, "\ud800")
+        ),
+        (changed("sampler", "spacing", to=0.5), "sampler's name and spacing must be names"),
+        (changed("steps", 1, "step", to=True), "found step True at place 1"),
     ],
 )
 def test_json_that_is_refused(raw, message):
@@ -280,8 +326,8 @@ def test_the_json_itself_is_not_touched():
 def test_truncated_file(tmp_path, share):
     path = tmp_path / "plan.json"
     PLAN.save(path)
-    text = path.read_text()
-    path.write_text(text[: int(share * len(text))])
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text[: int(share * len(text))], encoding="utf-8")
     with pytest.raises(PlanError, match=r"cannot read the plan .*plan\.json.*lightning fit"):
         CachePlan.load(path)
 
@@ -297,7 +343,7 @@ def test_missing_and_binary_files(tmp_path):
 
 def test_invalid_plan_in_a_file_is_named(tmp_path):
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps(changed("format_version", to=0)))
+    path.write_text(json.dumps(changed("format_version", to=0)), encoding="utf-8")
     with pytest.raises(PlanError, match=f"{re.escape(str(path))}: plan format version 0"):
         CachePlan.load(path)
 

@@ -28,7 +28,8 @@ from tc_lightning.planner.policy import PlannerPolicy
 from tc_lightning.planner.price import ClockPrice, SharedPrice, macs_price
 from tc_lightning.planner.recipe import Kitchen, Recipe, spread
 from tc_lightning.planner.record import TrialRecord
-from tc_lightning.planner.search import Search, Shape, at_count, fill, grid, neighbours, variations
+from tc_lightning.planner.search import Search
+from tc_lightning.planner.shapes import Shape, at_count, fewer_steps, fill, grid, halves, neighbours, variations
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import PrunedStep
@@ -73,7 +74,8 @@ def bench(model: DiT, kitchen: Kitchen, target: TargetRun) -> Bench:
 class TestTarget:
     def test_it_is_the_full_run_whatever_the_batch(self, model: DiT, target: TargetRun) -> None:
         plan = full_plan(model_signature(model), make_sampler("ddim", STEPS), GUIDANCE)
-        assert torch.allclose(sample(model, plan, target.x_T, target.labels_B), target.x_0, atol=1e-5)
+        again = sample(model, plan, target.x_T, target.labels_B)
+        assert (again - target.x_0).norm() < 1e-5 * target.x_0.norm()  # processors round differently
 
     def test_at_its_own_times_it_is_what_it_passed_through(self, target: TargetRun) -> None:
         for j, t in enumerate(target.times):
@@ -112,7 +114,7 @@ class TestFit:
     def test_a_run_fitted_to_itself_keeps_its_coefficients(self, model: DiT, target: TargetRun) -> None:
         plan = full_plan(model_signature(model), make_sampler("ddim", STEPS), GUIDANCE)
         fitted = fit_sampler(model, plan, target, 4, history=0)
-        assert fitted.mse_B.max() < 1e-8
+        assert fitted.mse_B.max() < 1e-9 * target.x_0.square().mean()
         for ours, theirs in zip(fitted.plan.sampler.steps, plan.sampler.steps, strict=True):
             assert (ours.next_x, ours.next_m) == pytest.approx((theirs.next_x, theirs.next_m), abs=1e-3)
 
@@ -211,22 +213,34 @@ class TestSearch:
         search.climb(3)
         assert not search.trials
 
-    def test_what_costs_less_is_adopted(self, bench: Bench) -> None:
-        wide, narrow = (Search(bench, budget) for budget in (6.0, 4.0))
-        for search in (wide, narrow):
-            search.try_shapes([Shape("dpmpp_2m", "mix:0.5", 1.0)])
-        theirs = dict(narrow.trials)
-        narrow.adopt(wide)
-        assert narrow.trials == theirs
-        wide.adopt(narrow)
-        assert len(wide.trials) == 2
-
     def test_a_run_of_an_unknown_sampler_is_no_recipe(self, bench: Bench) -> None:
         assert bench.cost(Recipe("euler", "uniform", 6, (0, 3), PrunedStep("skip", 1))) == math.inf
 
     def test_a_fixed_number_of_steps_holds_no_more_full_ones(self) -> None:
-        assert at_count(Shape("ddim", "uniform", 12.0), 13) is None
-        assert at_count(Shape("ddim", "uniform", 12.0), 12) is not None
+        assert at_count(Shape("ddim", "uniform", num_steps=9), 10) is None
+        recipe = at_count(Shape("ddim", "uniform", num_steps=9), 4)
+        assert recipe is not None
+        assert (recipe.num_steps, len(recipe.full)) == (9, 4)
+
+    def test_the_kinds_of_recipe(self) -> None:
+        for shape, kind in [(next(fewer_steps()), "full"), (next(halves(next(fewer_steps()))), "halves")]:
+            recipe = at_count(shape, 9)
+            assert recipe is not None
+            assert (recipe.kind, len(recipe.full)) == (kind, recipe.num_steps)
+        recipe = at_count(next(grid(("ddim", "uniform", STEPS))), 6)
+        assert recipe is not None
+        assert recipe.kind == "cache"
+
+    def test_every_budget_is_tried_without_skips(self, bench: Bench) -> None:
+        search = Search(bench, 7.5)
+        search.try_without_skips(forecast_guidance=True)
+        assert {trial.recipe.kind for trial in search.trials.values()} == {"full", "halves"}
+        assert {r.spacing for r in search.trials if r.kind == "full"} == {shape.spacing for shape in fewer_steps()}
+        assert {r.num_steps for r in search.trials if r.kind == "full"} == {7}
+        assert all(r.num_steps > 7 for r in search.trials if r.kind == "halves")
+        alone = Search(bench, 7.5)
+        alone.try_without_skips(forecast_guidance=False)
+        assert {trial.recipe.kind for trial in alone.trials.values()} == {"full"}
 
     def test_neighbours_move_one_step_and_never_the_first(self) -> None:
         recipe = Recipe("ddim", "uniform", 6, (0, 2, 3), PrunedStep("skip", 1), alone=(3,))
@@ -237,7 +251,7 @@ class TestSearch:
         search = Search(bench, 5.0)
         search.try_shapes(grid(("ddim", "uniform", STEPS)))
         found = len(search.trials)
-        search.try_shapes(list(variations(search.ranking()[0][0], guided=True)))
+        search.try_shapes(list(variations(search.ranking("cache")[0][0], guided=True)))
         search.climb(4)
         assert found < len(search.trials)
         assert all(trial.cost <= 5.0 for trial in search.trials.values())
@@ -270,21 +284,21 @@ class TestRecord:
     def test_trials_are_not_made_twice(self, tmp_path: Path, model: DiT, kitchen: Kitchen, target: TargetRun) -> None:
         recipe = Recipe("ddim", "uniform", 5, (0, 2, 4), PrunedStep("skip", 1))
         first = Bench(model, kitchen, macs_price, target, 4, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
-        lines = (tmp_path / "trials.jsonl").read_text().splitlines()
+        lines = (tmp_path / "trials.jsonl").read_text(encoding="utf-8").splitlines()
         again = Bench(model, kitchen, macs_price, target, 4, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
         assert again == first
-        assert (tmp_path / "trials.jsonl").read_text().splitlines() == lines
+        assert (tmp_path / "trials.jsonl").read_text(encoding="utf-8").splitlines() == lines
         assert len(lines) == 1
 
     def test_another_search_does_not_take_them(self, tmp_path: Path, model: DiT, kitchen: Kitchen, target: TargetRun) -> None:
         recipe = Recipe("ddim", "uniform", 5, (0, 2, 4), PrunedStep("skip", 1))
         for fitted in (4, 5):
             Bench(model, kitchen, macs_price, target, fitted, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
-        assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 2
+        assert len((tmp_path / "trials.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
     def test_processes_of_unequal_shares_remember_under_one_name(self, model: DiT, kitchen: Kitchen, target: TargetRun) -> None:
         """Three images of the fit on two processes: one has one of them, the other two, and both sum to the same."""
-        whole = torch.tensor([3.0, 8.0, 0.0], dtype=torch.float64)
+        whole = torch.tensor([3.0, 8.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
         benches = [
             Bench(model, kitchen, macs_price, target.part(part), fitted, Ranks(rank, 2, lambda values: whole))
             for rank, (part, fitted) in enumerate([(slice(0, 4), 1), (slice(4, 8), 2)])
@@ -314,11 +328,37 @@ class TestRecord:
         with pytest.raises(RunError, match="cannot read"):
             TrialRecord(tmp_path / "folder", "s")
 
+    def test_refined_coefficients_are_remembered_to_the_last_bit(
+        self, tmp_path: Path, model: DiT, kitchen: Kitchen, target: TargetRun
+    ) -> None:
+        recipe = Recipe("dpmpp_2m", "mix:0.5", 5, tuple(range(5)), PrunedStep("skip", 1))
+        passes: list[int] = []
+        benches = [Bench(model, kitchen, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl") for _ in range(3)]
+        first = benches[0].refined(recipe, 1, lambda: passes.append(1))
+        again = Bench(model, kitchen, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl").refined(
+            recipe, 1, lambda: passes.append(1)
+        )
+        assert again == first
+        assert len(passes) == 1
+        benches[1].refined(recipe, 2, lambda: passes.append(1))  # more iterations are another thing
+        assert len(passes) > 1
+        text = (tmp_path / "trials.jsonl").read_text(encoding="utf-8")
+        (tmp_path / "trials.jsonl").write_text(text.replace("[[", "[[NaN, ", 1), encoding="utf-8")
+        spoilt = Bench(model, kitchen, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
+        assert spoilt.refined(recipe, 1, lambda: passes.append(1)) == first
+
+    def test_refined_coefficients_reach_processes_that_do_not_see_the_file(self) -> None:
+        rows, cpu = [[1.0, 2.0], [3.0, 4.0]], torch.device("cpu")
+        second = Ranks(1, 2, lambda values: values + torch.tensor(rows, dtype=torch.float64))
+        assert second.rows_of_first([[9.0, 9.0], [9.0, 9.0]], (2, 2), cpu) == rows
+        assert second.rows_of_first(None, (2, 2), cpu) == rows
+        assert ALONE.rows_of_first(rows, (2, 2), cpu) == rows
+
     def test_a_line_that_was_cut_off_is_passed_over(self, tmp_path: Path) -> None:
         record = TrialRecord(tmp_path / "t", "s")
         record.add("a", 1.0, write=True)
         record.add("b", math.inf, write=True)
-        with (tmp_path / "t").open("a") as file:
+        with (tmp_path / "t").open("a", encoding="utf-8") as file:
             file.write('{"search": "s", "reci')
         again = TrialRecord(tmp_path / "t", "s")
         assert len(again) == 2
@@ -333,6 +373,7 @@ class TestPolicy:
         front_evaluations=3,
         fit_images=2,
         judge_images=2,
+        choice_images=2,
         final_images=3,
         pool_images=0,
         refinements=1,
@@ -342,18 +383,17 @@ class TestPolicy:
     def context(self, model: DiT, folder: Path | None = None) -> PlanningContext:
         table = make_sampler("ddim", STEPS)
         return PlanningContext(
-            model_signature(model), table, GUIDANCE, make_scores(model), lambda plan, n: math.nan, model=model, folder=folder
+            model_signature(model), table, GUIDANCE, make_scores(model), lambda plan, n: math.nan, table, model=model, folder=folder
         )
 
     def test_plans_reach_their_speed_ups_and_the_first_is_chosen(self, model: DiT, tmp_path: Path) -> None:
         choice = self.SMALL.plan(self.context(model))
         assert all(macs_speedup(point.plan) >= 1.5 for point in choice.front)
         assert macs_speedup(choice.plan) >= 2.0
-        assert choice.plan == choice.front[0].plan
-        assert [point.chosen for point in choice.front] == [True, False][: len(choice.front)]
+        assert [point.plan for point in choice.front if point.chosen] == [choice.plan]
         assert sum(row["chosen"] for row in choice.candidates) == 2
         write_front(choice.front, tmp_path)
-        rows = json.loads((tmp_path / "front" / "front.json").read_text())
+        rows = json.loads((tmp_path / "front" / "front.json").read_text(encoding="utf-8"))
         assert [CachePlan.load(tmp_path / row["plan"]).digest for row in rows] == [
             p.plan.digest for p in sorted(choice.front, key=lambda point: macs_speedup(point.plan))
         ]
@@ -363,10 +403,13 @@ class TestPolicy:
         write_front((point,), tmp_path)
         write_front((dataclasses.replace(point, target="ode"),), tmp_path, own=None)
         listing = tmp_path / "front" / "front.json"
-        assert [(row["target"], row["chosen"]) for row in json.loads(listing.read_text())] == [("ode", True), ("reference", True)]
+        assert [(row["target"], row["chosen"]) for row in json.loads(listing.read_text(encoding="utf-8"))] == [
+            ("ode", True),
+            ("reference", True),
+        ]
         other = dataclasses.replace(point.plan, provenance={})
         write_front((dataclasses.replace(point, target="ode"),), tmp_path, own=other)  # as with --keep-plan
-        assert [row["chosen"] for row in json.loads(listing.read_text())] == [False, False]
+        assert [row["chosen"] for row in json.loads(listing.read_text(encoding="utf-8"))] == [False, False]
         assert len(list((tmp_path / "front").glob("????????.json"))) == 1  # both rows are of the same plan
         last = dataclasses.replace(point, plan=other)
         for _ in range(2):
@@ -374,18 +417,19 @@ class TestPolicy:
             write_front((dataclasses.replace(last, target="ode"),), tmp_path)
         assert [p.name for p in (tmp_path / "front").glob("????????.json")] == [f"{other.digest[:8]}.json"]
         for damaged in ("{", "[1]", '[{"plan": "x"}]', '{"a": 1}'):
-            listing.write_text(damaged)
+            listing.write_text(damaged, encoding="utf-8")
             write_front((point,), tmp_path)
-            assert len(json.loads(listing.read_text())) == 1
+            assert len(json.loads(listing.read_text(encoding="utf-8"))) == 1
 
     def test_every_trial_has_a_line_and_one_of_each_budget_is_chosen(self, model: DiT, tmp_path: Path) -> None:
-        policy = PlannerPolicy(2.0, "reference", (1.5, 1.5), 12, 6, 2, 2, 2, 0, 0, progress=False)
+        policy = PlannerPolicy(2.0, "reference", (1.5, 1.5), 12, 6, "auto", 2, 2, 2, 2, 0, 0, progress=False)
         choice = policy.plan(self.context(model, tmp_path))
         assert sum(row["chosen"] for row in choice.candidates) == 2
         first = [row for row in choice.candidates if row["speedup"] == 2.0]
         second = [row for row in choice.candidates if row["speedup"] == 1.5]
-        assert min(row["error"] for row in second) <= min(row["error"] for row in first)  # more time is never worth less
-        assert len((tmp_path / "trials.jsonl").read_text().splitlines()) >= len(first)
+        assert {row["speedup"] for row in choice.candidates} == {2.0, 1.5}
+        assert all(row["cost"] <= STEPS / 1.5 for row in second)
+        assert len((tmp_path / "trials.jsonl").read_text(encoding="utf-8").splitlines()) >= len(first)
 
     def test_fewer_images_than_processes_are_refused(self, model: DiT) -> None:
         with pytest.raises(PlanError, match="3 processes cannot share 2 images"):
@@ -394,20 +438,20 @@ class TestPolicy:
     def test_an_interrupted_search_goes_on_and_ends_alike(self, model: DiT, tmp_path: Path) -> None:
         whole = self.SMALL.plan(self.context(model, tmp_path))
         trials = tmp_path / "trials.jsonl"
-        lines = trials.read_text().splitlines(keepends=True)
-        trials.write_text("".join(lines[: len(lines) // 2]))
+        lines = trials.read_text(encoding="utf-8").splitlines(keepends=True)
+        trials.write_text("".join(lines[: len(lines) // 2]), encoding="utf-8")
         again = self.SMALL.plan(self.context(model, tmp_path))
         assert again.plan == whole.plan
-        assert trials.read_text().splitlines(keepends=True) == lines
+        assert trials.read_text(encoding="utf-8").splitlines(keepends=True) == lines
 
     def test_what_is_measured_at_the_end_was_not_looked_at_before(self, model: DiT) -> None:
         point = self.SMALL.plan(self.context(model)).front[0]
-        run = run_target(model, make_sampler("ddim", STEPS), GUIDANCE, *images(model, [4, 5, 6]), batch=4)
+        run = run_target(model, make_sampler("ddim", STEPS), GUIDANCE, *images(model, [6, 7, 8]), batch=4)
         mse = (sample(model, point.plan, run.x_T, run.labels_B) - run.x_0).square().mean()
         assert point.mse == pytest.approx(float(mse), rel=1e-3)
 
     def test_the_converged_run_as_target(self, model: DiT) -> None:
-        policy = PlannerPolicy(2.0, "ode", (), 2, 1, 2, 2, 2, 8, 1, ode_steps=20, progress=False)
+        policy = PlannerPolicy(2.0, "ode", (), 2, 1, "auto", 2, 2, 2, 2, 8, 1, ode_steps=20, progress=False)
         point = policy.plan(self.context(model)).front[0]
         assert isinstance(point, FrontPoint)
         assert point.to_json()["mse_reference"] is None

@@ -64,7 +64,7 @@ def xl_context(num_steps: int = 50, drift_TG2: np.ndarray | None = None) -> Plan
         T, G = drift_TG2.shape[:2]
         return Calibration(drift_TG2[:, :, None], np.zeros((T, G, G, 3)), np.ones(T), XL.teacher, sampler_digest(sampler))
 
-    return PlanningContext(XL, sampler, Guidance(1.5, 3), some_scores(XL, sampler), evaluate, calibrate=given)
+    return PlanningContext(XL, sampler, Guidance(1.5, 3), some_scores(XL, sampler), evaluate, sampler, calibrate=given)
 
 
 def published(policy: Policy, num_steps: int = 50) -> CachePlan:
@@ -273,7 +273,9 @@ def context() -> PlanningContext:
     x_T, labels = noise_for(0, range(2), MODEL), torch.tensor([0, 3])
     evaluate = RolloutEvaluator(MODEL, x_T, labels, sample(MODEL, full, x_T, labels))
     calibration = calibrate(MODEL, full, x_T, labels, progress=False)
-    return PlanningContext(SIGNATURE, sampler, guidance, some_scores(SIGNATURE, sampler), evaluate, calibrate=lambda: calibration)
+    return PlanningContext(
+        SIGNATURE, sampler, guidance, some_scores(SIGNATURE, sampler), evaluate, sampler, calibrate=lambda: calibration
+    )
 
 
 NAMES = sorted(standard_policies(2.0))
@@ -326,7 +328,7 @@ def test_another_sampler_may_replace_the_reference(name: str, context: PlanningC
     calibration = calibrate(MODEL, full, noise_for(0, range(1), MODEL), torch.tensor([0]), progress=False)
     shorter = dataclasses.replace(shorter, calibrate=lambda: calibration, scores=some_scores(SIGNATURE, shorter.sampler))
     plan = standard_policies(2.0)[name].plan(shorter).plan if not standard_policies(2.0)[name].unavailable(shorter) else None
-    assert plan is None or (macs_speedup(plan) >= 2.0 and len(plan.baseline) == T and plan.num_steps == 8)
+    assert plan is None or (macs_speedup(plan) >= 2.0 and len(plan.reference) == T and plan.num_steps == 8)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("fewer")])

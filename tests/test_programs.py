@@ -20,7 +20,7 @@ SKIP = (skip(0, 4, 1),)
 
 def test_equal_steps_share_a_program():
     plan = make_plan(SIGNATURE, (FULL, SKIP, SKIP, FULL, SKIP, FULL))
-    programs = {p.name: p for p in lower(plan).programs}
+    programs = {p.name: p for p in lower(plan, "cpu").programs}
     assert set(programs) == {"step_00", "step_01", STEP_FULL}
     assert programs["step_00"].steps == (0, 3, 5)  # full, and writes the span, although nobody reads that of the last one
     assert programs["step_00"].writes == (SPAN,)
@@ -33,7 +33,7 @@ def test_which_tokens_and_how_compute_is_cut_make_no_program():
     a = (partial(0, 2, (1, 5)), compute(2, 4))
     b = (partial(0, 2, (0, 9)), compute(2, 3), compute(3, 4))
     more = (partial(0, 2, (0, 9, 11)), compute(2, 4))
-    programs = lower(make_plan(SIGNATURE, (FULL, a, b, more))).programs
+    programs = lower(make_plan(SIGNATURE, (FULL, a, b, more)), "cpu").programs
     assert [p.steps for p in programs] == [(0,), (1, 2), (3,), ()]
     assert programs[1].segments == a
 
@@ -51,20 +51,20 @@ def test_which_tokens_and_how_compute_is_cut_make_no_program():
     ],
 )
 def test_steps_that_differ_have_their_own(other):
-    lowered = lower(make_plan(SIGNATURE, (FULL, FULL, SKIP, other)))
+    lowered = lower(make_plan(SIGNATURE, (FULL, FULL, SKIP, other)), "cpu")
     assert lowered.bindings[2].program != lowered.bindings[3].program
 
 
-def graphs(*steps: tuple[Segment, ...], **options: bool) -> list[list[tuple[int, ...]]]:
+def graphs(*steps: tuple[Segment, ...], provider: str = "cpu") -> list[list[tuple[int, ...]]]:
     """The steps of each program of each graph, without those of `step_full`."""
-    lowered = lower(make_plan(SIGNATURE, steps), **options)
+    lowered = lower(make_plan(SIGNATURE, steps), provider)
     return [[p.steps for p in programs] for name, programs in lowered.graphs.items() if name != STEP_FULL]
 
 
 def test_programs_that_differ_in_the_number_of_tokens_share_a_graph():
     two, three = (partial(0, 2, (1, 5)), compute(2, 4)), (partial(0, 2, (0, 9, 11)), compute(2, 4))
     assert graphs(FULL, two, three, FULL, two) == [[(0, 3), (1, 4), (2,)]]
-    assert graphs(FULL, two, three, FULL, two, share_graphs=False) == [[(0, 3)], [(1, 4)], [(2,)]]
+    assert graphs(FULL, two, three, FULL, two, provider="cuda") == [[(0, 3)], [(1, 4)], [(2,)]]
     more = (partial(0, 2, (1, 5), 1), compute(2, 4))  # another order: another graph; full compute shares that of most steps
     assert graphs(FULL, two, more, more) == [[(0,), (2, 3)], [(1,)]]
 
@@ -84,7 +84,7 @@ def test_full_compute_shares_no_graph_with_what_is_not_a_case_of_it(pruned):
 
 def test_tokens_chosen_by_content_are_of_a_fixed_number():
     steps = (FULL, (content(0, 4, 3),), (content(0, 4, 2),))
-    lowered = lower(dataclasses.replace(make_plan(SIGNATURE, (FULL,) * 3), steps=steps, selector="0" * 64))
+    lowered = lower(dataclasses.replace(make_plan(SIGNATURE, (FULL,) * 3), steps=steps, selector="0" * 64), "cpu")
     assert [p.graph for p in lowered.programs] == ["step_00", "step_01", "step_02", STEP_FULL]
 
 
@@ -98,18 +98,18 @@ def test_full_compute_shares_no_graph_that_leaves_less_in_the_cache(other):
 
 def test_step_full_always_exists():
     for steps in ((FULL,), (FULL, FULL), (FULL, SKIP), EVERY_MODE):
-        full = lower(make_plan(SIGNATURE, steps)).programs[-1]
+        full = lower(make_plan(SIGNATURE, steps), "cpu").programs[-1]
         assert (full.name, full.segments, full.reads, full.writes) == (STEP_FULL, FULL, (), ())
 
 
 def test_plan_and_reference_share_step_full_if_their_coefficients_are_equal():
     renamed = dataclasses.replace(make_sampler("ddim", 3), name="other")
     for reference in (None, renamed):
-        lowered = lower(make_plan(SIGNATURE, (FULL,) * 3, reference=reference))
+        lowered = lower(make_plan(SIGNATURE, (FULL,) * 3, reference=reference), "cpu")
         assert [(p.name, p.steps) for p in lowered.programs] == [(STEP_FULL, (0, 1, 2))]
-    assert lower(make_plan(SIGNATURE, (FULL,) * 3, eps_scale=(1.0,) * 3)) == lowered
+    assert lower(make_plan(SIGNATURE, (FULL,) * 3, eps_scale=(1.0,) * 3), "cpu") == lowered
     for change in ({"reference": make_sampler("ddim", 5)}, {"eps_scale": (1.0, 1.0, 0.9)}):
-        lowered = lower(make_plan(SIGNATURE, (FULL,) * 3, **change))
+        lowered = lower(make_plan(SIGNATURE, (FULL,) * 3, **change), "cpu")
         assert [(p.name, p.steps) for p in lowered.programs] == [("step_00", (0, 1, 2)), (STEP_FULL, ())]
         assert [b.program for b in lowered.bindings] == ["step_00"] * 3
 
@@ -117,7 +117,7 @@ def test_plan_and_reference_share_step_full_if_their_coefficients_are_equal():
 def test_missing_past_values_are_padded():
     """An order-2 program runs at steps that have one, two and three past values; it always takes three."""
     order2 = (skip(0, 4, 2),)
-    lowered = lower(make_plan(SIGNATURE, (FULL, order2, FULL, order2, FULL, order2)))
+    lowered = lower(make_plan(SIGNATURE, (FULL, order2, FULL, order2, FULL, order2)), "cpu")
     assert [p.steps for p in lowered.programs] == [(0, 2, 4), (1, 3, 5), ()]
     assert lowered.programs[1].reads == ((SPAN, 3),)
     assert [lowered.bindings[i].reads["span_0_4"] for i in (1, 3, 5)] == [[0, 0, 0], [1, 0, 0], [2, 1, 0]]
@@ -138,7 +138,7 @@ def test_schedule_delivers_the_values_that_the_plan_defines(seed, modes):
     """Run the schedule on buffers of plain labels: every read must find what the definition of a cache says it finds."""
     steps = EVERY_MODE if seed == 0 else random_steps(seed, num_steps=12)
     plan = make_plan(SIGNATURE, steps, modes=random_modes(seed, len(steps)) if modes else "")
-    lowered, flows = lower(plan), trace(plan)
+    lowered, flows = lower(plan, "cpu"), trace(plan)
     buffers = {e.name: [None] * n for e, n in lowered.slots.items()}
     programs = {p.name: p for p in lowered.programs}
     assert len(lowered.bindings) == plan.num_steps
@@ -161,7 +161,7 @@ def test_schedule_delivers_the_values_that_the_plan_defines(seed, modes):
 
 
 def test_slots_of_a_small_schedule_by_hand():
-    bindings = lower(make_plan(SIGNATURE, (FULL, FULL, SKIP, FULL, SKIP))).bindings
+    bindings = lower(make_plan(SIGNATURE, (FULL, FULL, SKIP, FULL, SKIP)), "cpu").bindings
     assert bindings[2].reads["span_0_4"] == [1, 0]  # latest first
     assert bindings[3].writes == {"span_0_4": 0}  # the value of step 0 is dead
     assert bindings[4].reads["span_0_4"] == [0, 1]

@@ -14,7 +14,7 @@ from tc_lightning.models.checkpoints import save_teacher
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEACHER = DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=32, depth=2, num_heads=2, num_classes=10, learn_sigma=False)
 OVERLAY = """
 model:
@@ -49,7 +49,7 @@ def test_every_path_exists() -> None:
 
 @pytest.mark.parametrize("path", ["README.md", "export/BENCHMARKS.md", "data/digits_dit.md"])
 def test_nothing_is_left_to_be_filled_in(path: str) -> None:
-    assert not re.search(r"@[A-Z]+@|TODO|TBD", (ROOT / path).read_text())
+    assert not re.search(r"@[A-Z]+@|TODO|TBD", (ROOT / path).read_text(encoding="utf-8"))
 
 
 def test_every_config_is_mentioned() -> None:
@@ -60,7 +60,7 @@ def test_commands_and_example_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name in ("export", "lightning_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     save_teacher(randomise_(DiT(TEACHER), seed=0), tmp_path / "tiny.safetensors")
-    (tmp_path / "tiny.yaml").write_text(OVERLAY)
+    (tmp_path / "tiny.yaml").write_text(OVERLAY, encoding="utf-8")
     lines = [part for block in blocks("bash") for line in block.strip().splitlines() for part in line.split(" && ")]
     runnable = [line for line in lines if not re.match(r"pip |pytest|.*(/path/to/|cuda)", line)]
     assert len(runnable) >= 4

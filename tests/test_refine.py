@@ -16,14 +16,14 @@ from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan, Guidance
-from tc_lightning.planner import refine
+from tc_lightning.planner import gradients, refine
 from tc_lightning.planner.fit import fit_sampler
-from tc_lightning.planner.pilot import as_they_come, difficulty, images, stratified
+from tc_lightning.planner.pilot import dealt, difficulty, images, stratified
 from tc_lightning.planner.refine import coefficients, moved, refine_sampler, solve
 from tc_lightning.planner.robust import TAIL, robust_mean, robust_weights, weighted_median
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.ranks import ALONE, Ranks
-from tc_lightning.sampling import full_plan, model_signature, sample
+from tc_lightning.sampling import Rollout, full_plan, model_signature, sample
 from tc_lightning.segments import compute, skip
 
 GUIDANCE = Guidance(1.5, 1)
@@ -38,7 +38,8 @@ def model() -> DiT:
 
 @pytest.fixture(scope="module")
 def target(model: DiT) -> TargetRun:
-    run = run_target(model, make_sampler("ddim", 12), GUIDANCE, *images(model, list(range(6))), batch=3)
+    noise, _ = images(model, list(range(6)))
+    run = run_target(model, make_sampler("ddim", 12), GUIDANCE, noise, torch.arange(6), batch=3)
     return dataclasses.replace(run, weights_B=torch.tensor([1.0, 1.0, 2.0, 2.0, 2.0, 2.0]))
 
 
@@ -114,19 +115,19 @@ class TestRobust:
 
 class TestPilot:
     def test_stratified_by_hand(self) -> None:
-        chosen = stratified(torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 0.0]), 3)
+        chosen = stratified([0, 2, 4, 3, 1, 5], 3)
         assert chosen.indices == (0, 4, 1)  # the hardest; places 1 and 3 of 2, 4, 3, 1, 5
         assert chosen.weights == (1.0, 2.5, 2.5)
 
     @pytest.mark.parametrize(("pool", "count"), [(160, 32), (96, 24), (7, 5)])
     def test_they_stand_for_the_pool(self, pool: int, count: int) -> None:
-        chosen = stratified(torch.rand(pool, generator=torch.Generator().manual_seed(0)), count)
+        chosen = stratified(torch.randperm(pool, generator=torch.Generator().manual_seed(0)).tolist(), count)
         assert len(set(chosen.indices)) == count
         assert sum(chosen.weights) == pytest.approx(pool)
 
     @pytest.mark.parametrize("first", [1, 5, 12, 31])
     def test_parts_have_hard_and_easy_ones(self, first: int) -> None:
-        chosen = stratified(torch.arange(160.0), 32)
+        chosen = stratified(list(range(160)), 32)
         parts = chosen.split(first)
         assert [len(part.indices) for part in parts] == [first, 32 - first]
         assert {*parts[0].indices, *parts[1].indices} == set(chosen.indices)
@@ -134,7 +135,17 @@ class TestPilot:
             assert all(len(set(part.weights)) == 2 for part in parts)
 
     def test_a_pool_of_no_more_is_taken_whole(self) -> None:
-        assert stratified(torch.rand(4), 5) == as_they_come(0, 4)
+        chosen = stratified([2, 0, 3, 1], 5)
+        assert (chosen.indices, chosen.weights) == ((2, 0, 3, 1), (1.0,) * 4)
+
+    def test_two_parts_of_a_pool_share_no_image_and_are_equally_hard(self) -> None:
+        assert dealt(torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 0.0]), 0.5) == ([2, 3, 5], [0, 4, 1])
+        difficulty_P = torch.rand(96, generator=torch.Generator().manual_seed(0))
+        first, second = dealt(difficulty_P, 0.6)
+        assert not set(first) & set(second)
+        assert sorted(first + second) == list(range(96))
+        assert abs(len(first) - 0.6 * 96) < 1
+        assert difficulty_P[first].mean() == pytest.approx(float(difficulty_P[second].mean()), rel=0.05)
 
     def test_difficulty_is_that_of_the_image_whatever_the_batch(self, model: DiT) -> None:
         noise = images(model, list(range(4)))
@@ -153,7 +164,7 @@ class TestRefine:
 
     def test_products_are_those_of_finite_differences(self, model: DiT, target: TargetRun, fitted: CachePlan) -> None:
         run = target.part(slice(0, 2))
-        of_error, *_ = refine._Refiner(model, run, ALONE)._products(fitted, run, 0, 1)
+        of_error, *_ = refine._Refiner(model, run, ALONE)._products(fitted, run, 0, 1, refine.Passes(1))
         for place in (0, 9, 17):  # x at step 0, m at step 2, m at step 4, which skips
             by = torch.zeros(coefficients(fitted).numel())
             by[place] = 2e-3
@@ -167,11 +178,10 @@ class TestRefine:
         plan = full_plan(model_signature(model), make_sampler("ddim", 2), GUIDANCE)
         run = target.part(slice(0, 1))
         refiner = refine._Refiner(model, run, ALONE)
-        estimate, _ = refiner.normal_equations(plan, refiner.errors(plan), 1, 64)
-        own = refine._own(plan, run)
-        end = refine._final(model, plan, run, own)
-        rows = [torch.autograd.grad(value, own, retain_graph=True)[0].flatten() for value in end.flatten()]
-        exact = torch.stack(rows).double().square().sum(0) * float(robust_weights(refiner.errors(plan), run.counts_B))
+        estimate, _ = refiner.normal_equations(plan, refiner.errors(plan), refine.Passes(1, vectors=65), 64)
+        end, pull = gradients.whole(Rollout(model, plan, run.labels_B), run.x_T)
+        rows = pull([unit.view_as(end) for unit in torch.eye(end.numel())])
+        exact = torch.cat(rows).double().square().sum(0) * float(robust_weights(refiner.errors(plan), run.counts_B))
         used = exact > 0
         assert (estimate.diagonal()[used] / exact[used]).log().abs().median() < 0.3
 
@@ -191,14 +201,48 @@ class TestRefine:
         self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         whole = refine_sampler(model, fitted, target, 1)
-        monkeypatch.setattr(refine._Refiner, "images_at_a_time", lambda self, plan: 1)
+        monkeypatch.setattr(refine._Refiner, "passes", lambda self, plan: refine.Passes(1))
         single = refine_sampler(model, fitted, target, 1)
         assert torch.allclose(coefficients(whole), coefficients(single), atol=1e-4)
+
+    def test_one_step_after_the_other_leads_to_the_same_plan(
+        self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = refine_sampler(model, fitted, target, 1)
+        monkeypatch.setattr(refine, "free_bytes", lambda device: 8 << 20)  # too little for the graph of one image's six steps
+        by_step, stepwise = [], refine.stepwise
+        monkeypatch.setattr(refine, "stepwise", lambda *run: by_step.append(len(run[1])) or stepwise(*run))
+        single = refine_sampler(model, fitted, target, 1)
+        assert sum(by_step) == len(target.x_0)
+        assert torch.allclose(coefficients(whole), coefficients(single), atol=1e-4)
+
+    @pytest.mark.parametrize("by_step", [True, False])
+    @pytest.mark.parametrize("vectors", [1, 3])
+    def test_how_many_vectors_are_pulled_back_together_does_not_matter(
+        self, model: DiT, target: TargetRun, fitted: CachePlan, by_step: bool, vectors: int
+    ) -> None:
+        refiner, run = refine._Refiner(model, target, ALONE), target.part(slice(0, 2))
+        together, apart = (refiner._products(fitted, run, 0, 4, refine.Passes(2, by_step, v)) for v in (5, vectors))
+        assert len(together) == len(apart) == 5
+        assert all(torch.allclose(one, other, rtol=1e-5) for one, other in zip(together, apart, strict=True))
+
+    def test_with_little_memory_fewer_vectors_are_pulled_back_together(
+        self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = target.part(slice(0, 1))
+        need = refine.graph_size(Rollout(model, fitted, one.labels_B), one.x_T)
+        monkeypatch.setattr(refine, "free_bytes", lambda device: 1000)
+        monkeypatch.setattr(refine, "spare_bytes", lambda device, world: need.stepwise(3))
+        passes = refine._Refiner(model, target, ALONE).passes(fitted)
+        assert passes is not None
+        assert passes[:2] == (1, True)
+        assert 3 <= passes.vectors < 1 + refine.PROBES
 
     def test_without_memory_the_plan_stays(
         self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(refine, "CPU_BYTES", 1000)
+        monkeypatch.setattr(refine, "free_bytes", lambda device: 1000)
+        monkeypatch.setattr(refine, "spare_bytes", lambda device, world: 1000)
         with pytest.warns(UserWarning, match="stays as it was fitted"):
             assert refine_sampler(model, fitted, target, 2) is fitted
 
@@ -219,15 +263,20 @@ class TestRefine:
         with pytest.raises(PlanError, match="cannot be refined"):
             refine_sampler(model, full_plan(model_signature(model), make_sampler("ddpm", 5), GUIDANCE), target, 1)
 
-    def test_two_processes_end_where_one_does(self, model: DiT, target: TargetRun, fitted: CachePlan) -> None:
-        """Unequal shares: two images in one, four in the other."""
+    @pytest.mark.parametrize("at_a_time", [None, 1, 3])
+    def test_two_processes_end_where_one_does(
+        self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch, at_a_time: int | None
+    ) -> None:
+        """Unequal shares: two images in one, four in the other, all of them together or a few at a time."""
+        alone = refine_sampler(model, fit_sampler(model, fitted, target, 6).plan, target, 1)
+        if at_a_time:
+            monkeypatch.setattr(refine, "images_at_a_time", lambda plan, device: at_a_time)
 
         def work(ranks: Ranks) -> CachePlan:
             run = target.part(slice(0, 2) if ranks.first else slice(2, 6))
-            plan = fit_sampler(model, fitted, run, len(run.x_0), ranks=ranks).plan
+            plan = fit_sampler(model, fitted, run, len(run.x_0), ranks=ranks, batch=at_a_time).plan
             return refine_sampler(model, plan, run, 1, ranks)
 
         first, second = two_processes(work)
         assert first == second
-        alone = refine_sampler(model, fit_sampler(model, fitted, target, 6).plan, target, 1)
         assert torch.allclose(coefficients(first), coefficients(alone), atol=1e-3)

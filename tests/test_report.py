@@ -2,22 +2,42 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import FULL, make_plan, make_teacher
 from test_commands import make_run
+from test_content import content_plan, make_selector
 
+from export import compiler, fidelity, manifest, weight_files
 from export.report import command, quality, verdict
 from export.report.judge import Judge, find_judge
 from export.report.measure import Exported, Failed, Made, Requests, export, make_in_turns
 from export.report.page import page
 from export.report.pictures import Pictures
 from export.report.rows import Row, spread
-from export.report.subjects import FEWER, PLANNED, PUBLISHED, REFERENCE, Subject, distinct, fewer_steps, planned, published
+from export.report.subjects import (
+    FEWER,
+    PLANNED,
+    PUBLISHED,
+    REFERENCE,
+    Subject,
+    distinct,
+    fewer_steps,
+    fitted,
+    planned,
+    published,
+    rounded_down,
+)
+from export.runtime import Result
+from export.torch_device import torch_device
+from export.weight_files import WeightFiles
 from tc_lightning.cli import main
 from tc_lightning.context import load_run, planning_context
 from tc_lightning.costs import full_step_macs, plan_macs
@@ -25,7 +45,7 @@ from tc_lightning.errors import PlanError, RunError, TokenCacheError
 from tc_lightning.plan import CachePlan
 from tc_lightning.policies.registry import standard_policies
 from tc_lightning.runs import read_run
-from tc_lightning.sampling import full_plan, model_signature, noise_for, reference_plan, sample
+from tc_lightning.sampling import full_plan, labels_for, model_signature, noise_for, reference_plan, sample
 from tc_lightning.scores import Scores, sampler_digest
 from tc_lightning.segments import compute, partial, skip
 from tc_lightning.targets import TargetKey, cached_targets, compute_targets
@@ -55,17 +75,11 @@ def row(plan: CachePlan, reference: CachePlan, group: str, name: str, error: flo
 
 def test_identical_images_are_perfect():
     x = RNG.uniform(-1, 1, (4, 3, 16, 16)).astype(np.float32)
-    assert quality.psnr(x, x, 2.0).tolist() == [200.0] * 4
     similarity = quality.ssim(x, x, 2.0)
     assert similarity is not None
     assert similarity == pytest.approx(np.ones(4), abs=1e-12)
     features = RNG.normal(size=(5, 7))
     assert quality.frechet_distance(features, features) == pytest.approx(0.0, abs=1e-12)
-
-
-def test_psnr_by_hand():
-    x = np.zeros((2, 1, 8, 8))
-    assert quality.psnr(x + np.reshape([0.2, 0.02], (2, 1, 1, 1)), x, 2.0) == pytest.approx([20.0, 40.0])
 
 
 def test_frechet_distance_by_hand():
@@ -200,9 +214,11 @@ def test_front_of_the_planner(teacher, tmp_path):
                 "mse_reference": None,
                 "target": "ode",
                 "chosen": False,
+                "role": "planned",
+                "budgets": [],
             }
         )
-    (tmp_path / "front" / "front.json").write_text(json.dumps(entries))
+    (tmp_path / "front" / "front.json").write_text(json.dumps(entries), encoding="utf-8")
     own = make_plan(teacher, STEPS)
     found = list(planned(reference, own, tmp_path, budgets=(2.0, 3.0), most=3))
     assert [s.plan for s in found[:1]] == [own]
@@ -210,7 +226,19 @@ def test_front_of_the_planner(teacher, tmp_path):
         reaches = [plan for plan in plans if plan_macs(reference) / plan_macs(plan) >= budget]
         assert reaches[-1] in [s.plan for s in found[1:]]
     assert len(found) == 4
-    (tmp_path / "front" / "front.json").write_text("[{}]")
+    fewer = make_plan(teacher, (FULL,) * 5, reference=reference.sampler)
+    fewer.save(tmp_path / "front" / "fewer.json")
+    row = entries[0] | {"plan": "front/fewer.json", "macs_speedup": 2.0, "role": "fewer steps"}
+    (tmp_path / "front" / "front.json").write_text(json.dumps([*entries, row]), encoding="utf-8")
+    context: Any = SimpleNamespace(model=teacher)
+    told: list[str] = []
+    rivals = list(fitted(context, reference, tmp_path, (2.0, 5.0), told.append))
+    assert [(s.group, s.plan.num_steps, s.plan.caches) for s in rivals] == [(FEWER, 5, False), (FEWER, 2, False)]
+    assert rivals[0].plan == fewer
+    assert rivals[1].plan.sampler.name == "dpmpp_2m-fitted"
+    assert told == ["fewer steps, fitted and refined, 5x"]
+    assert fewer not in [s.plan for s in planned(reference, own, tmp_path, (2.0,), 9)]
+    (tmp_path / "front" / "front.json").write_text("[{}]", encoding="utf-8")
     with pytest.raises(RunError, match="is damaged"):
         list(planned(reference, own, tmp_path, (2.0,), 3))
 
@@ -243,21 +271,22 @@ def test_a_plan_that_fails_is_told(tmp_path):
     model.final_layer.linear.bias.fill_(1e6)
     plan = make_plan(model, STEPS)
     reference = full_plan(plan.model, plan.sampler, plan.guidance)
-    failed = export(model, subject(plan, reference), tmp_path / "a", "fp16", "cpu", 2)
+    failed = export(WeightFiles(model, "fp16", tmp_path), subject(plan, reference), tmp_path / "a", "cpu", 2)
     assert isinstance(failed, Failed)
     assert "is not finite in fp16" in failed.reason
 
 
 def test_artefacts_share_one_file_of_weights(teacher, tmp_path):
     plans = [make_plan(teacher, STEPS), make_plan(teacher, (FULL,) * 4)]
-    made = [export(teacher, subject(plan, plans[1]), tmp_path / str(j), "fp32", "cpu", 2) for j, plan in enumerate(plans)]
+    weights = WeightFiles(teacher, "fp32", tmp_path)
+    made = [export(weights, subject(plan, plans[1]), tmp_path / str(j), "cpu", 2) for j, plan in enumerate(plans)]
     assert all(isinstance(artefact, Exported) for artefact in made)
     assert (tmp_path / "0" / "weights.data").samefile(tmp_path / "1" / "weights.data")
     results = make_in_turns([a for a in made if isinstance(a, Exported)], Requests(seed=2, images=3, batch=2), 5)
     for plan, result in zip(plans, results, strict=True):
         assert isinstance(result, Made)
         assert len(result.ms_per_image) == 2
-        expected = sample(teacher, plan, noise_for(2, range(3), teacher), torch.tensor([0, 1, 2]))
+        expected = sample(teacher, plan, noise_for(2, range(3), teacher), labels_for(2, range(3), 5))
         assert torch.from_numpy(result.latents) == pytest.approx(expected, rel=1e-3, abs=1e-3 * float(expected.abs().max()))
 
 
@@ -282,21 +311,165 @@ def _teacher(folder: Path):
     return TeacherSpec(str(folder / "teacher.safetensors"))
 
 
+@dataclasses.dataclass
+class Work:
+    """How often weights were written and hashed during a report, by what they were written to and by inode."""
+
+    written: list[str] = dataclasses.field(default_factory=list)
+    hashed: list[int] = dataclasses.field(default_factory=list)
+
+    def watch(self, patch: pytest.MonkeyPatch) -> None:
+        """Count in what the report calls."""
+        write, sha256_of = weight_files.write_weights, manifest.sha256_of
+
+        def counted_write(tensors, path, dtype):
+            self.written.append(path.name)
+            return write(tensors, path, dtype)
+
+        def counted_hash(path):
+            self.hashed += [path.stat().st_ino] if path.suffix == ".data" else []
+            return sha256_of(path)
+
+        patch.setattr(weight_files, "write_weights", counted_write)
+        patch.setattr(compiler, "write_weights", counted_write)
+        patch.setattr(manifest, "sha256_of", counted_hash)
+
+
+WORK = Work()
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
-    """A report of a tiny run, by the command as a user gives it."""
+    """A report of a tiny run, by the command as a user gives it, at a budget that the run's own plan does not reach."""
     folder = tmp_path_factory.mktemp("report")
     finished_run(folder)
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
-    main(["report", "--images", "4", "--batch", "2", "--budgets", "1.8", "--policies", "fora", "toca"])
+    WORK.watch(patch)
+    main(["report", "--images", "4", "--batch", "2", "--budgets", "3", "--policies", "fora", "toca"])
     patch.undo()
     return folder / "runs" / "tiny" / "version_0" / "report"
 
 
+def test_weights_are_written_and_hashed_once_whatever_the_number_of_plans(written):
+    """Each is 2.7 GB for DiT-XL/2."""
+    rows = json.loads((written / "report.json").read_text(encoding="utf-8"))["rows"]
+    assert len(rows) > 5
+    assert WORK.written == ["0.data"]
+    assert len(WORK.hashed) == 1
+
+
+def test_the_plans_own_speedup_is_compared(written):
+    report = json.loads((written / "report.json").read_text(encoding="utf-8"))
+    own = next(row["macs_speedup"] for row in report["rows"] if row["method"] == "this run's plan")
+    assert report["settings"]["budgets"] == [math.floor(100 * own) / 100, 3.0]
+    assert 1.8 < own < 2.0
+    compared = {c["budget"] for c in report["comparisons"]}
+    assert compared == {report["settings"]["budgets"][0]}
+    assert {row["method"] for row in report["rows"] if row["group"] == PUBLISHED and row["macs_speedup"] < 2.0} == {"fora", "toca"}
+
+
+@pytest.mark.parametrize(("given", "expected"), [(1.8, 1.8), (1.899, 1.89), (1.7999999999999998, 1.8), (2.0, 2.0), (1.15, 1.15)])
+def test_rounding_down_keeps_what_rounding_alone_took(given, expected):
+    assert rounded_down(given) == expected
+
+
+def test_content_predictors_are_in_a_weights_file_of_their_own(teacher, tmp_path):
+    """One for each set of steps, whose terms it holds; plans without one share the teacher's."""
+    selector = make_selector(teacher)
+    looking = [content_plan(teacher, selector), dataclasses.replace(content_plan(teacher, selector), provenance={"policy": "same"})]
+    shared = WeightFiles(teacher, "fp32", tmp_path, selector)
+    made = []
+    for j, plan in enumerate([make_plan(teacher, STEPS), *looking, make_plan(teacher, (FULL,) * 3)]):
+        reference = full_plan(plan.model, plan.sampler, plan.guidance)
+        made.append(export(shared, subject(plan, reference), tmp_path / str(j), "cpu", 2))
+    assert [one.reason for one in made if isinstance(one, Failed)] == []
+    inodes = [(tmp_path / str(j) / "weights.data").stat().st_ino for j in range(4)]
+    assert inodes[0] == inodes[3] != inodes[1] == inodes[2]
+    other = dataclasses.replace(content_plan(teacher, selector), selector="1" * 64)
+    failed = export(shared, subject(other, reference), tmp_path / "other", "cpu", 2)
+    assert isinstance(failed, Failed)
+    assert f"but {selector.digest[:8]} was given" in failed.reason
+
+
+def test_artefacts_for_cuda_share_no_graphs(tmp_path):
+    """Its runtime refuses those that do. There is no GPU here: the artefact is written, and then cannot be run."""
+    model = make_teacher()
+    two, three = (partial(0, 2, (1, 5)), compute(2, 4)), (partial(0, 2, (0, 9, 11)), compute(2, 4))
+    plan = make_plan(model, (FULL, two, three, FULL, two))
+    reference = full_plan(plan.model, plan.sampler, plan.guidance)
+    shared = {}
+    for provider in ("cpu", "cuda"):
+        export(WeightFiles(model, "fp32", tmp_path), subject(plan, reference), tmp_path / provider, provider, 2)
+        programs = manifest.read_manifest(tmp_path / provider)["programs"]
+        shared[provider] = [name for name, program in programs.items() if program["graph"] != name]
+    assert shared["cpu"]
+    assert shared["cuda"] == []
+
+
+def test_nothing_is_exported_after_a_reference_run_that_fails(written, monkeypatch, capsys):
+    tried = []
+
+    def fail(_, subject, *__):
+        tried.append(subject.group)
+        return Failed(subject, "it is too large")
+
+    monkeypatch.setattr("export.report.measure.export", fail)
+    monkeypatch.chdir(written.parents[3])
+    with pytest.raises(SystemExit):
+        main(["report", "--images", "4", "--batch", "2", "--budgets", "3", "--policies", "fora"])
+    assert tried == [REFERENCE]
+    assert "the reference run itself cannot be measured: it is too large" in capsys.readouterr().err
+
+
+def test_torch_follows_the_provider(written, monkeypatch, capsys):
+    """Teacher and content predictor of a report are where ONNX Runtime will be."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert torch_device("cuda", 1).index == 1
+    assert torch_device("cuda", 2).type == "cpu"
+    assert [torch_device(provider).type for provider in ("cuda", "cpu")] == ["cuda", "cpu"]
+    monkeypatch.chdir(written.parents[3])
+    asked = []
+
+    def load(run, device):
+        asked.append(torch.device(device).type)
+        raise TokenCacheError("far enough")
+
+    monkeypatch.setattr(command, "load_run", load)
+    for provider in ("cuda", "cpu"):
+        with pytest.raises(SystemExit):
+            main(["report", "--provider", provider])
+    assert asked == ["cuda", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert torch_device("cuda").type == "cpu"
+
+
+def test_evaluation_images_are_of_all_classes(teacher):
+    """Sixteen images of a model of 1,000 classes are not its first sixteen, and as recording draws them."""
+    signature = dataclasses.replace(model_signature(teacher), num_classes=1000)
+    plan = make_plan(teacher, (FULL,) * 2)
+    labels = TargetKey(signature, plan.sampler, plan.guidance, seed=7, images=16).labels
+    assert labels.max() > 500
+    assert len(set(labels.tolist())) == 16
+    asked = []
+
+    class Sampler:
+        manifest = {"model": {"num_classes": 1000}}  # noqa: RUF012
+
+        def sample(self, labels, seed, first_index, full):
+            asked.append((first_index, labels))
+            latents = np.zeros((len(labels), 1, 2, 2), np.float32)
+            return Result(latents, None, {"ms": 1.0})
+
+    fidelity.measure(Sampler(), images=16, batch=10, seed=7)
+    assert [label for first, part in asked[::2] for label in part] == labels.tolist()
+    assert [first for first, _ in asked[::2]] == [0, 10]
+
+
 def test_report_end_to_end(written):
-    report = json.loads((written / "report.json").read_text())
-    text = (written / "index.html").read_text()
+    report = json.loads((written / "report.json").read_text(encoding="utf-8"))
+    text = (written / "index.html").read_text(encoding="utf-8")
     assert {row["group"] for row in report["rows"]} == {PLANNED, PUBLISHED, FEWER}
     assert {row["method"] for row in report["rows"] if row["group"] == PUBLISHED} == {"fora", "toca"}
     assert report["failed"] == []
@@ -311,7 +484,7 @@ def test_report_end_to_end(written):
 
 
 def test_the_page_needs_nothing_from_elsewhere(written):
-    text = (written / "index.html").read_text()
+    text = (written / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|<script|@import|//[a-z]", text)
     files = re.findall(r'(?:src|srcset)="([^"]+)"', text)
     assert len(files) > 10
@@ -419,7 +592,7 @@ def test_plan_maps_show_every_mode(teacher, tmp_path):
     steps = (FULL, FULL, (skip(0, 1, 1), partial(1, 3, (1, 2), 1), compute(3, 4)))
     write_both(tmp_path, "plans", plan_maps({"one": make_plan(teacher, steps)}))
     assert {path.name for path in tmp_path.iterdir()} == {"plans.svg", "plans-dark.svg"}
-    assert (tmp_path / "plans.svg").read_text() != (tmp_path / "plans-dark.svg").read_text()
+    assert (tmp_path / "plans.svg").read_text(encoding="utf-8") != (tmp_path / "plans-dark.svg").read_text(encoding="utf-8")
 
 
 def test_plan_maps_tell_the_halves_of_guidance(teacher):

@@ -27,11 +27,11 @@ BRANCH = {branch: block_macs(SIGNATURE, N, (branch,)) for branch in ("attn", "ml
 
 def context(router: np.ndarray | None = ROUTER) -> PlanningContext:
     scores = Scores(np.ones((T, L, N)), np.zeros((T, L, 2)), SIGNATURE.teacher, sampler_digest(SAMPLER), router)
-    return PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, scores, lambda plan, images: 0.25)
+    return PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, scores, lambda plan, images: 0.25, SAMPLER)
 
 
 def router_plan(mask: np.ndarray, signature: ModelSignature = SIGNATURE) -> CachePlan:
-    return CachePlan(signature, SAMPLER, GUIDANCE, router_steps(mask))
+    return CachePlan(signature, SAMPLER, GUIDANCE, router_steps(mask), SAMPLER)
 
 
 def reused(plan: CachePlan) -> np.ndarray:

@@ -16,6 +16,7 @@ from conftest import FULL, make_plan, make_teacher
 
 from export.compiler import export_artefact
 from export.manifest import ArtefactError, _self_digest, read_manifest, sha256_of
+from export.request import outside_the_fit
 from export.runtime import CachedSampler
 from export.sessions import RuntimeUnavailableError, packed_graphs
 from tc_lightning.costs import cache_bytes_per_image
@@ -91,13 +92,16 @@ def test_no_manifest(copied, tmp_path):
     [
         ("{", "is not valid JSON"),
         ("", "is not valid JSON"),
-        ("[]", "is not of format version 3"),
-        ('{"format_version": 2}', "is not of format version 3"),
-        ('{"format_version": 3}', "was edited or damaged"),
+        ("[]", "is not of format version 4"),
+        ('{"format_version": 3}', "is not of format version 4"),
+        ('{"format_version": 4}', "was edited or damaged"),
+        ('{"format_version": true}', "is not of format version 4"),
+        ('{"format_version": 5}', "is of format version 5, which is newer than this package's 4: update tc-lightning"),
+        ("[" * 100_000, "is not valid JSON"),
     ],
 )
 def test_damaged_manifest(copied, text, message):
-    (copied / "manifest.json").write_text(text)
+    (copied / "manifest.json").write_text(text, encoding="utf-8")
     with pytest.raises(ArtefactError, match=rf"manifest\.json {message}"):
         CachedSampler(copied)
 
@@ -123,12 +127,12 @@ def rewrite_manifest(folder: Path, **changes: Any) -> None:
     """With a digest of its own that fits, as a careless tool would."""
     manifest = read_manifest(folder, check_files=False) | changes
     manifest["sha256"] = _self_digest(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def test_edited_manifest_is_refused(copied):
-    text = (copied / "manifest.json").read_text()
-    (copied / "manifest.json").write_text(text.replace('"steps": 8', '"steps": 7'))
+    text = (copied / "manifest.json").read_text(encoding="utf-8")
+    (copied / "manifest.json").write_text(text.replace('"steps": 8', '"steps": 7'), encoding="utf-8")
     with pytest.raises(ArtefactError, match="was edited or damaged"):
         CachedSampler(copied)
 
@@ -391,7 +395,7 @@ def test_results_are_not_overwritten(sampler):
 
 def test_nan_names_step_and_program(copied):
     """NaN weights under a manifest that vouches for them."""
-    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest = json.loads((copied / "manifest.json").read_text(encoding="utf-8"))
     _, _, offset, nbytes = manifest["weights"]["final_layer.linear.bias"]
     content = bytearray((copied / "weights.data").read_bytes())
     content[offset : offset + nbytes] = np.full(nbytes // 4, np.nan, np.float32).tobytes()
@@ -450,3 +454,15 @@ def test_runtime_needs_numpy_and_onnxruntime_alone(artefact, sampler):
     assert done.returncode == 0, done.stderr.decode()
     latents = np.frombuffer(done.stdout, np.float32).reshape(3, 4, 8, 8)
     assert close(latents, sampler.sample(LABELS, seed=7).latents)
+
+
+def test_a_receipt_says_when_a_request_leaves_the_range_of_the_fit():
+    fit = {"guidance": 1.5, "labels": [0, 1]}
+    assert outside_the_fit(None, 4.0, [3]) == outside_the_fit(fit, 1.5, [1, 0, 1]) == []
+    told = outside_the_fit(fit, 4.0, [1, 3, 3, 2])
+    assert told == ["guidance 4: fitted at 1.5", "2 of its classes: no image of them was fitted on"]
+
+
+def test_a_receipt_says_what_ran_in_words(artefact, plan):
+    receipt = CachedSampler(artefact).sample([0]).receipt
+    assert (receipt["plan"], receipt["outside_the_fit"]) == (plan.in_words, [])

@@ -46,7 +46,7 @@ MANIFEST = {
 
 def manifest_of(plan: CachePlan) -> dict[str, Any]:
     """What a manifest says of a plan's bindings, without graphs."""
-    lowered, programs = lower(plan), {}
+    lowered, programs = lower(plan, "cpu"), {}
     for p in lowered.programs:
         history = list(PAST[: plan.sampler.history])
         reads = [f"{entry.name}.{j}" for entry, count in p.reads for j in range(count)]

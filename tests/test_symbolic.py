@@ -171,7 +171,7 @@ def test_operation_module_and_block_are_named_before_anything_is_written(tmp_pat
     model.blocks[2].set_submodule(place, Sorting())
     plan, message = make_plan(model, (FULL, (skip(0, 4),))), rf"torch\.Tensor\.cumsum has no ONNX form here; it is called in {where}"
     with pytest.raises(ExportError, match=message) as caught:
-        write_unproved(model, plan, lower(plan), tmp_path, "fp32")
+        write_unproved(model, plan, lower(plan, "cpu"), tmp_path, "fp32")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ExportError, match=message):

@@ -41,7 +41,7 @@ def evaluator() -> RolloutEvaluator:
 
 @pytest.fixture(scope="module")
 def context(evaluator: RolloutEvaluator) -> PlanningContext:
-    return PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, make_scores(), evaluator)
+    return PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, make_scores(), evaluator, SAMPLER)
 
 
 def policy(target: float = 2.0, **arguments: object) -> TPRRPolicy:
@@ -76,7 +76,7 @@ def test_p_steps_of_a_phase():
 
 
 def test_plan_of_whole_step_skipping():
-    plan = tprr_plan(SIGNATURE, SAMPLER, GUIDANCE, boundary=4, k1=4, k2=2, pruned_step=lambda i: (skip(0, L, 1),))
+    plan = tprr_plan(SIGNATURE, SAMPLER, GUIDANCE, SAMPLER, boundary=4, k1=4, k2=2, pruned_step=lambda i: (skip(0, L, 1),))
     assert plan.full_steps == [0, 4, 6, 8]
     assert [plan.steps[i] for i in (1, 2, 3, 5, 7, 9)] == [(skip(0, L, 1),)] * 6
     skipped = step_macs(SIGNATURE, (skip(0, L),))
@@ -87,7 +87,7 @@ def test_plan_of_whole_step_skipping():
 @pytest.mark.parametrize("wrong", [{"k1": 0}, {"k2": 0}, {"boundary": -1}, {"warmup": 0}])
 def test_rounds_out_of_range(wrong: dict[str, int]):
     with pytest.raises(PlanError, match="must be at least"):
-        tprr_plan(SIGNATURE, SAMPLER, GUIDANCE, **{"boundary": 4, "k1": 4, "k2": 2} | wrong, pruned_step=lambda i: ())  # type: ignore[arg-type]
+        tprr_plan(SIGNATURE, SAMPLER, GUIDANCE, SAMPLER, **{"boundary": 4, "k1": 4, "k2": 2} | wrong, pruned_step=lambda i: ())  # type: ignore[arg-type]
 
 
 def test_choice_of_blocks_and_tokens():
@@ -176,7 +176,7 @@ def test_search_is_deterministic(choice: PlanChoice, context: PlanningContext):
 
 def test_learned_scores_decide_which_tokens_are_recomputed(evaluator: RolloutEvaluator):
     def tokens(seed: int) -> list[tuple[int, ...]]:
-        context = PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, make_scores(seed), evaluator)
+        context = PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, make_scores(seed), evaluator, SAMPLER)
         plan = policy(kinds=("partial",), block_shares=(1.0,), token_shares=(0.25,), orders=(1,), max_candidates=1).plan(context).plan
         return [segment.tokens for segments in plan.steps for segment in segments if segment.mode == "partial"]
 
@@ -215,6 +215,6 @@ def test_arguments_out_of_range(wrong: dict[str, object]):
 
 
 def test_when_everything_diverges_no_plan_is_returned():
-    context = PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, make_scores(), lambda plan, images: float("inf"))
+    context = PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, make_scores(), lambda plan, images: float("inf"), SAMPLER)
     with pytest.raises(PlanError, match="NaN or infinite"):
         policy().plan(context)

@@ -18,7 +18,7 @@ from datasets import Dataset
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
-from data.recording import labels_for, prepare, record, reproducible
+from data.recording import prepare, record, reproducible
 from data.rollouts import RolloutDataModule
 from data.shards import RECORD_BATCH, Recipe, shard_path, write_atomically
 from data.trajectories import Pair, PairDataset, TrajectorySet
@@ -29,7 +29,7 @@ from tc_lightning.models.checkpoints import teacher_digest
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.noise import initial_noise
 from tc_lightning.plan import Guidance
-from tc_lightning.sampling import full_plan, model_signature, noise_for, sample_steps
+from tc_lightning.sampling import full_plan, labels_for, model_signature, noise_for, sample_steps
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -176,7 +176,7 @@ def test_incomplete_shards_are_recorded_again(recorded: Path, copy: Path, damage
         case "no index":
             path.with_suffix(".json").unlink()
         case _:
-            path.with_suffix(".json").write_text('{"set": ')
+            path.with_suffix(".json").write_text('{"set": ', encoding="utf-8")
     with pytest.raises(TrajectoryError, match="shard-00001"):
         TrajectorySet(copy, recipe_for(tiny_teacher()), 40)
     record_set(copy)
@@ -222,7 +222,7 @@ def test_a_flipped_bit_is_found(copy: Path) -> None:
 
 
 def test_a_lost_set_file_is_reported(copy: Path) -> None:
-    (copy / "set.json").write_text("{")
+    (copy / "set.json").write_text("{", encoding="utf-8")
     with pytest.raises(TrajectoryError, match=r"set.json is missing or damaged: delete the folder"):
         prepare(copy, recipe_for(tiny_teacher()), 40)
 
@@ -313,7 +313,7 @@ def test_two_processes_record_and_see_what_one_does(recorded: Path, tmp_path: Pa
             process.kill()
     assert contents(tmp_path / "set") == contents(recorded)
     one = run(TrajectoryDataModule(str(recorded), 30, 10, batch_size=8)).seen
-    ranks = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(2)]
+    ranks = [json.loads((tmp_path / f"seen-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
     assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(batch) for batch in one]
 
 
@@ -337,7 +337,7 @@ def _train(folder: Path) -> None:
     data, module = TrajectoryDataModule(str(folder / "set"), 30, 10, batch_size=8), Distiller()
     run(data, module, devices=2)
     rank = module.trainer.global_rank
-    (folder / f"seen-{rank}.json").write_text(json.dumps(module.seen))
+    (folder / f"seen-{rank}.json").write_text(json.dumps(module.seen), encoding="utf-8")
 
     data = TrajectoryDataModule(str(folder / "odd"), 30, 10, batch_size=7)
     data.trainer = module.trainer

@@ -16,18 +16,31 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from export.fidelity import squared_errors
 from export.report import measure
 from export.report.judge import Judge, find_judge
 from export.report.page import page
 from export.report.pictures import draw
 from export.report.rows import Row, Ruler
-from export.report.subjects import REFERENCE, Missing, Policies, Subject, distinct, fewer_steps, planned, published
+from export.report.subjects import (
+    REFERENCE,
+    ROUNDED_UP,
+    Missing,
+    Policies,
+    Subject,
+    distinct,
+    fewer_steps,
+    fitted,
+    planned,
+    published,
+    rounded_down,
+)
 from export.report.verdict import compare, headline, sentences
+from export.weight_files import WeightFiles
 from tc_lightning.context import LoadedRun, planning_context
+from tc_lightning.costs import macs_speedup
 from tc_lightning.errors import TokenCacheError
+from tc_lightning.evaluation import RolloutEvaluator
 from tc_lightning.plan import CachePlan
-from tc_lightning.sampling import reference_plan, sample
 from tc_lightning.targets import TargetKey, Targets, cached_targets
 
 FORMAT_VERSION = 1
@@ -40,13 +53,13 @@ class Settings:
     """What the user may choose.
 
     Args:
-        budgets: speed-ups in MACs at which plans are compared.
+        budgets: speed-ups in MACs at which plans are compared; that of the run's own plan is always added.
         images: images that errors are measured on, at least 2.
         batch: images a request.
         seed: seed of those images; the next one is that of the images on which alternatives are tuned.
         most: plans of the planner's front that are measured.
         precision: of the artefacts.
-        provider: of ONNX Runtime.
+        provider: of ONNX Runtime; torch's half runs on the same device, where it can.
         real: source of real images for the classifier, `module:function`.
         inception: Inception weights for FID.
         command: the command line, for the reader.
@@ -86,16 +99,23 @@ def build_report(loaded: LoadedRun, settings: Settings, policies: Policies, fold
         TokenCacheError: if the reference run itself cannot be exported, or something that was given cannot be used.
     """
     judge = find_judge(loaded.plan.model, settings.real)  # what was given is tried before anything takes time
-    reference = reference_plan(loaded.plan)
+    settings = dataclasses.replace(settings, budgets=_with_own(loaded.plan, settings.budgets))
+    reference = loaded.reference
     targets = _targets(loaded, reference, settings.seed, settings.images, "reference run and converged ODE")
     ruler = Ruler(loaded.model, targets, judge, settings.inception)
     subjects, missing = _subjects(loaded, reference, settings, policies)
     measured = _measure(loaded, subjects, missing, settings, ruler, targets)
     report = _report(loaded, settings, measured)
     pictures = draw(folder, loaded.scores, measured.reference, measured.rows, targets, settings.budgets)
-    (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "index.html").write_text(page(report, pictures), encoding="utf-8")
     return report
+
+
+def _with_own(plan: CachePlan, budgets: Sequence[float]) -> tuple[float, ...]:
+    """The budgets, and the speed-up of the run's own plan: wherever it is, there is something to compare it with."""
+    own = rounded_down(macs_speedup(plan))
+    return tuple(sorted({*budgets, *([own] if own >= ROUNDED_UP else [])}))
 
 
 def _targets(loaded: LoadedRun, reference: CachePlan, seed: int, images: int, name: str) -> Targets:
@@ -112,6 +132,7 @@ def _subjects(loaded: LoadedRun, reference: CachePlan, settings: Settings, polic
     known += planned(reference, loaded.plan, loaded.run.folder, settings.budgets, settings.most)
     with _progress("fewer steps", "plan", None) as tell:
         known += fewer_steps(reference, settings.budgets, _judge_plan(loaded, tuning, tell))
+        known += fitted(context, reference, loaded.run.folder, settings.budgets, tell)
     with _progress("published methods", "plan", None) as tell:
         others, missing = published(context, reference, settings.budgets, policies, tell)
     return distinct([*known, *others]), missing
@@ -119,11 +140,11 @@ def _subjects(loaded: LoadedRun, reference: CachePlan, settings: Settings, polic
 
 def _judge_plan(loaded: LoadedRun, tuning: Targets, tell: Callable[[str], None]) -> Callable[[CachePlan], float]:
     """Error against the converged ODE; published methods choose by their own error, against the reference run."""
+    evaluate = RolloutEvaluator(loaded.model, tuning.x_T, tuning.labels, tuning.ode)
 
     def error(plan: CachePlan) -> float:
         tell(f"{plan.sampler.name} {plan.sampler.spacing}, {plan.num_steps} steps")
-        made = sample(loaded.model, plan, tuning.x_T, tuning.labels).numpy()
-        return float(squared_errors(made, tuning.ode.numpy()).mean())
+        return evaluate(plan)
 
     return error
 
@@ -134,22 +155,28 @@ def _measure(
     requests = measure.Requests(settings.seed, settings.images, settings.batch)
     with tempfile.TemporaryDirectory(prefix="tc-report-") as workshop:
         exported = []
+        weights = WeightFiles(loaded.model, settings.precision, Path(workshop), loaded.selector)
         with _progress("export and parity", "plan", len(subjects)) as tell:
             for j, subject in enumerate(subjects):
                 tell(subject.name)
-                place = Path(workshop) / str(j)
-                exported.append(measure.export(loaded.model, subject, place, settings.precision, settings.provider, settings.batch))
+                exported.append(measure.export(weights, subject, Path(workshop) / str(j), settings.provider, settings.batch))
+                _require_reference(exported)
         artefacts = [e for e in exported if isinstance(e, measure.Exported)]
         failed = [e for e in exported if isinstance(e, measure.Failed)]
         with _progress("timing, in turns", "request", len(artefacts) * len(requests.parts)) as tell:
             made = measure.make_in_turns(artefacts, requests, loaded.plan.model.num_classes, tell)
     failed += [m for m in made if isinstance(m, measure.Failed)]
-    if any(failure.subject.group == REFERENCE for failure in failed):
-        raise TokenCacheError(f"the reference run itself cannot be measured: {failed[0].reason}")
+    _require_reference(made)
     finished = [(a, m) for a, m in zip(artefacts, made, strict=True) if isinstance(m, measure.Made)]
     reference_ms = finished[0][1].ms
     rows = [ruler.row(a, m, reference_ms) for a, m in tqdm(finished, "figures", unit="plan")]
     return Measured(rows[0], rows[1:], failed, missing, targets, ruler.judge)
+
+
+def _require_reference(results: Sequence[object]) -> None:
+    """There is nothing to compare with if the first of all plans, the reference run, failed."""
+    if isinstance(results[0], measure.Failed):
+        raise TokenCacheError(f"the reference run itself cannot be measured: {results[0].reason}")
 
 
 def _report(loaded: LoadedRun, settings: Settings, measured: Measured) -> dict[str, Any]:
@@ -199,7 +226,7 @@ def environment(provider: str) -> dict[str, Any]:
 
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "CPU"

@@ -19,6 +19,7 @@ from pathlib import Path
 from export import command
 from export.folders import replacing_folder
 from export.report.build import NOTICE, Settings, build_report
+from export.torch_device import torch_device
 from tc_lightning.context import load_run
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.policies.base import Policy
@@ -52,7 +53,7 @@ def _report(args: list[str]) -> None:
         command=shlex.join(["python", "-m", "tc_lightning", "report", *args]),
     )
     _chosen(given.policies, settings.budgets[0])  # a wrong name is told before anything takes time
-    loaded = load_run(run)
+    loaded = load_run(run, torch_device(settings.provider))
     with replacing_folder(out) as folder:
         report = build_report(loaded, settings, lambda budget: _chosen(given.policies, budget), folder)
     print("\n".join([report["headline"], *report["sentences"], f"wrote {out / 'index.html'}"]))
@@ -72,7 +73,7 @@ def _require_replaceable(out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        if json.loads((out / "report.json").read_text())["what"] == NOTICE:
+        if json.loads((out / "report.json").read_text(encoding="utf-8"))["what"] == NOTICE:
             return
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -103,14 +104,22 @@ def _parse(args: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--run", type=Path, help="run folder, as printed by `lightning fit` (default: the newest under runs/)")
     parser.add_argument("--out", type=Path, help="folder of the report (default: RUN/report)")
-    parser.add_argument("--budgets", type=_budget, nargs="+", default=[2.0, 3.0, 4.0], help="speed-ups in MACs (default: 2 3 4)")
+    parser.add_argument(
+        "--budgets",
+        type=_budget,
+        nargs="+",
+        default=[2.0, 3.0, 4.0],
+        help="speed-ups in MACs (default: 2 3 4); the plan's own is always among them",
+    )
     parser.add_argument("--images", type=_at_least_two, default=DEFAULT_IMAGES, help=f"images compared (default: {DEFAULT_IMAGES})")
     parser.add_argument("--batch", type=command.positive, default=DEFAULT_BATCH, help=f"images a request (default: {DEFAULT_BATCH})")
     parser.add_argument("--seed", type=_seed, default=SEED, help="seed of those images; not one that was trained on")
     parser.add_argument("--front", type=command.positive, default=DEFAULT_FRONT, help="plans of the planner's front (default: 9)")
     parser.add_argument("--policies", nargs="+", help="published methods to compare with (default: all)")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32")
-    parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="ONNX Runtime's provider")
+    parser.add_argument(
+        "--provider", choices=("cpu", "cuda"), default="cpu", help="ONNX Runtime's provider; torch uses the same device"
+    )
     parser.add_argument("--real", help="module:function that gives real images and classes for a size, to judge by a classifier")
     parser.add_argument("--inception", type=Path, help="Inception weights of torch-fidelity, for FID (best with --images 10000)")
     return parser.parse_args(args)

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from export.compiler import write_unproved
-from export.manifest import read_manifest, write_manifest
+from export.compiler import write_sharing
+from export.manifest import read_manifest
 from export.parity import prove, require_parity, trajectory_error
 from export.programs import lower
 from export.report.subjects import Subject
 from export.runtime import CachedSampler
 from export.sessions import CONDITION, WEIGHTS
+from export.weight_files import WeightFiles
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.models.dit import DiT
+from tc_lightning.noise import drawn_labels
 
 PROOF_IMAGES = 1
 ROOM = 0.5  # of the free memory, for samplers that stay loaded between their turns
@@ -53,7 +54,7 @@ class Requests:
     """The images that are made.
 
     Args:
-        seed: seed of the noise; image i has the label i modulo the number of classes.
+        seed: seed of the noise and of the labels, which are drawn (`tc_lightning.noise.drawn_labels`).
         images: how many.
         batch: images a request.
     """
@@ -81,17 +82,24 @@ class Made:
         return statistics.median(self.ms_per_image)
 
 
-def export(model: DiT, subject: Subject, folder: Path, precision: str, provider: str, max_batch: int) -> Exported | Failed:
-    """Write an artefact into a new folder and prove it against torch; its weights are shared with the other artefacts beside it."""
+def export(weights: WeightFiles, subject: Subject, folder: Path, provider: str, max_batch: int) -> Exported | Failed:
+    """Write an artefact into a new folder and prove it against torch.
+
+    Args:
+        weights: of the teacher and its content predictor: on the disk once, not once a plan.
+        subject: the plan.
+        folder: where the artefact is to be.
+        provider: `cpu` or `cuda`.
+        max_batch: images computed at a time.
+    """
     started = time.perf_counter()
     folder.mkdir(parents=True)
     try:
-        lowered = lower(subject.plan)
-        write_manifest(folder, write_unproved(model, subject.plan, lowered, folder, precision))
-        _share_weights(folder)
+        lowered = lower(subject.plan, provider)
+        write_sharing(weights, subject.plan, lowered, folder)
         sampler = CachedSampler(folder, provider, preload=False, max_batch=max_batch, manifest=read_manifest(folder, check_files=False))
-        checks = prove(model, subject.plan, lowered, sampler, PROOF_IMAGES)
-        require_parity(checks, precision, "It was not measured.")
+        checks = prove(weights.model, subject.plan, lowered, sampler, PROOF_IMAGES, selector=weights.selector)
+        require_parity(checks, weights.precision, "It was not measured.")
     except (TokenCacheError, RuntimeError, ValueError) as error:  # whatever a plan makes the exporter or ONNX Runtime say
         return Failed(subject, str(error).strip() or type(error).__name__)
     sampler.release()
@@ -111,7 +119,7 @@ def make_in_turns(
     times: list[list[float]] = [[] for _ in artefacts]
     failures: dict[int, Failed] = {}
     for part in requests.parts:
-        labels = [i % classes for i in part]
+        labels = drawn_labels(requests.seed, part, classes).tolist()
         for j, artefact in enumerate(artefacts):
             on_request(artefact.subject.name)
             if j in failures:
@@ -143,15 +151,3 @@ def _fits(artefacts: Sequence[Exported]) -> bool:
         return False
     needed = COPIES * sum((artefact.sampler.path / WEIGHTS).stat().st_size for artefact in artefacts)
     return needed < ROOM * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _share_weights(folder: Path) -> None:
-    """Let equal weight files of neighbouring artefacts be one file: the teacher is on the disk once, not once a plan."""
-    own = read_manifest(folder, check_files=False)["files"][WEIGHTS]
-    for other in folder.parent.iterdir():
-        if other == folder or not (other / "manifest.json").is_file():
-            continue
-        if read_manifest(other, check_files=False)["files"][WEIGHTS] == own:
-            (folder / WEIGHTS).unlink()
-            (folder / WEIGHTS).hardlink_to(other / WEIGHTS)
-            return

@@ -12,6 +12,7 @@ from typing import Any
 from export.report.pictures import Pictures, Strip
 from export.report.rows import TARGETS
 from export.report.style import CSS
+from tc_lightning.targets import ODE_STEPS
 
 Value = Callable[[dict[str, Any]], str]
 GROUPS = {
@@ -167,8 +168,8 @@ def _figure_columns(report: dict[str, Any]) -> dict[str, Value]:
 def _terms(report: dict[str, Any]) -> str:
     images = report["settings"]["images"]
     terms = [
-        "MSE: mean squared error of the final latents, mean ± standard error over images, against the converged ODE (400 steps "
-        "of a second-order solver: what the teacher means) and against the reference run (what is served today).",
+        "MSE: mean squared error of the final latents, mean ± standard error over images, against the converged ODE "
+        f"({ODE_STEPS} steps of a second-order solver: what the teacher means) and against the reference run (what is served today).",
         "PSNR, SSIM and the Frechet distance are against the reference run's images.",
         f"Frechet, teacher features: distance of Gaussians fitted to the teacher's own middle features of {images} images. It is not "
         "FID, and compares rows of this table, nothing else.",
@@ -195,7 +196,7 @@ def _method(report: dict[str, Any]) -> str:
         "command": f"<code>{escape(settings['command'])}</code>",
         "run": escape(report["run_folder"]),
         "teacher sha256": f"<code>{report['teacher']['sha256']}</code>",
-        "images": f"{settings['images']}, seed {settings['seed']}, {settings['batch']} a request; image i has class i modulo "
+        "images": f"{settings['images']}, seed {settings['seed']}, {settings['batch']} a request; classes drawn from all "
         f"{report['model']['num_classes']}",
         "guidance": f"scale {guidance['scale']:g} on {guidance['channels']} channel(s)",
         "tuning": f"spacings and methods' choices on other images, seed {settings['seed'] + 1}",

@@ -15,31 +15,17 @@ from torch import Tensor
 
 from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.models.dit import DiT
+from tc_lightning.psnr import is_pixels
+from tc_lightning.sampling import device_of
 
 FEATURE_TIME = 50.0  # of 1,000: nearly clean, which is what the final latents are
 SSIM_SIDE = 6  # the window of SSIM (sigma 1.5, 11 pixels) cannot be mirrored around smaller images
 INCEPTION_FEATURES, INCEPTION_BATCH = 2048, 16
 
 
-def data_range(reference_BCHW: np.ndarray) -> float:
-    """Largest minus smallest value of an image: 2 for pixels in [-1, 1]; of a model of latents, what the reference spans."""
-    return 2.0 if is_pixels(reference_BCHW) else float(np.ptp(reference_BCHW)) or 1.0
-
-
-def is_pixels(latents_BCHW: np.ndarray) -> bool:
-    """Whether the model's own output is an image (1 or 3 channels), rather than latents of a decoder."""
-    return latents_BCHW.shape[1] in (1, 3)
-
-
 def visible(latents_BCHW: np.ndarray) -> np.ndarray:
     """What is seen of the output: pixels clipped to [-1, 1]; latents as they are."""
     return np.clip(latents_BCHW, -1.0, 1.0) if is_pixels(latents_BCHW) else latents_BCHW
-
-
-def psnr(actual_BCHW: np.ndarray, expected_BCHW: np.ndarray, span: float) -> np.ndarray:
-    """Peak signal-to-noise ratio of each image in dB, [B]; identical images count as 200 dB."""
-    mse_B = np.square(actual_BCHW.astype(np.float64) - expected_BCHW).reshape(len(actual_BCHW), -1).mean(1)
-    return 10 * np.log10(span**2 / np.maximum(mse_B, 1e-20 * span**2))
 
 
 def ssim(actual_BCHW: np.ndarray, expected_BCHW: np.ndarray, span: float) -> np.ndarray | None:
@@ -57,13 +43,13 @@ def ssim(actual_BCHW: np.ndarray, expected_BCHW: np.ndarray, span: float) -> np.
 @torch.no_grad()
 def teacher_features(model: DiT, latents_BCHW: np.ndarray, labels_B: Tensor, batch: int = 32) -> np.ndarray:
     """Tokens after the teacher's middle block at a small time and the image's class, averaged over tokens, [B, D] float64."""
-    parts = []
+    device, parts = device_of(model), []
     for x, y in zip(torch.from_numpy(latents_BCHW).split(batch), labels_B.split(batch), strict=True):
-        z_BND = model.embed(x)
-        mods, _ = model.modulations(model.condition(torch.full((len(x),), FEATURE_TIME), y))
+        z_BND = model.embed(x.to(device))
+        mods, _ = model.modulations(model.condition(torch.full((len(x),), FEATURE_TIME, device=device), y.to(device)))
         for block, mod in list(zip(model.blocks, mods, strict=True))[: (model.config.depth + 1) // 2]:
             z_BND = block(z_BND, mod)
-        parts.append(z_BND.double().mean(1))
+        parts.append(z_BND.double().mean(1).cpu())
     return torch.cat(parts).numpy()
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from export.fidelity import squared_errors
 from export.report.judge import Judge
 from export.report.measure import Exported, Made
-from export.report.quality import InceptionFID, data_range, frechet_distance, psnr, ssim, teacher_features, visible
+from export.report.quality import InceptionFID, frechet_distance, ssim, teacher_features, visible
 from export.report.subjects import Subject
 from tc_lightning.models.dit import DiT
+from tc_lightning.psnr import data_range, psnr, squared_errors
 from tc_lightning.targets import Targets
 
 TARGETS = {"ode": "converged ODE", "reference": "reference run"}
@@ -56,7 +56,7 @@ class Ruler:
     """Measures what was made against the targets.
 
     Args:
-        model: the teacher, whose features the Frechet distance uses.
+        model: the teacher, on any device, whose features the Frechet distance uses.
         targets: images of the reference run and of the converged ODE.
         judge: a classifier of real images, where there is one.
         inception: Inception weights, where the user has them.
@@ -98,13 +98,13 @@ class Ruler:
         return Row(subject, made.latents, errors, figures)
 
     def _closeness(self, latents: np.ndarray) -> dict[str, Any]:
-        """Figures of the images as they are seen, against those of the reference run."""
+        """Figures of the images against those of the reference run: PSNR of what was made, SSIM of what is seen of it."""
         seen, expected = visible(latents), visible(self.reference)
         similarity = ssim(seen, expected, self.span)
         features = teacher_features(self.model, latents, self.targets.labels)
         labels = self.targets.labels.numpy()
         return {
-            "psnr_db": float(psnr(seen, expected, self.span).mean()),
+            "psnr_db": psnr(latents, self.reference),
             "ssim": None if similarity is None else float(similarity.mean()),
             "frechet_teacher_features": frechet_distance(features, self.features),
             "classifier_accuracy": None if self.judge is None else self.judge.accuracy(latents, labels),

@@ -14,6 +14,8 @@ from tc_lightning.diffusion.samplers import SAMPLERS, make_sampler
 from tc_lightning.diffusion.schedule import SPACINGS
 from tc_lightning.errors import RunError, TokenCacheError
 from tc_lightning.plan import CachePlan
+from tc_lightning.planner.fewer_steps import NAME as FITTED
+from tc_lightning.planner.fewer_steps import fitted_fewer_steps
 from tc_lightning.planner.front import FOLDER, NAME
 from tc_lightning.policies.base import PlanningContext, Policy
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
@@ -64,8 +66,38 @@ def planned(reference: CachePlan, own: CachePlan, folder: Path, budgets: Sequenc
         PlanError: if one of its plans is.
     """
     yield _subject(reference, own, PLANNED, "this run's plan")
-    for plan, target in _front(folder, budgets, most):
-        yield _subject(reference, plan, PLANNED, f"planner for the {target}")
+    rows = [row for row in _front(folder) if row["role"] == "planned"]
+    for row in _representatives(rows, budgets, most):
+        yield _subject(reference, _plan_of(folder, row), PLANNED, f"planner for the {TARGET_NAMES[row['target']]}")
+
+
+def fitted(
+    context: PlanningContext, reference: CachePlan, folder: Path, budgets: Sequence[float], on_plan: Callable[[str], object]
+) -> Iterator[Subject]:
+    """Fewer steps, fitted and refined: those of the planner's front, and for budgets of which it has none, ones fitted now.
+
+    Args:
+        context: holds the model.
+        reference: the reference run at full compute.
+        folder: the run's folder.
+        budgets: speed-ups in MACs.
+        on_plan: called with a name before something is fitted.
+
+    Raises:
+        RunError: if the front is damaged.
+        PlanError: if one of its plans is.
+    """
+    step, known = full_step_macs(reference.model), list[int]()
+    for row in _front(folder):
+        plan = _plan_of(folder, row)
+        if not plan.caches:
+            known.append(plan.num_steps)
+            yield _subject(reference, plan, FEWER, f"{FITTED} for the {TARGET_NAMES[row['target']]}")
+    for budget in budgets:
+        count = int(plan_macs(reference) / budget / step + 1e-9)
+        if context.model is not None and 2 <= count < reference.num_steps and not {count, count + 1} & set(known):
+            on_plan(f"{FITTED}, {budget:g}x")
+            yield _subject(reference, fitted_fewer_steps(context.model, reference, count), FEWER, f"{FITTED} for the reference")
 
 
 def fewer_steps(reference: CachePlan, budgets: Sequence[float], judge: Evaluate) -> Iterator[Subject]:
@@ -122,7 +154,7 @@ def published(
         if method in shown or not ROUNDED_UP <= most < min(budgets):
             continue
         on_plan(f"{method} {most:.2f}x")
-        most = math.floor(100 * most) / 100
+        most = rounded_down(most)
         greatest = _published(context, reference, method, most, policies(most)[method])
         found += [greatest] if isinstance(greatest, Subject) else []  # why it has no plan is told of the budgets
     return [one for one in found if isinstance(one, Subject)], [one for one in found if isinstance(one, Missing)]
@@ -135,6 +167,11 @@ def _published(context: PlanningContext, reference: CachePlan, method: str, budg
         return _subject(reference, policy.plan(context).plan, PUBLISHED, method)
     except TokenCacheError as error:
         return Missing(method, budget, str(error))
+
+
+def rounded_down(speedup: float) -> float:
+    """To two digits after the point, which a plan of that speed-up reaches; what rounding alone took from a number it keeps."""
+    return math.floor(100 * speedup + 1e-9) / 100
 
 
 def distinct(subjects: Iterable[Subject]) -> list[Subject]:
@@ -162,17 +199,23 @@ def _with_steps(reference: CachePlan, sampler: str, spacing: str, steps: int) ->
     return fewer_steps_plan(reference.model, sampler, spacing, reference.guidance, budget, reference.sampler)
 
 
-def _front(folder: Path, budgets: Sequence[float], most: int) -> list[tuple[CachePlan, str]]:
-    """Plans of the front, with the name of what each was planned to come near to."""
+def _front(folder: Path) -> list[dict[str, Any]]:
+    """Rows of the planner's front, in order of speed-up; none where there is no front."""
     path = folder / FOLDER / NAME
     if not path.is_file():
         return []
     try:
-        entries = sorted(json.loads(path.read_text()), key=lambda entry: entry["macs_speedup"])
-        chosen = _representatives(entries, budgets, most)
-        return [(CachePlan.load(folder / entry["plan"]), TARGET_NAMES[entry["target"]]) for entry in chosen]
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if any(row["target"] not in TARGET_NAMES or not (row["role"] and row["plan"]) for row in rows):
+            raise ValueError("a row of another kind")
+        return sorted(rows, key=lambda row: float(row["macs_speedup"]))
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error!r}): plan again with `python -m tc_lightning plan --run {folder}`.") from error
+
+
+def _plan_of(folder: Path, row: dict[str, Any]) -> CachePlan:
+    """The plan of a row of the front."""
+    return CachePlan.load(folder / row["plan"])
 
 
 def _representatives(entries: list[dict[str, Any]], budgets: Sequence[float], most: int) -> list[dict[str, Any]]:
@@ -189,4 +232,4 @@ def _representatives(entries: list[dict[str, Any]], budgets: Sequence[float], mo
 
 def _computation(plan: CachePlan) -> str:
     """The plan's digest without its provenance and its reference: what is computed, not who asked for it or in place of what."""
-    return dataclasses.replace(plan, provenance={}, reference=None).digest
+    return dataclasses.replace(plan, provenance={}, reference=plan.sampler, fewer_steps=None).digest

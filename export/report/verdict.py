@@ -9,6 +9,7 @@ from typing import Any
 from export.report.rows import TARGETS, Row, by_group
 from export.report.subjects import FEWER, PLANNED, PUBLISHED, ROUNDING
 from tc_lightning.costs import full_step_macs, plan_macs
+from tc_lightning.diffusion.table import FITTED
 
 SAME_TIME = 1.03  # an alternative may take this much longer on the clock and still count as equally fast
 THIRD = 1 / 3
@@ -29,6 +30,9 @@ class Comparison:
         closer: share of the images on which the planned artefact is the closer one.
         fewer: name of the best run with fewer steps, and its error; None where none is comparable.
         fewer_mse: its error.
+        fitted: name of the best run with fewer steps and a fitted sampler; None where none is comparable.
+        fitted_mse: its error.
+        unfitted_mse: error of the best alternative whose sampler was not fitted.
     """
 
     budget: float
@@ -41,6 +45,9 @@ class Comparison:
     closer: float
     fewer: str | None
     fewer_mse: float | None
+    fitted: str | None = None
+    fitted_mse: float | None = None
+    unfitted_mse: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -118,9 +125,28 @@ def headline(comparisons: Sequence[Comparison]) -> str:
 def _compare(budget: float, equal: str, target: str, ours: Row, rivals: list[Row]) -> Comparison:
     rival, fewer = best(rivals, target), best(by_group(rivals, FEWER), target)
     assert rival is not None
-    closer = float((ours.errors[target] < rival.errors[target]).mean())
-    less = (None, None) if fewer is None else (fewer.name, fewer.mse(target))
-    return Comparison(budget, equal, target, ours.name, ours.mse(target), rival.name, rival.mse(target), closer, *less)
+    of_fit = [row for row in [ours, *rivals] if is_fitted(row) and not row.subject.plan.caches]
+    fitted, unfitted = best(of_fit, target), best([row for row in rivals if not is_fitted(row)], target)
+    return Comparison(
+        budget,
+        equal,
+        target,
+        planned=ours.name,
+        planned_mse=ours.mse(target),
+        best=rival.name,
+        best_mse=rival.mse(target),
+        closer=float((ours.errors[target] < rival.errors[target]).mean()),
+        fewer=None if fewer is None else fewer.name,
+        fewer_mse=None if fewer is None else fewer.mse(target),
+        fitted=None if fitted is None else fitted.name,
+        fitted_mse=None if fitted is None else fitted.mse(target),
+        unfitted_mse=None if unfitted is None else unfitted.mse(target),
+    )
+
+
+def is_fitted(row: Row) -> bool:
+    """Whether the coefficients of a row's sampler were fitted to the model."""
+    return row.subject.plan.sampler.name.endswith(FITTED)
 
 
 def _told(c: Comparison) -> str:
@@ -131,6 +157,10 @@ def _told(c: Comparison) -> str:
         aim = "at most a third" if c.ratio <= THIRD else "more than a third"
         outcome = f"beats {c.best}: its error is {c.ratio:.2g} times as large ({aim})"
     text = f"At {c.budget:g}x and {what}, against the {TARGETS[c.target]}, “{c.planned}” {outcome}; closer on {c.closer:.0%} of images."
+    if c.fitted_mse and c.unfitted_mse:
+        sampler, cache = c.fitted_mse / c.unfitted_mse, c.planned_mse / c.fitted_mse
+        text += f" Of its gain, the fitted sampler alone ({c.fitted}) makes {sampler:.2g} of the best unfitted error, "
+        text += "and there is no cache." if c.fitted == c.planned else f"and the cache {cache:.2g} of that."
     if c.fewer is not None and c.fewer != c.best and c.fewer_mse:
         text += f" Against fewer steps ({c.fewer}) it is {c.planned_mse / c.fewer_mse:.2g} times."
     return text

@@ -87,7 +87,7 @@ class Bench:
         """
         args, plan = self.args, run.plan
         shares = (args.token_share, args.window_share, args.block_share)
-        layout = Layout(plan.model, plan.baseline, plan.guidance, args.full, args.order, *shares)
+        layout = Layout(plan.model, plan.reference, plan.guidance, args.full, args.order, *shares)
         variants = all_variants(layout, run.model.config, learned, seed, args.draws)
         model = run.model.to(Fabric(accelerator="auto", devices=1).device)
         target = self._target = self._target or _full_run(model, layout, args.images)
@@ -120,7 +120,7 @@ def _errors(model: DiT, variant: Variant, target: TargetRun) -> np.ndarray:
 def _row(variant: Variant) -> dict[str, Any]:
     """What a variant is and costs; its errors are still to come."""
     plan = variant.plan
-    saved = len(plan.baseline) * full_step_macs(plan.model) / without_predictor(plan)
+    saved = len(plan.reference) * full_step_macs(plan.model) / without_predictor(plan)
     return {"group": variant.group, "speedup": saved, "speedup_with_predictor": macs_speedup(plan)}
 
 
@@ -138,7 +138,7 @@ def _known(path: Path, settings: dict[str, Any]) -> dict[str, Measured]:
     if not path.is_file():
         return {}
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
         theirs, seeds = raw["settings"], dict(raw["seeds"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} cannot be added to ({error!r}): name another file with --out, or delete it.") from error

@@ -95,7 +95,9 @@ class Layout:
         steps = tuple(everything if i in full else segments(i) for i in range(len(self.sampler)))
         chosen = any(s.is_content for step in steps for s in step)
         provenance = {"policy": "ablation", "arguments": {"variant": name}}
-        return CachePlan(self.signature, self.sampler, self.guidance, steps, provenance, selector=selector if chosen else "")
+        return CachePlan(
+            self.signature, self.sampler, self.guidance, steps, self.sampler, provenance, selector=selector if chosen else ""
+        )
 
     def full_steps_for(self, macs: float) -> tuple[int, ...]:
         """Full steps that these MACs pay for if the other steps compute no block."""

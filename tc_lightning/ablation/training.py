@@ -19,10 +19,9 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 
 from tc_lightning.ablation.variants import Learned
-from tc_lightning.content_predictor import Selector
 from tc_lightning.context import LoadedRun, load_run
 from tc_lightning.errors import RunError
-from tc_lightning.runs import NAME, read_run
+from tc_lightning.runs import ABLATION, NAME, read_run
 
 VERSIONS = ("v1", "v2")
 
@@ -57,7 +56,7 @@ class Training:
 
     def overlay(self, folder: Path, version: str, seed: int) -> dict[str, Any]:
         """What is laid over the configuration to train one predictor: the planning that would follow is left out."""
-        model: dict[str, Any] = {"train_tokens": True, "content": None, "router": None}
+        model: dict[str, Any] = {"train_tokens": True, "content": None, "router": None, "purpose": ABLATION}
         model["policy"] = {"class_path": "tc_lightning.policies.fora.FORAPolicy", "init_args": {"target_speedup": None}}
         if version == "v2":  # the sensitivities are taken from version 1's run
             model |= {"content": {}, "lr": self.lr_v2, "sensitivity_samples": 1, "sensitivity_probes": 1}
@@ -91,15 +90,15 @@ def train(training: Training, folder: Path, seed: int) -> tuple[LoadedRun, Learn
         TokenCacheError: whatever is wrong with configuration, teacher or trajectories.
     """
     v1, v2 = (_run(training, folder, version, seed) for version in VERSIONS)
-    if v2.run.content is None:
+    if v2.selector is None:
         raise RunError(f"{v2.run.folder} holds no content predictor: delete the folder, and it is trained again.")
-    return v1, Learned(v1.scores, v2.scores, Selector.load(v2.run.content, v2.model.config))
+    return v1, Learned(v1.scores, v2.scores, v2.selector)
 
 
 def _settings(path: str) -> Any:
     """What a YAML file says, whatever its comments."""
     try:
-        return yaml.safe_load(Path(path).read_text())
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"cannot read {path}: {error}. Name the YAML of a distillation with -c.") from error
 
@@ -108,7 +107,7 @@ def _run(training: Training, folder: Path, version: str, seed: int) -> LoadedRun
     if not (folder / version / NAME).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         overlay = folder / f"{version}.yaml"
-        overlay.write_text(yaml.safe_dump(training.overlay(folder, version, seed)))
+        overlay.write_text(yaml.safe_dump(training.overlay(folder, version, seed)), encoding="utf-8")
         _fit([*training.configs, str(overlay)])
     return load_run(read_run(folder / version))
 

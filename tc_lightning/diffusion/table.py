@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from tc_lightning.errors import PlanError
+from tc_lightning.plan_json import is_name, is_number, shown
 
+FITTED = "-fitted"  # ends the name of a sampler whose coefficients were fitted to a model
 MAX_HISTORY = 2  # past outputs that a step may use
 
 
@@ -80,6 +82,11 @@ class SamplerTable:
         return len(self.steps)
 
     @property
+    def in_words(self) -> str:
+        """The sampler, for a person."""
+        return f"a fitted sampler ({self.name})" if self.name.endswith(FITTED) else self.name
+
+    @property
     def history(self) -> int:
         """How many past m the solver needs: 0, 1 or 2."""
         return max(step.history for step in self.steps)
@@ -116,7 +123,9 @@ class SamplerTable:
             raise PlanError(f"the sampler table must have the keys name, spacing, {', '.join(_COLUMNS)}; found {keys}.")
         names = [name for name in _COLUMNS if name in raw]
         columns = [raw[name] for name in names]
-        numeric = all(isinstance(c, list) and all(type(v) in (int, float) for v in c) for c in columns)
+        if not (is_name(raw["name"]) and is_name(raw["spacing"])):
+            raise PlanError(f"the sampler's name and spacing must be names, found {shown(raw['name'])} and {shown(raw['spacing'])}.")
+        numeric = all(isinstance(c, list) and all(map(is_number, c)) for c in columns)
         if not numeric or len({len(c) for c in columns}) != 1:
             raise PlanError("the sampler table's columns must be lists of numbers of one length.")
         rows = (map(float, row) for row in zip(*columns, strict=True))

@@ -10,6 +10,7 @@ them, D width, M heads, E head dimension (D = M E), L blocks.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from tc_lightning.errors import TeacherError
 from tc_lightning.lean import attend
-from tc_lightning.models.embedders import LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
+from tc_lightning.models.embedders import FREQUENCIES, LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from tc_lightning.models.network import Block, KeyValue, Network, See
 from tc_lightning.plan import ModelSignature
 from tc_lightning.segments import Branches
@@ -39,13 +40,14 @@ class DiTConfig:
         depth: blocks L.
         num_heads: attention heads; divides `hidden_size`.
         mlp_ratio: width of the MLP over D.
-        num_classes: classes; label `num_classes` is the null label of classifier-free guidance.
+        num_classes: classes; label `num_classes` is the null label of classifier-free guidance, if there is one.
         learn_sigma: the output carries 2C channels, of which the first C are eps.
         freq_shift: the timestep frequencies are spaced by 1 / (128 - freq_shift); 0 in the release, 1 in diffusers.
         mlp_norm_eps: epsilon of the norm before each MLP; 1e-6 in the release, 1e-5 by default in diffusers.
+        null_label: the label table has a row for the null label; without one (label dropout 0) guidance must be 1.
 
     Raises:
-        TeacherError: if sizes do not divide.
+        TeacherError: if a size is not positive, or sizes do not divide.
     """
 
     input_size: int = 32
@@ -59,11 +61,17 @@ class DiTConfig:
     learn_sigma: bool = True
     freq_shift: float = 0.0
     mlp_norm_eps: float = NORM_EPS
+    null_label: bool = True
 
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise TeacherError(f"DiT {name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("mlp_ratio", "mlp_norm_eps"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise TeacherError(f"DiT {name} is {getattr(self, name)}; it must be positive and finite.")
+        if not math.isfinite(self.freq_shift) or self.freq_shift == FREQUENCIES // 2:
+            raise TeacherError(f"DiT freq_shift is {self.freq_shift}; it is 0 or 1 as a rule, and cannot be {FREQUENCIES // 2}.")
         if self.input_size % self.patch_size:
             raise TeacherError(f"DiT input_size {self.input_size} is not a multiple of patch_size {self.patch_size}.")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
@@ -222,7 +230,7 @@ class DiT(Network):
         self.config = config
         self.x_embedder = PatchEmbed(config.in_channels, config.hidden_size, config.patch_size)
         self.t_embedder = TimestepEmbedder(config.hidden_size, config.freq_shift)
-        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size, config.null_label)
         grid = config.input_size // config.patch_size
         table = torch.from_numpy(sincos_position_embedding(config.hidden_size, grid))
         self.pos_embed = nn.Parameter(table[None].float(), requires_grad=False)

@@ -28,11 +28,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class embedding; the last row is the null label."""
+    """Class embedding; the last row is the null label, if there is one."""
 
-    def __init__(self, num_classes: int, hidden_size: int) -> None:
+    def __init__(self, num_classes: int, hidden_size: int, null_label: bool = True) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        self.embedding_table = nn.Embedding(num_classes + null_label, hidden_size)
 
     def forward(self, y_B: Tensor) -> Tensor:
         """[B] -> [B, D]."""

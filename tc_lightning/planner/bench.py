@@ -10,12 +10,15 @@ from pathlib import Path
 
 import torch
 
+from tc_lightning.diffusion.table import FITTED, SamplerStep, SamplerTable
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.dit import DiT
+from tc_lightning.plan import CachePlan
 from tc_lightning.planner.fit import FittedPlan, fit_sampler
 from tc_lightning.planner.price import Price
 from tc_lightning.planner.recipe import Kitchen, Recipe
-from tc_lightning.planner.record import TrialRecord
+from tc_lightning.planner.record import TrialRecord, code_digest
+from tc_lightning.planner.refine import OnPass, refine_sampler
 from tc_lightning.planner.robust import robust_mean_of_all
 from tc_lightning.planner.target import TargetRun
 from tc_lightning.ranks import Ranks
@@ -54,7 +57,7 @@ class Bench:
         self, model: DiT, kitchen: Kitchen, price: Price, target: TargetRun, fitted: int, ranks: Ranks, record: Path | None = None
     ) -> None:
         self.model, self.kitchen, self.price, self.target, self.fitted, self.ranks = model, kitchen, price, target, fitted, ranks
-        self._record = TrialRecord(record, self._name())
+        self.record, self._record = record, TrialRecord(record, self._name())
 
     def cost(self, recipe: Recipe) -> float:
         """Cost of a recipe's plan in full steps; infinite if it describes none."""
@@ -77,6 +80,24 @@ class Bench:
         """The recipe's plan with its sampler fitted."""
         return fit_sampler(self.model, self.kitchen.build(recipe), self.target, self.fitted, ranks=self.ranks)
 
+    def refined(self, recipe: Recipe, iterations: int, on_pass: OnPass) -> CachePlan:
+        """The recipe's plan, fitted and then refined on all images of the bench, unless that was done before.
+
+        Args:
+            recipe: the recipe.
+            iterations: steps of Gauss-Newton at most.
+            on_pass: called after each of them.
+        """
+        plan, name = self.kitchen.build(recipe), f"{recipe.digest}-{iterations}"
+        width, device = len(dataclasses.fields(SamplerStep)), self.target.x_0.device
+        known = self._record.refined(name, (plan.num_steps, width))
+        if self.ranks.of_first(float(known is not None), device):  # another process may not see the file
+            rows = self.ranks.rows_of_first(known, (plan.num_steps, width), device)
+            return dataclasses.replace(plan, sampler=_fitted_table(plan.sampler, rows))
+        found = refine_sampler(self.model, self.fit(recipe).plan, self.target, iterations, self.ranks, on_pass)
+        self._record.add_refined(name, [list(dataclasses.astuple(step)) for step in found.sampler.steps], write=self.ranks.first)
+        return found
+
     def _error(self, recipe: Recipe) -> float:
         try:
             judged_B, counts_B = self.fit(recipe).mse_B[self.fitted :], self.target.counts_B[self.fitted :]
@@ -88,13 +109,21 @@ class Bench:
         """Digest of all that an error depends on beside the recipe."""
         k, t = self.kitchen, self.target
         parts = [
-            "robust mean",
+            code_digest(),
+            dataclasses.asdict(k.signature),
             k.scores.digest,
+            sampler_digest(k.scored),
             sampler_digest(k.reference),
             dataclasses.asdict(k.guidance),
             t.times.tolist(),
             t.sampler,
         ]
         counts = torch.tensor([self.fitted, len(t.x_T)], dtype=torch.float64, device=t.x_T.device)  # of all processes: one name
-        sums = self.ranks.total(torch.cat([counts, t.x_T.double().sum()[None], t.counts_B.double().sum()[None]])).tolist()
+        noise_B = t.x_T.double().flatten(1).sum(1)
+        images = torch.stack([values.double().sum() for values in (noise_B, t.labels_B, t.labels_B * noise_B, t.counts_B)])
+        sums = self.ranks.total(torch.cat([counts, images])).tolist()
         return hashlib.sha256(json.dumps([*parts, self.ranks.world, sums]).encode()).hexdigest()[:16]
+
+
+def _fitted_table(table: SamplerTable, rows: list[list[float]]) -> SamplerTable:
+    return dataclasses.replace(table, name=f"{table.name}{FITTED}", steps=tuple(SamplerStep(*row) for row in rows))

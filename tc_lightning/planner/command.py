@@ -22,12 +22,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tc_lightning.context import LoadedRun, load_run
 from tc_lightning.costs import macs_speedup
 from tc_lightning.errors import RunError
-from tc_lightning.evaluation import psnr_db
+from tc_lightning.planner.finalists import CACHE_USES
 from tc_lightning.planner.front import FOLDER, write_front
 from tc_lightning.planner.policy import TARGETS, PlannerPolicy
 from tc_lightning.planner.price import ClockPrice, SharedPrice
 from tc_lightning.planner.run import Subject
 from tc_lightning.policies.base import PlanChoice
+from tc_lightning.psnr import psnr_db
 from tc_lightning.ranks import Ranks
 from tc_lightning.runs import find_run, read_run
 from tc_lightning.scores import sampler_digest
@@ -45,11 +46,11 @@ def main(arguments: list[str]) -> None:
 
 def _plan(args: argparse.Namespace) -> None:
     loaded = load_run(read_run(args.run or find_run(Path("runs"))))  # what is wrong is told before there are several processes
-    if loaded.scores.sampler != sampler_digest(loaded.plan.baseline):
+    if loaded.scores.sampler != sampler_digest(loaded.plan.reference):
         raise RunError(f"{loaded.run.scores} has scores of other steps than the run that {loaded.run.plan} replaces: fit again.")
     policy = policy_of(args, args.target_speedup)
     if args.target_ms is None:
-        policy.check(loaded.plan.model, loaded.plan.baseline)
+        policy.check(loaded.plan.model, loaded.plan.reference)
     fabric = fabric_of(args.devices)
     fabric.launch()
     subject = subject_of(loaded, fabric)
@@ -68,8 +69,10 @@ def policy_of(args: argparse.Namespace, speedup: float) -> PlannerPolicy:
         tuple(args.front),
         args.evaluations,
         args.front_evaluations,
+        "none" if args.no_cache else args.cache,
         args.fit_images,
         args.judge_images,
+        args.choice_images,
         args.final_images,
         args.pool_images,
         args.refinements,
@@ -94,14 +97,14 @@ def timed(args: argparse.Namespace, loaded: LoadedRun, subject: Subject, fabric:
     price, speedup = SharedPrice(clock, subject.ranks, fabric.device), args.target_speedup
     if args.target_ms is not None:
         full_ms = price.of(lambda: clock.reference_ms(plan))
-        speedup, most = full_ms / args.target_ms, len(plan.baseline) / 2
+        speedup, most = full_ms / args.target_ms, len(plan.reference) / 2
         if not 1.0 < speedup <= most:
             raise RunError(
                 f"--target-ms {args.target_ms:g}: the full-compute run takes {full_ms:.3g} ms an image here; ask for less than that, "
                 f"and for {full_ms / most:.3g} or more, which pay for two full steps."
             )
     policy = policy_of(args, speedup)
-    policy.check(plan.model, plan.baseline)
+    policy.check(plan.model, plan.reference)
     policy.price = price
     return policy
 
@@ -112,14 +115,14 @@ def subject_of(loaded: LoadedRun, fabric: Fabric) -> Subject:
     folder.mkdir(parents=True, exist_ok=True)
     ranks = Ranks(fabric.global_rank, fabric.world_size, lambda values: fabric.all_reduce(values, reduce_op="sum"))  # type: ignore[return-value, arg-type]
     model = loaded.model.to(fabric.device)
-    return Subject(model, plan.model, plan.guidance, loaded.scores, plan.baseline, plan.baseline, ranks, folder)
+    return Subject(model, plan.model, plan.guidance, loaded.scores, plan.reference, plan.reference, ranks, folder)
 
 
 def clock_price(loaded: LoadedRun, provider: str, batch: int) -> ClockPrice:
     """Prices measured on this machine; needs the export package, which nothing else here does."""
     from export.clock import ProgramClock
 
-    return ClockPrice(ProgramClock(loaded.model, provider, batch))
+    return ClockPrice(ProgramClock(loaded.model, provider, batch, selector=loaded.selector))
 
 
 def write(choice: PlanChoice, loaded: LoadedRun, keep_plan: bool) -> None:
@@ -146,13 +149,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--clock", choices=("cpu", "cuda"), help="budgets in time on this provider, instead of MACs")
     parser.add_argument("--target-ms", type=float, help="with --clock: milliseconds an image, instead of --target-speedup")
     parser.add_argument("--batch", type=int, default=8, help="with --clock: images at a time")
-    parser.add_argument("--evaluations", type=int, default=40, help="plans tried for the target")
-    parser.add_argument("--front-evaluations", type=int, default=12, help="plans tried for each further speed-up")
-    parser.add_argument("--fit-images", type=int, default=12, help="images that samplers are fitted on")
-    parser.add_argument("--judge-images", type=int, default=20, help="images that plans are compared on")
+    parser.add_argument("--evaluations", type=int, default=28, help="plans with P-steps tried for the target")
+    parser.add_argument("--front-evaluations", type=int, default=6, help="plans with P-steps tried for each further speed-up")
+    use = parser.add_mutually_exclusive_group()
+    use.add_argument("--cache", choices=CACHE_USES, default="auto", help="auto: with or without one; keep: with; none: without")
+    use.add_argument("--no-cache", action="store_true", help="as --cache none: fewer steps with a fitted sampler, the quickest to plan")
+    parser.add_argument("--fit-images", type=int, default=10, help="images that samplers are fitted on")
+    parser.add_argument("--judge-images", type=int, default=14, help="images that plans are compared on while searching")
+    parser.add_argument("--choice-images", type=int, default=32, help="images that the refined plans are compared on")
     parser.add_argument("--final-images", type=int, default=32, help="images that the plans found are measured on")
     parser.add_argument("--pool-images", type=int, default=160, help="images of which the hardest are planned on (0: as they come)")
-    parser.add_argument("--refinements", type=int, default=3, help="steps of Gauss-Newton on each best plan's sampler")
+    parser.add_argument("--refinements", type=int, default=2, help="steps of Gauss-Newton on the samplers of the best plans")
     parser.add_argument("--devices", default="auto", help="devices to use (default: all GPUs, or one CPU process)")
     parser.add_argument("--keep-plan", action="store_true", help="write the front only, and leave plan.json as it is")
     args = parser.parse_args(arguments)

@@ -4,10 +4,12 @@ A step of the sampler is a weighted sum of x, its m and the last ones (`tc_light
 coefficients of each step are set by least squares, so that x_next comes as near as they can bring it to where the target run is at
 that time, over all pixels of the images that are fitted on; then the step is taken with them, and the next is fitted from there. The
 images are reweighted as for a robust mean: one that has ended up elsewhere would outweigh all others. One run of the plan fits it.
+A step's coefficients need its eps of all images, so these go through the run side by side: the network sees a few of them at a time,
+and what a run goes on from, latents and caches, is kept of all.
 Solvers with coefficients of each step's own, learned for a model, are known from Shaul et al., arXiv 2403.01329 (there by gradients
 through the whole run, and without a cache).
 
-Shape suffixes: B images, C H W latent, P pixels, F coefficients.
+Shape suffixes: B images, b of them at a time, C H W latent, P pixels, F coefficients.
 """
 
 from __future__ import annotations
@@ -17,18 +19,19 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from tc_lightning.diffusion.table import SamplerStep, SamplerTable
+from tc_lightning.content_predictor import Selector
+from tc_lightning.diffusion.table import FITTED, SamplerStep, SamplerTable
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
+from tc_lightning.planner.memory import images_at_a_time
 from tc_lightning.planner.robust import robust_weights
 from tc_lightning.planner.target import TargetRun
 from tc_lightning.ranks import ALONE, Ranks
-from tc_lightning.sampling import sample_steps
+from tc_lightning.sampling import Rollout
 
 REWEIGHTED = 2  # times that the weights of images are set anew within a step
 RIDGE = 1e-6  # of the features' own squares: the coefficients of an analytic solver are kept where the data says nothing
-SUFFIX = "-fitted"  # of the sampler's name
 COEFFICIENTS = ("next_x", "next_m", "next_m_prev", "next_m_prev2")
 
 
@@ -40,8 +43,17 @@ class FittedPlan:
     mse_B: Tensor
 
 
+@torch.no_grad()
 def fit_sampler(
-    model: DiT, plan: CachePlan, target: TargetRun, fitted: int, history: int = 2, ridge: float = RIDGE, ranks: Ranks | None = None
+    model: DiT,
+    plan: CachePlan,
+    target: TargetRun,
+    fitted: int,
+    history: int = 2,
+    ridge: float = RIDGE,
+    ranks: Ranks | None = None,
+    selector: Selector | None = None,
+    batch: int | None = None,
 ) -> FittedPlan:
     """Run a plan on the target's noise, fitting its sampler on the first images; the others show what that is worth.
 
@@ -53,18 +65,34 @@ def fit_sampler(
         history: past outputs that a step may use, 0 to 2.
         ridge: how strongly the plan's own coefficients are held on to.
         ranks: the processes that fit together, each with images of its own.
+        selector: the content predictor that the plan names.
+        batch: images at a time; None for as many as `tc_lightning.planner.memory` has room for. The fit is the same.
 
     Raises:
-        PlanError: if the plan scales its eps or its sampler adds noise: there is nothing to fit then.
-        TokenCacheError: if latents become NaN.
+        PlanError: if the plan scales its eps or its sampler adds noise: there is nothing to fit then; or if it is for another model or
+            content predictor.
+        TokenCacheError: if a label is out of range, or latents become NaN.
     """
     if plan.eps_scale or plan.sampler.stochastic:
         raise PlanError("a sampler that scales eps or adds noise cannot be fitted: start from ddim or dpmpp_2m.")
+    run = Rollout(model, plan, target.labels_B, selector)
+    run.check()
     solver = _Fitter(plan.sampler, target, fitted, history, ridge, ranks or ALONE)
-    for state in sample_steps(model, plan, target.x_T, target.labels_B, solver=solver):
-        end = state.x_next
-    table = dataclasses.replace(plan.sampler, name=f"{plan.sampler.name.removesuffix(SUFFIX)}{SUFFIX}", steps=tuple(solver.rows))
+    end = _run(run, target.x_T, solver, batch or images_at_a_time(plan, target.x_T.device))
+    table = dataclasses.replace(plan.sampler, name=f"{plan.sampler.name.removesuffix(FITTED)}{FITTED}", steps=tuple(solver.rows))
     return FittedPlan(dataclasses.replace(plan, sampler=table), (end - target.x_0).square().flatten(1).mean(1))
+
+
+def _run(run: Rollout, x_BCHW: Tensor, solver: _Fitter, batch: int) -> Tensor:
+    """Final latents of all images, [B, C, H, W], of which the network sees so many at a time."""
+    runs = [dataclasses.replace(run, labels_B=labels_b) for labels_b in run.labels_B.split(batch)]
+    states = [part.start(x_bCHW) for part, x_bCHW in zip(runs, x_BCHW.split(batch), strict=True)]
+    for step in range(run.plan.num_steps):
+        eps, writes = zip(*(part.predict(state) for part, state in zip(runs, states, strict=True)), strict=True)
+        x_BCHW, m_BCHW = solver(step, x_BCHW, torch.cat(eps))
+        nexts = zip(runs, states, x_BCHW.split(batch), m_BCHW.split(batch), writes, strict=True)
+        states = [part.after(state, x_bCHW, m_bCHW, written) for part, state, x_bCHW, m_bCHW, written in nexts]
+    return x_BCHW
 
 
 class _Fitter:
@@ -76,7 +104,8 @@ class _Fitter:
         self._past: list[Tensor] = []  # its own record: the plan's sampler may look back less far
         self.rows: list[SamplerStep] = []
 
-    def __call__(self, step: int, x: Tensor, eps: Tensor, past: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def __call__(self, step: int, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """The next x and the m of a step, of all images."""
         row = self._table.steps[step]
         m = x * row.m_x + eps * row.m_eps
         features = [x, m, *self._past]

@@ -1,6 +1,7 @@
 """The front: the best plan at every budget that was searched, as files of the run's folder.
 
-front/front.json      a list of {"plan", "summary", "macs_speedup", "mse_reference", "mse_ode", "mse_stderr", "target", "chosen"}
+front/front.json      a list of {"plan", "summary", "macs_speedup", "mse_reference", "mse_ode", "mse_stderr", "target", "chosen",
+                                  "role", "budgets"}
 front/<digest>.json   each plan
 """
 
@@ -9,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tc_lightning.atomic import write_atomically
 from tc_lightning.costs import macs_speedup
 from tc_lightning.plan import CachePlan
 
+Role = Literal["planned", "fewer steps"]
 FOLDER, NAME, TRIALS = "front", "front.json", "trials.jsonl"
 
 
@@ -28,6 +30,8 @@ class FrontPoint:
         mse: mean squared error of its final latents against that, on images that the search never looked at.
         stderr: standard error of `mse` over these images.
         chosen: whether it is the run's own plan.
+        role: `planned`, or `fewer steps`: full compute with a sampler fitted alike, which the plan of that budget has to beat.
+        budgets: speed-ups that were asked for and ended on this plan.
     """
 
     plan: CachePlan
@@ -35,6 +39,8 @@ class FrontPoint:
     mse: float
     stderr: float
     chosen: bool
+    role: Role = "planned"
+    budgets: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A row of `front.json`; an error against the target that was not asked for is null."""
@@ -47,6 +53,8 @@ class FrontPoint:
             "mse_stderr": self.stderr,
             "target": self.target,
             "chosen": self.chosen,
+            "role": self.role,
+            "budgets": list(self.budgets),
         }
 
 
@@ -75,8 +83,8 @@ def write_front(points: tuple[FrontPoint, ...], folder: Path, own: CachePlan | N
 def _known(path: Path) -> list[dict[str, Any]]:
     """Rows of an earlier list; none if there is no list, or it is damaged: the plans can be searched for again."""
     try:
-        kinds = {"target": str, "macs_speedup": float, "plan": str}
-        rows = json.loads(path.read_text())
+        kinds = {"target": str, "macs_speedup": float, "plan": str, "role": str, "budgets": list}
+        rows = json.loads(path.read_text(encoding="utf-8"))
         return [row | {name: kind(row[name]) for name, kind in kinds.items()} for row in rows]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -18,7 +18,7 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.guidance import Guidance
 from tc_lightning.models.dit import DiT
 from tc_lightning.planner.target import run_target
-from tc_lightning.sampling import noise_for
+from tc_lightning.sampling import labels_for, noise_for
 
 COARSE = ((0.28, "quadratic"), (0.4, "mix:0.5"))  # steps of the two runs over those of the run that is replaced; their spacing
 FEWEST = 4
@@ -55,7 +55,7 @@ def images(model: DiT, indices: list[int]) -> tuple[Tensor, Tensor]:
     """Noise [B, C, H, W] and labels [B] of the planner's images, on the model's device."""
     device = next(model.parameters()).device
     noise = torch.cat([noise_for(SEED, range(index, index + 1), model, device) for index in indices])
-    return noise, torch.tensor([index % model.config.num_classes for index in indices], device=device)
+    return noise, labels_for(SEED, indices, model.config.num_classes, device)
 
 
 def as_they_come(start: int, count: int) -> Sample:
@@ -63,11 +63,23 @@ def as_they_come(start: int, count: int) -> Sample:
     return Sample(tuple(range(start, start + count)), (1.0,) * count)
 
 
-def stratified(difficulty_P: Tensor, count: int) -> Sample:
-    """A third of `count` images are the hardest of a pool; the others are spread evenly over the rest of its ranking."""
+def dealt(difficulty_P: Tensor, share: float) -> tuple[list[int], list[int]]:
+    """A pool in two, hardest first, of which the first has this share of the pool, and both have as much of every difficulty."""
     ranking = difficulty_P.argsort(descending=True, stable=True).tolist()
+    taken = {j for j in range(len(ranking)) if int((j + 1) * share) > int(j * share)}
+    first, second = ([index for j, index in enumerate(ranking) if (j in taken) is wanted] for wanted in (True, False))
+    return first, second
+
+
+def stratified(ranking: list[int], count: int) -> Sample:
+    """A third of `count` images are the hardest of a pool; the others are spread evenly over the rest of its ranking.
+
+    Args:
+        ranking: indices of the pool's images, hardest first.
+        count: how many to take.
+    """
     if count >= len(ranking):
-        return as_they_come(0, len(ranking))
+        return Sample(tuple(ranking), (1.0,) * len(ranking))
     hardest = count // HARD
     rest, others = ranking[hardest:], count - hardest
     spread = [rest[(2 * j + 1) * len(rest) // (2 * others)] for j in range(others)]

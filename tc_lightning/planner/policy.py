@@ -9,10 +9,11 @@ from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.plan import ModelSignature
 from tc_lightning.planner.bench import Trial
+from tc_lightning.planner.finalists import CACHE_USES, CacheUse
 from tc_lightning.planner.price import Price, macs_price
-from tc_lightning.planner.recipe import Recipe
-from tc_lightning.planner.run import PlannerRun, Settings, Subject
+from tc_lightning.planner.run import Choice, PlannerRun, Settings, Subject
 from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
+from tc_lightning.targets import ODE_STEPS
 
 TARGETS = ("reference", "ode")
 
@@ -24,14 +25,17 @@ class PlannerPolicy(Policy):
         target_speedup: of the plan that is chosen, at least, against the full-compute run of the context.
         target: what images are to come near to: `reference`, the full-compute run, or `ode`, the converged solution.
         front: further speed-ups at which the best plan is looked for.
-        evaluations: plans tried for `target_speedup`.
-        front_evaluations: plans tried for each further speed-up.
+        evaluations: plans with P-steps tried for `target_speedup`, after those without, of which there are a few for every budget.
+        front_evaluations: the same for each further speed-up.
+        cache: `auto` takes the better of plans with and without a cache, `keep` the best that caches, `none` the best that does not and
+            looks at no others: fewer steps, with a fitted sampler.
         fit_images: images that samplers are fitted on.
-        judge_images: images that plans are compared on.
+        judge_images: images that plans are compared on while searching; the best are then refined on these and those of the fit.
+        choice_images: images on which the refined plans are compared, and nothing was fitted.
         final_images: images that the figures of the plans found are measured on, and nothing else is.
-        pool_images: images of which the hardest are among those that are fitted and judged on; as few as these, or 0, takes images as
-            they come.
-        refinements: steps of Gauss-Newton on the sampler of the best plan of each budget.
+        pool_images: images of which the hardest are among those that are planned on; as few as are needed, or 0, takes images as they
+            come.
+        refinements: steps of Gauss-Newton on the samplers of the best plans of each budget.
         ode_steps: steps of the run that counts as converged.
         progress: show progress bars.
 
@@ -46,21 +50,25 @@ class PlannerPolicy(Policy):
         target_speedup: float = 2.5,
         target: str = "reference",
         front: tuple[float, ...] = (2.0, 3.0, 4.0),
-        evaluations: int = 40,
-        front_evaluations: int = 12,
-        fit_images: int = 12,
-        judge_images: int = 20,
+        evaluations: int = 28,
+        front_evaluations: int = 6,
+        cache: CacheUse = "auto",
+        fit_images: int = 10,
+        judge_images: int = 14,
+        choice_images: int = 32,
         final_images: int = 32,
         pool_images: int = 160,
-        refinements: int = 3,
-        ode_steps: int = 200,
+        refinements: int = 2,
+        ode_steps: int = ODE_STEPS,
         progress: bool = True,
     ) -> None:
         if not all(speedup > 1.0 for speedup in (target_speedup, *front)):
             raise PlanError(f"speed-ups must be above 1; found {(target_speedup, *front)}.")
         if target not in TARGETS:
             raise PlanError(f"unknown target {target!r}: choose one of {', '.join(TARGETS)}.")
-        if min(evaluations, front_evaluations, fit_images, judge_images, final_images, ode_steps - 1) < 1:
+        if cache not in CACHE_USES:
+            raise PlanError(f"unknown cache {cache!r}: choose one of {', '.join(CACHE_USES)}.")
+        if min(evaluations, front_evaluations, fit_images, judge_images, choice_images, final_images, ode_steps - 1) < 1:
             raise PlanError("evaluations and images must be at least 1, ode_steps at least 2.")
         if min(pool_images, refinements) < 0:
             raise PlanError("pool_images and refinements must be 0 or more.")
@@ -70,8 +78,10 @@ class PlannerPolicy(Policy):
             front=tuple(map(float, front)),
             evaluations=evaluations,
             front_evaluations=front_evaluations,
+            cache=cache,
             fit_images=fit_images,
             judge_images=judge_images,
+            choice_images=choice_images,
             final_images=final_images,
             pool_images=pool_images,
             refinements=refinements,
@@ -102,26 +112,29 @@ class PlannerPolicy(Policy):
         if context.model is None:
             raise PlanError("the planner runs plans and needs the model: plan with `lightning fit` or `python -m tc_lightning plan`.")
         c = context
-        self.check(c.signature, c.baseline)
-        return self.search(Subject(context.model, c.signature, c.guidance, c.scores, c.sampler, c.baseline, c.ranks, c.folder))
+        self.check(c.signature, c.reference)
+        return self.search(Subject(context.model, c.signature, c.guidance, c.scores, c.sampler, c.reference, c.ranks, c.folder))
 
     def search(self, subject: Subject) -> PlanChoice:
         """As `plan`, for what can be planned without being asked through a context."""
         run = PlannerRun(dataclasses.replace(self.settings, price=self.price), subject)
         searches = run.searches()
-        finished = run.finish(searches)
-        points = run.points(finished)
-        trials = {speedup: sorted(search.trials.values(), key=_error) for speedup, search in searches.items()}
-        rows = [_row(speedup, trial, finished[speedup].recipe) for speedup, ones in trials.items() for trial in ones]
-        return PlanChoice(points[0].plan, rows, points)
+        choices = run.finish(searches)
+        known = {recipe: trial for search in searches.values() for recipe, trial in search.trials.items()}
+        rows = []
+        for speedup, choice in choices.items():  # finalists of a smaller budget are compared in a larger one too
+            compared = {one.recipe: known[one.recipe] for one in choice.finalists}
+            rows += [_row(speedup, trial, choice) for trial in sorted((searches[speedup].trials | compared).values(), key=_error)]
+        return PlanChoice(choices[self.settings.target_speedup].plan, rows, run.points(choices))
 
 
 def _error(trial: Trial) -> float:
     return trial.error
 
 
-def _row(speedup: float, trial: Trial, chosen: Recipe) -> dict[str, Any]:
+def _row(speedup: float, trial: Trial, choice: Choice) -> dict[str, Any]:
     recipe = trial.recipe
+    refined = next((one.error for one in choice.finalists if one.recipe == recipe), None)
     pruned = {f"pruned_{name}": value for name, value in dataclasses.asdict(recipe.pruned).items()}
     return {
         "speedup": speedup,
@@ -133,5 +146,6 @@ def _row(speedup: float, trial: Trial, chosen: Recipe) -> dict[str, Any]:
         **pruned,
         "cost": trial.cost,
         "error": trial.error,
-        "chosen": trial.recipe == chosen,
+        "refined_error": refined,
+        "chosen": recipe == choice.chosen.recipe,
     }

@@ -44,7 +44,7 @@ class ClockPrice:
 
     def reference_ms(self, plan: CachePlan) -> float:
         """Milliseconds an image of the full-compute run that the plan replaces."""
-        return len(plan.baseline) * self.milliseconds(plan)[1]
+        return len(plan.reference) * self.milliseconds(plan)[1]
 
 
 @dataclasses.dataclass(frozen=True)

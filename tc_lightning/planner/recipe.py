@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from tc_lightning.plan import CachePlan, ModelSignature
 from tc_lightning.policies.pruned_steps import PrunedStep
 from tc_lightning.scores import Scores
 from tc_lightning.segments import MAX_ORDER, compute
+
+# full compute with fewer steps; the same with halves of guidance forecast; with steps that skip or prune
+Kind = Literal["full", "halves", "cache"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +45,20 @@ class Recipe:
     alone: tuple[int, ...] = ()
 
     @property
+    def kind(self) -> Kind:
+        """What the recipe takes from a cache: nothing, guidance's difference alone, or more."""
+        if len(self.full) < self.num_steps:
+            return "cache"
+        return "halves" if self.alone else "full"
+
+    @property
     def digest(self) -> str:
         """Names the recipe: sha256 of its choices, shortened."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dataclasses.asdict(self)
+        """Plain JSON values: lists, as they come back from a file."""
+        return dataclasses.asdict(self) | {"full": list(self.full), "alone": list(self.alone)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +96,7 @@ class Kitchen:
         modes = tuple(GuidanceMode("forecast", MAX_ORDER) if i in recipe.alone else BOTH for i in range(recipe.num_steps))
         provenance = {"policy": "planner", "arguments": recipe.to_json(), "scores": self.scores.digest}
         return CachePlan(
-            self.signature, sampler, self.guidance, steps, provenance, self.reference, guidance_modes=modes if recipe.alone else ()
+            self.signature, sampler, self.guidance, steps, self.reference, provenance, guidance_modes=modes if recipe.alone else ()
         )
 
     def _scores_at(self, sampler: SamplerTable) -> Scores:

@@ -1,16 +1,27 @@
-"""The memory of a search: a line for every trial, so that an interrupted search goes on where it stopped."""
+"""The memory of a search: a line for every trial and every refined sampler, so that an interrupted search goes on where it stopped."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from tc_lightning.errors import RunError
 
 
+@functools.cache
+def code_digest() -> str:
+    """Names this version of the package: sha256 of all of its modules. Errors that other code measured are not this code's."""
+    root = Path(__file__).parents[1]
+    parts = (f"{path.relative_to(root)}\n".encode() + path.read_bytes() for path in sorted(root.rglob("*.py")))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
 class TrialRecord:
-    """Errors of recipes by their digest, kept in a file of JSON lines.
+    """Errors of recipes, and refined coefficients, by the recipe's digest, kept in a file of JSON lines.
 
     Args:
         path: the file; it is made, or added to. None remembers for as long as the object lives.
@@ -23,10 +34,11 @@ class TrialRecord:
     def __init__(self, path: Path | None, search: str) -> None:
         self._path, self._search = path, search
         self._errors: dict[str, float] = {}
+        self._refined: dict[str, list[list[float]]] = {}
         self._cut = False  # whether the file ends within a line
         if path is not None and path.exists():
             try:
-                text = path.read_text(errors="replace")
+                text = path.read_text(errors="replace", encoding="utf-8")
             except OSError as error:
                 raise RunError(f"cannot read {path} ({error.strerror}): delete it, and the search starts afresh.") from error
             self._cut = not text.endswith("\n") and bool(text)
@@ -50,17 +62,38 @@ class TrialRecord:
     def add(self, recipe: str, error: float, write: bool) -> None:
         """Remember an error, in the file too if `write` (one process of several does)."""
         self.know(recipe, error)
-        if write and self._path is not None:
-            line = json.dumps({"search": self._search, "recipe": recipe, "error": error if math.isfinite(error) else None})
-            with self._path.open("a") as file:
-                file.write("\n" * self._cut + line + "\n")
-            self._cut = False
+        if write:
+            self._write({"search": self._search, "recipe": recipe, "error": error if math.isfinite(error) else None})
+
+    def refined(self, recipe: str, shape: tuple[int, int]) -> list[list[float]] | None:
+        """The rows of a sampler table that refining has found, (steps, columns) of them; None if they are not known."""
+        rows = self._refined.get(recipe, [])
+        whole = len(rows) == shape[0] and all(len(row) == shape[1] and all(map(math.isfinite, row)) for row in rows)
+        return rows if whole else None
+
+    def add_refined(self, recipe: str, rows: list[list[float]], write: bool) -> None:
+        """Remember the rows of a refined sampler table, in the file too if `write`."""
+        self._refined[recipe] = rows
+        if write:
+            self._write({"search": self._search, "recipe": recipe, "refined": rows})
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._path is None:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("\n" * self._cut + json.dumps(row) + "\n")
+        self._cut = False
 
     def _take(self, line: str) -> None:
         try:
             row = json.loads(line)
+            if row["search"] != self._search:
+                return
+            if "refined" in row:
+                self._refined[row["recipe"]] = [[float(value) for value in values] for values in row["refined"]]
+                return
             error = math.inf if row["error"] is None else float(row["error"])
-            if row["search"] == self._search and not math.isnan(error):
+            if not math.isnan(error):
                 self._errors[row["recipe"]] = error
         except (ValueError, KeyError, TypeError):  # the last line of a run that was killed while writing it
             return

@@ -9,8 +9,9 @@ theta of all steps are then moved together. With e_b(theta) the difference of im
 where w_b are the weights of a robust mean (`tc_lightning.planner.robust`). g takes one backward pass. H is estimated with random signs
 v, since E (J^T v)(J^T v)^T = J^T J: one more pass for each, which gives J_b^T v_b of every image at once, because each has coefficients
 of its own in the graph. H changes little, so it is estimated once and kept. The best of a few lambda is taken in the first step, and
-kept; a step that does not help is the last. (Solvers with learned coefficients:
-Shaul et al., arXiv 2403.01329, by gradient descent. Estimates by random probes: Hutchinson, 1989.)
+kept; a step that does not help is the last. Where there is no memory for the graph of an image's whole run, it is made step by step
+(`tc_lightning.planner.gradients`). (Solvers with learned coefficients: Shaul et al., arXiv 2403.01329, by gradient descent. Estimates
+by random probes: Hutchinson, 1989.)
 
 Shape suffixes: B images, C H W latent, T steps, F coefficients of a step, P = T F.
 """
@@ -20,29 +21,48 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tc_lightning.content_predictor import Selector
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
 from tc_lightning.planner.fit import COEFFICIENTS
+from tc_lightning.planner.gradients import coefficients, stepwise, whole
+from tc_lightning.planner.graph_size import graph_size
+from tc_lightning.planner.memory import free_bytes, images_at_a_time, spare_bytes
 from tc_lightning.planner.robust import robust_mean_of_all, robust_weights
 from tc_lightning.planner.target import TargetRun
 from tc_lightning.ranks import ALONE, Ranks
-from tc_lightning.sampling import sample, steps_with_gradients
+from tc_lightning.sampling import Rollout, sample
 
 PROBES = 6
 DAMPING = (1e-1, 1e-2, 1e-3)
-CPU_BYTES = 4 << 30  # what the graph of one backward pass may take on a CPU
 _SEED = 0x50726F62
 
 OnPass = Callable[[], object]
 
 
+class Passes(NamedTuple):
+    """How gradients are computed: for so many images at a time, by the graph of the whole run or of one step after the other, with so
+    many vectors pulled back together."""
+
+    images: int
+    stepwise: bool = False
+    vectors: int = 1 + PROBES
+
+
 def refine_sampler(
-    model: DiT, plan: CachePlan, target: TargetRun, iterations: int, ranks: Ranks | None = None, on_pass: OnPass = lambda: None
+    model: DiT,
+    plan: CachePlan,
+    target: TargetRun,
+    iterations: int,
+    ranks: Ranks | None = None,
+    on_pass: OnPass = lambda: None,
+    selector: Selector | None = None,
 ) -> CachePlan:
     """Move the sampler's coefficients towards less error of final latents.
 
@@ -53,29 +73,30 @@ def refine_sampler(
         iterations: steps of Gauss-Newton at most; fewer are taken if one does not help. The first is the dear one.
         ranks: the processes that refine together, each with images of its own.
         on_pass: called after every iteration.
+        selector: the content predictor that the plan names.
 
     Returns:
         The plan with the coefficients found; the plan itself, with a warning, if there is no memory for its gradients.
 
     Raises:
-        PlanError: if the plan scales its eps or its sampler adds noise.
+        PlanError: if the plan scales its eps or its sampler adds noise; or if it is for another model or content predictor.
         TokenCacheError: in all processes, if the plan's own latents become NaN.
     """
     if plan.eps_scale or plan.sampler.stochastic:
         raise PlanError("a sampler that scales eps or adds noise cannot be refined: start from ddim or dpmpp_2m.")
     if not iterations:
         return plan
-    refiner = _Refiner(model, target, ranks or ALONE)
+    refiner = _Refiner(model, target, ranks or ALONE, selector)
     errors_B = refiner.errors(plan)
     if refiner.value(errors_B) == torch.inf:
         raise TokenCacheError(f"the plan {plan.summary} makes latents NaN or infinite: it cannot be refined.")
-    batch = refiner.images_at_a_time(plan)
-    if not batch:
+    passes = refiner.passes(plan)
+    if passes is None:
         return plan
     damping: tuple[float, ...] = DAMPING
     gram_PP: Tensor | None = None
     for _ in range(iterations):
-        found_PP, slope_P = refiner.normal_equations(plan, errors_B, batch, PROBES if gram_PP is None else 0)
+        found_PP, slope_P = refiner.normal_equations(plan, errors_B, passes, PROBES if gram_PP is None else 0)
         gram_PP = found_PP if gram_PP is None else gram_PP
         if not (gram_PP.isfinite().all() and slope_P.isfinite().all()):  # a path so unstable that its gradients overflow
             break
@@ -91,43 +112,44 @@ def refine_sampler(
 class _Refiner:
     """One target and the processes that share its images."""
 
-    def __init__(self, model: DiT, target: TargetRun, ranks: Ranks) -> None:
-        self._model, self._target, self._ranks = model, target, ranks
+    def __init__(self, model: DiT, target: TargetRun, ranks: Ranks, selector: Selector | None = None) -> None:
+        self._model, self._target, self._ranks, self._selector = model, target, ranks, selector
 
-    def images_at_a_time(self, plan: CachePlan) -> int:
-        """Images whose graph there is memory for; 0 in all processes, with a warning in the first, if it is 0 in one."""
-        need, free = self._graph_bytes(plan), free_bytes(self._target.x_0.device)
-        short = torch.tensor(float(need > free), dtype=torch.float64, device=self._target.x_0.device)
+    def passes(self, plan: CachePlan) -> Passes | None:
+        """What there is memory for; None in all processes, with a warning in the first, if in one it is not enough for one image."""
+        one, device = self._target.part(slice(0, 1)), self._target.x_0.device
+        need = graph_size(self._rollout(plan, one), one.x_T)
+        least, free, spare = need.stepwise(1), free_bytes(device), spare_bytes(device, self._ranks.world)
+        vectors = next((v for v in range(1 + PROBES, 0, -1) if need.stepwise(v) <= spare), 0)
+        short = torch.tensor(float(not vectors), dtype=torch.float64, device=device)
         if self._ranks.total(short).item() == 0:
-            return min(int(free // need), len(self._target.x_0))
+            by_step = need.whole > free
+            images = int(free // (need.stepwise(vectors) if by_step else need.whole))
+            return Passes(max(1, min(images, len(self._target.x_0))), by_step, vectors if by_step else 1 + PROBES)
         if self._ranks.first:
             warnings.warn(
-                f"the sampler stays as it was fitted: the gradients of one image's run take {need / 1e9:.3g} GB, and "
-                f"{free / 1e9:.3g} GB are free for them here. Plan on a device with more memory, or with refinements 0.",
+                f"the sampler stays as it was fitted: the gradients of one image's run take {least / 1e9:.3g} GB step by step, "
+                f"and {spare / 1e9:.3g} GB are free for them here. Plan on a device with more memory, or with refinements 0.",
                 stacklevel=3,
             )
-        return 0
-
-    def _graph_bytes(self, plan: CachePlan) -> float:
-        """What the graph of one image's run holds; nothing of it is kept while it is counted."""
-        size, one = 0, self._target.part(slice(0, 1))
-        weights = {p.data_ptr() for p in self._model.parameters()}  # saved too, but not anew
-
-        def count(tensor: Tensor) -> None:
-            nonlocal size
-            size += 0 if tensor.data_ptr() in weights else tensor.numel() * tensor.element_size()
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda _: torch.empty(0)):
-            _final(self._model, plan, one, _own(plan, one))
-        return float(max(size, 1))
+        return None
 
     def errors(self, plan: CachePlan) -> Tensor:
-        """Mean squared error of final latents of this process's images, [B]; infinite if the latents became NaN."""
-        t = self._target
+        """Mean squared error of final latents of this process's images, [B]; infinite for one that became NaN and those run with it."""
+        count, at_a_time = len(self._target.x_0), images_at_a_time(plan, self._target.x_0.device)
+        return torch.cat([self._errors(plan, self._target.part(slice(i, i + at_a_time))) for i in range(0, count, at_a_time)])
+
+    def _errors(self, plan: CachePlan, target: TargetRun) -> Tensor:
         try:
-            return (sample(self._model, plan, t.x_T, t.labels_B) - t.x_0).square().flatten(1).mean(1)
+            end = sample(self._model, plan, target.x_T, target.labels_B, selector=self._selector)
+        except PlanError:
+            raise
         except TokenCacheError:
-            return torch.full((len(t.x_0),), torch.inf, device=t.x_0.device)
+            return torch.full((len(target.x_0),), torch.inf, device=target.x_0.device)
+        return (end - target.x_0).square().flatten(1).mean(1)
+
+    def _rollout(self, plan: CachePlan, target: TargetRun) -> Rollout:
+        return Rollout(self._model, plan, target.labels_B, self._selector)
 
     def value(self, errors_B: Tensor) -> float:
         """Robust mean over the images of all processes."""
@@ -139,7 +161,7 @@ class _Refiner:
         best = min(tried, key=lambda one: self.value(one[2]))
         return best if self.value(best[2]) < self.value(errors_B) else None
 
-    def normal_equations(self, plan: CachePlan, errors_B: Tensor, batch: int, probes: int) -> tuple[Tensor, Tensor]:
+    def normal_equations(self, plan: CachePlan, errors_B: Tensor, passes: Passes, probes: int) -> tuple[Tensor, Tensor]:
         """H [P, P] from so many probes (0 without any), and g [P], over the images of all processes."""
         both = torch.stack([errors_B.double(), self._target.counts_B.double()], 1)
         all_B, first = self._ranks.gathered(both), self._ranks.before(len(both), both.device)
@@ -147,27 +169,26 @@ class _Refiner:
         size = coefficients(plan).numel()
         gram_PP = torch.zeros(size, size, dtype=torch.float64, device=both.device)
         slope_P = torch.zeros(size, dtype=torch.float64, device=both.device)
-        for start in range(0, len(both), batch):
-            part = slice(start, start + batch)
-            of_error_BP, *of_signs = self._products(plan, self._target.part(part), first + start, probes)
+        for start in range(0, len(both), passes.images):
+            part = slice(start, start + passes.images)
+            of_error_BP, *of_signs = self._products(plan, self._target.part(part), first + start, probes, passes)
             slope_P += weights_B[part] @ of_error_BP
             for rows_BP in of_signs:
                 gram_PP += (rows_BP * weights_B[part, None]).T @ rows_BP / probes
         return self._ranks.total(gram_PP).cpu(), self._ranks.total(slope_P).cpu()
 
-    def _products(self, plan: CachePlan, target: TargetRun, first: int, probes: int) -> list[Tensor]:
+    def _products(self, plan: CachePlan, target: TargetRun, first: int, probes: int, passes: Passes) -> list[Tensor]:
         """J_b^T v_b of each image, [B, P]: for v the error, then for each of the random signs, which `first` keys."""
-        own_BTF = _own(plan, target)
-        end = _final(self._model, plan, target, own_BTF)
+        gradients, run = stepwise if passes.stepwise else whole, self._rollout(plan, target)
+        end, pull = gradients(run, target.x_T)
         signs = torch.stack([_signs(first + b, probes, target.x_0.shape[1:]) for b in range(len(target.x_0))], 1).to(end)
-        vectors = [(end - target.x_0).detach(), *signs]
-        gradients = [torch.autograd.grad(end, own_BTF, v, retain_graph=j < probes)[0] for j, v in enumerate(vectors)]
-        return [gradient.flatten(1).double() for gradient in gradients]
-
-
-def coefficients(plan: CachePlan) -> Tensor:
-    """What each step multiplies x, its m and the last ones with, [T, F]."""
-    return torch.tensor([[getattr(row, name) for name in COEFFICIENTS] for row in plan.sampler.steps])
+        vectors = [end - target.x_0, *signs]
+        found: list[Tensor] = []
+        while True:
+            found += pull(vectors[len(found) : len(found) + passes.vectors])
+            if len(found) == len(vectors):
+                return [products_BP.double() for products_BP in found]
+            _, pull = gradients(run, target.x_T)
 
 
 def moved(plan: CachePlan, delta_P: Tensor) -> CachePlan:
@@ -187,35 +208,6 @@ def solve(gram_PP: Tensor, slope_P: Tensor, damping: float) -> Tensor:
     delta_P = torch.zeros_like(slope_P)
     delta_P[used_P] = torch.linalg.solve(scaled + damping * torch.eye(len(scale)).to(scaled), -slope_P[used_P] / scale) / scale
     return delta_P
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory that a graph may take: on a GPU half of what is free, and of what torch holds without need."""
-    if device.type != "cuda":
-        return CPU_BYTES
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (torch.cuda.mem_get_info(device)[0] + unused) / 2
-
-
-def _own(plan: CachePlan, target: TargetRun) -> Tensor:
-    """Coefficients of each image's own, [B, T, F]: the gradient of one is then that image's alone."""
-    return coefficients(plan).to(target.x_0.device).repeat(len(target.x_0), 1, 1)
-
-
-def _final(model: DiT, plan: CachePlan, target: TargetRun, own_BTF: Tensor) -> Tensor:
-    """Final latents [B, C, H, W], with the graph that leads to them from the coefficients, which become a leaf of it."""
-    own_BTF.requires_grad_()
-
-    def solver(step: int, x: Tensor, eps: Tensor, past: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        row = plan.sampler.steps[step]
-        m = x * row.m_x + eps * row.m_eps
-        terms = [f * own_BTF[:, step, j, None, None, None] for j, f in enumerate((x, m, *past))]
-        return torch.stack(terms).sum(0), m
-
-    with torch.enable_grad():
-        for state in steps_with_gradients(model, plan, target.x_T, target.labels_B, solver=solver):
-            end = state.x_next
-    return end
 
 
 def _signs(image: int, probes: int, shape: torch.Size) -> Tensor:

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.evaluation import RolloutEvaluator, psnr_db
+from tc_lightning.evaluation import RolloutEvaluator
 from tc_lightning.guidance import Guidance
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan, ModelSignature
 from tc_lightning.planner.bench import Bench, Trial
-from tc_lightning.planner.front import TRIALS, FrontPoint
-from tc_lightning.planner.pilot import HARD, Sample, as_they_come, difficulty, images, stratified
+from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose, finalist_recipes
+from tc_lightning.planner.front import TRIALS, FrontPoint, Role
+from tc_lightning.planner.pilot import HARD, Sample, as_they_come, dealt, difficulty, images, stratified
 from tc_lightning.planner.price import Price, macs_price
 from tc_lightning.planner.recipe import Kitchen, Recipe
-from tc_lightning.planner.refine import refine_sampler
-from tc_lightning.planner.robust import robust_mean_of_all
-from tc_lightning.planner.search import Search, grid, native, variations
+from tc_lightning.planner.search import Search
+from tc_lightning.planner.shapes import grid, native
 from tc_lightning.planner.target import TargetRun, run_target
+from tc_lightning.psnr import psnr_db
 from tc_lightning.ranks import ALONE, Ranks
 from tc_lightning.scores import Scores
-from tc_lightning.targets import ODE_SAMPLER, ODE_SPACING
+from tc_lightning.targets import converged_ode
 
 BATCH = 16
 SEEDS = 5  # shapes of one budget that the next one starts from
@@ -43,8 +44,10 @@ class Settings:
     front: tuple[float, ...]
     evaluations: int
     front_evaluations: int
+    cache: CacheUse
     fit_images: int
     judge_images: int
+    choice_images: int
     final_images: int
     pool_images: int
     refinements: int
@@ -54,7 +57,7 @@ class Settings:
 
     @property
     def speedups(self) -> tuple[float, ...]:
-        """All that plans are looked for at, once each, that of the chosen plan first."""
+        """All that plans are looked for at, once each, that of the run's own plan first."""
         return tuple(dict.fromkeys((self.target_speedup, *self.front)))
 
 
@@ -83,16 +86,25 @@ class Subject:
     folder: Path | None = None
 
 
-class Finished(NamedTuple):
-    """A recipe's plan, fitted and refined, and its robust error on the images that were looked at."""
+class Choice(NamedTuple):
+    """What a budget ends with: the plan; full compute with fewer steps, refined alike, that it has to beat; all that were compared."""
 
-    recipe: Recipe
-    plan: CachePlan
-    error: float
+    chosen: Finalist
+    fewer_steps: Finalist | None
+    finalists: list[Finalist]
+
+    @property
+    def plan(self) -> CachePlan:
+        """The plan, which names what it has to beat if it is not that itself."""
+        plan, fewer = self.chosen.plan, self.fewer_steps
+        return plan if fewer is None or not plan.caches else dataclasses.replace(plan, fewer_steps=fewer.plan.sampler)
 
 
 class PlannerRun:
-    """Searches and points of one run.
+    """Searches, finalists and points of one run.
+
+    Four groups of images: samplers are fitted on the first, recipes compared on the second, and finalists refined on both; finalists
+    are compared on the third, and the figures of the plans that win are measured on the fourth.
 
     Args:
         settings: what to do.
@@ -104,18 +116,19 @@ class PlannerRun:
 
     def __init__(self, settings: Settings, subject: Subject) -> None:
         self.settings, self.subject, self.model, self.ranks = settings, subject, subject.model, subject.ranks
-        groups = (settings.fit_images, settings.judge_images, settings.final_images)
-        if min(groups) < self.ranks.world:
+        least = min(settings.fit_images, settings.judge_images, settings.choice_images, settings.final_images)
+        if least < self.ranks.world:
             raise PlanError(
-                f"{self.ranks.world} processes cannot share {min(groups)} images: set fit_images, judge_images and final_images to "
-                "one for each at least, or use fewer devices."
+                f"{self.ranks.world} processes cannot share {least} images: set fit_images, judge_images, choice_images and "
+                "final_images to one for each at least, or use fewer devices."
             )
         self._shown = settings.progress and self.ranks.first
-        fit, judge = self._pick().split(settings.fit_images)
+        seen, choice = self._pick()
+        fit, judge = seen.split(settings.fit_images)
         final = as_they_come(self._pool_size, settings.final_images)
-        parts = [part.part(self.ranks.share(len(part.indices))) for part in (fit, judge, final)]
+        parts = [part.part(self.ranks.share(len(part.indices))) for part in (fit, judge, choice, final)]
+        self.fitted, self.judged, self.compared = itertools.accumulate(len(part.indices) for part in parts[:3])
         self.target = self._run_target(parts)
-        self.fitted, self.judged = len(parts[0].indices), len(parts[0].indices) + len(parts[1].indices)
         kitchen = Kitchen(subject.signature, subject.guidance, subject.scores, subject.scored, subject.reference)
         record = None if subject.folder is None else subject.folder / TRIALS
         self.bench = Bench(self.model, kitchen, settings.price, self._seen, self.fitted, self.ranks, record)
@@ -127,52 +140,52 @@ class PlannerRun:
             PlanError: if a budget has no plan.
         """
         settings, steps = self.settings, len(self.subject.reference)
-        others = settings.speedups[1:]
-        total = settings.evaluations + len(others) * settings.front_evaluations
-        with tqdm(total=total, desc="planning", unit="plan", disable=not self._shown) as bar:
+        with tqdm(desc="planning", unit="plan", disable=not self._shown) as bar:
 
             def progress(trial: Trial, best: Trial) -> None:
                 bar.update()
                 bar.set_postfix_str(f"{psnr_db(best.error):.1f} dB at {steps / best.cost:.2f}x")
 
-            first = Search(self.bench, steps / settings.target_speedup, progress)
-            self._search_widely(first)
-            seeds = [*(shape for shape, _ in first.ranking()[:SEEDS]), *native(self._reference_run)]
-            found = {settings.target_speedup: first}
-            for speedup in others:
+            found: dict[float, Search] = {}
+            for speedup in settings.speedups:
                 found[speedup] = Search(self.bench, steps / speedup, progress)
-                found[speedup].try_shapes(seeds[: settings.front_evaluations])
-                found[speedup].climb(settings.front_evaluations - len(found[speedup].trials))
-        for search, other in itertools.permutations(found.values(), 2):
-            search.adopt(other)
+                self._search(found[speedup], found[settings.target_speedup])
         for speedup, search in found.items():
             if not search.trials or search.best.error == float("inf"):
                 raise PlanError(f"no plan was found for a speed-up of {speedup:g}: lower it.")
         return found
 
-    def finish(self, searches: dict[float, Search]) -> dict[float, Finished]:
-        """The plan of every budget: each search's best, fitted and refined on all images that were looked at.
+    def finish(self, searches: dict[float, Search]) -> dict[float, Choice]:
+        """What every budget ends with, of all finalists that it can pay for.
 
-        Of these a budget takes the best that it can pay for, which may be what another one found.
+        Raises:
+            PlanError: if a budget has no plan with, or without, a cache, and one was asked for.
         """
-        recipes = dict.fromkeys(search.best.recipe for search in searches.values())
+        use = self.settings.cache
+        recipes = list(dict.fromkeys(recipe for search in searches.values() for recipe in finalist_recipes(search, use)))
         total = len(recipes) * self.settings.refinements
-        finished: dict[Recipe, Finished] = {}
+        finalists: list[Finalist] = []
         with tqdm(total=total, desc="refining", unit="pass", disable=not (self._shown and total)) as bar:
             for j, recipe in enumerate(recipes, 1):
-                finished[recipe] = self._finished(recipe, bar)
+                finalists.append(self._finalist(recipe, bar))
                 bar.update(j * self.settings.refinements - bar.n)  # fewer passes were made if one did not help
-        paid = {speedup: [one for recipe, one in finished.items() if recipe in search.trials] for speedup, search in searches.items()}
-        return {speedup: min(ones, key=lambda one: one.error) for speedup, ones in paid.items()}
+        costs = {one.recipe: self.bench.cost(one.recipe) for one in finalists}
+        paid = {speedup: [one for one in finalists if costs[one.recipe] <= s.budget] for speedup, s in searches.items()}
+        return {speedup: Choice(choose(ones, use), best_without_cache(ones), ones) for speedup, ones in paid.items()}
 
-    def points(self, finished: dict[float, Finished]) -> tuple[FrontPoint, ...]:
-        """Plans, measured on images that nothing has looked at, that of the target first; budgets of the same plan have one point.
+    def points(self, choices: dict[float, Choice]) -> tuple[FrontPoint, ...]:
+        """The plans of all budgets, then what they have to beat, once each, measured on images that nothing has looked at.
 
         Raises:
             PlanError: if one of these images becomes NaN.
         """
-        distinct = {one.recipe: (speedup, one.plan) for speedup, one in reversed(finished.items())}  # of equal ones the first
-        return tuple(self._point(*pair, chosen=j == 0) for j, pair in enumerate(reversed(distinct.values())))
+        planned = [(choice.plan, speedup) for speedup, choice in choices.items()]
+        fewer = [(c.fewer_steps.plan, speedup) for speedup, c in choices.items() if c.plan.caches and c.fewer_steps is not None]
+        own = choices[self.settings.target_speedup].plan
+        return (
+            *(self._point(plan, budgets, "planned", chosen=plan == own) for plan, budgets in _merged(planned)),
+            *(self._point(plan, budgets, "fewer steps", chosen=False) for plan, budgets in _merged(fewer)),
+        )
 
     @property
     def _seen(self) -> TargetRun:
@@ -180,42 +193,69 @@ class PlannerRun:
 
     @property
     def _pool_size(self) -> int:
-        return max(self.settings.pool_images, self.settings.fit_images + self.settings.judge_images)
+        s = self.settings
+        return max(s.pool_images, s.fit_images + s.judge_images + s.choice_images)
 
     @property
     def _reference_run(self) -> tuple[str, str, int]:
         reference = self.subject.reference
         return reference.name, reference.spacing, len(reference)
 
-    def _pick(self) -> Sample:
-        """The images that plans are fitted and judged on; all processes pick the same."""
-        count = self.settings.fit_images + self.settings.judge_images
-        if self._pool_size == count or count < HARD:
-            return as_they_come(0, count)
+    def _pick(self) -> tuple[Sample, Sample]:
+        """The images that plans are fitted and judged on, and those that finalists are compared on; all processes pick the same."""
+        seen, choice = self.settings.fit_images + self.settings.judge_images, self.settings.choice_images
+        if self._pool_size == seen + choice or min(seen, choice) < HARD:
+            return as_they_come(0, seen), as_they_come(seen, choice)
         own = range(self._pool_size)[self.ranks.share(self._pool_size)]
         what = "hard images" if self._shown else None
         noise, steps = images(self.model, list(own)), len(self.subject.reference)
-        return stratified(self.ranks.gathered(difficulty(self.model, self.subject.guidance, steps, *noise, BATCH, what)), count)
+        difficulty_P = self.ranks.gathered(difficulty(self.model, self.subject.guidance, steps, *noise, BATCH, what))
+        first, second = dealt(difficulty_P, seen / (seen + choice))
+        return stratified(first, seen), stratified(second, choice)
 
-    def _search_widely(self, search: Search) -> None:
-        count = self.settings.evaluations
-        search.try_shapes(list(grid(self._reference_run))[:count])
-        for shape, _ in search.ranking()[:2]:
-            room = max(0, (2 * count) // 3 - len(search.trials))
-            search.try_shapes(list(variations(shape, self.subject.guidance.doubles_batch))[:room])
-        search.climb(count - len(search.trials))
+    def _search(self, search: Search, first: Search) -> None:
+        """Search one budget; all but the first one start from what that one found."""
+        settings, guided = self.settings, self.subject.guidance.doubles_batch
+        search.try_without_skips(guided and settings.cache != "none")
+        if settings.cache == "none":
+            return
+        before = len(search.trials)
+        if search is first:
+            search.try_shapes(list(grid(self._reference_run))[: settings.evaluations])
+            search.try_around(settings.evaluations - (len(search.trials) - before), guided)
+        else:
+            seeds = [*(shape for shape, _ in first.ranking("cache")[:SEEDS]), *native(self._reference_run)]
+            search.try_shapes(seeds[: settings.front_evaluations])
+            search.climb(settings.front_evaluations - (len(search.trials) - before))
 
-    def _finished(self, recipe: Recipe, bar: tqdm[None]) -> Finished:
-        wide = Bench(self.model, self.bench.kitchen, self.settings.price, self._seen, self.judged, self.ranks)
-        plan = refine_sampler(self.model, wide.fit(recipe).plan, self._seen, self.settings.refinements, self.ranks, bar.update)
-        return Finished(recipe, plan, robust_mean_of_all(self._errors(plan, self._seen), self._seen.counts_B, self.ranks))
+    def _finalist(self, recipe: Recipe, bar: tqdm[None]) -> Finalist:
+        plan = self._wide_bench.refined(recipe, self.settings.refinements, bar.update)
+        plan = dataclasses.replace(plan, provenance={**plan.provenance, "fit": self._fit_record})
+        group = self.target.part(slice(self.judged, self.compared))
+        errors_B, weights_B = self.ranks.gathered(torch.stack([self._errors(plan, group), group.counts_B.double()], 1)).unbind(1)
+        return Finalist(recipe, plan, errors_B.cpu(), weights_B.cpu())
 
-    def _point(self, speedup: float, plan: CachePlan, chosen: bool) -> FrontPoint:
-        mse_B = self.ranks.gathered(self._errors(plan, self.target.part(slice(self.judged, None))))
+    @functools.cached_property
+    def _wide_bench(self) -> Bench:
+        """Where finalists are fitted and refined: on all images that the search has looked at."""
+        bench = self.bench
+        return Bench(self.model, bench.kitchen, bench.price, self._seen, self.judged, self.ranks, bench.record)
+
+    @functools.cached_property
+    def _fit_record(self) -> dict[str, Any]:
+        """What the coefficients were fitted on: plain JSON values for the plan's provenance."""
+        labels_B = self.ranks.gathered(self._seen.labels_B[:, None].double()).int()
+        guidance = self.subject.guidance.scale
+        return {"target": self.settings.target, "guidance": guidance, "images": len(labels_B), "labels": labels_B.unique().tolist()}
+
+    def _point(self, plan: CachePlan, budgets: list[float], role: Role, chosen: bool) -> FrontPoint:
+        mse_B = self.ranks.gathered(self._errors(plan, self.target.part(slice(self.compared, None))))
         if not torch.isfinite(mse_B).all():
-            raise PlanError(f"the plan found for a speed-up of {speedup:g} makes images NaN that the search did not look at: lower it.")
+            raise PlanError(
+                f"the plan found for a speed-up of {budgets[0]:g} makes images NaN that the search did not look at: lower it."
+            )
         stderr = float(mse_B.std(correction=1)) / len(mse_B) ** 0.5 if len(mse_B) > 1 else 0.0
-        return FrontPoint(plan, self.settings.target, float(mse_B.mean()), stderr, chosen)
+        return FrontPoint(plan, self.settings.target, float(mse_B.mean()), stderr, chosen, role, tuple(budgets))
 
     def _errors(self, plan: CachePlan, target: TargetRun) -> torch.Tensor:
         found = RolloutEvaluator(self.model, target.x_T, target.labels_B, target.x_0).mse_per_image(plan)
@@ -223,9 +263,16 @@ class PlannerRun:
 
     def _run_target(self, parts: list[Sample]) -> TargetRun:
         settings, subject = self.settings, self.subject
-        ode = make_sampler(ODE_SAMPLER, settings.ode_steps, ODE_SPACING)
-        sampler = subject.reference if settings.target == "reference" else ode
+        sampler = subject.reference if settings.target == "reference" else converged_ode(settings.ode_steps)
         noise = images(self.model, [index for part in parts for index in part.indices])
         run = run_target(self.model, sampler, subject.guidance, *noise, BATCH, "target run" if self._shown else None)
         weights = torch.tensor([weight for part in parts for weight in part.weights], device=run.x_0.device)
         return dataclasses.replace(run, weights_B=weights)
+
+
+def _merged(plans: list[tuple[CachePlan, float]]) -> list[tuple[CachePlan, list[float]]]:
+    """Every plan once, with all budgets that end on it."""
+    by_digest: dict[str, tuple[CachePlan, list[float]]] = {}
+    for plan, speedup in plans:
+        by_digest.setdefault(plan.digest, (plan, []))[1].append(speedup)
+    return list(by_digest.values())

@@ -33,7 +33,7 @@ class PlanningContext:
         scores: learned importance of tokens and measured sensitivity of branches.
         evaluate: mean squared error of a plan's final latents against full compute, over the first n held-out images
             (None: all).
-        reference: sampler of the full-compute run that a plan is to replace, and whose MACs targets refer to; None: `sampler`.
+        reference: sampler of the full-compute run that a plan is to replace, and whose MACs targets refer to.
         calibrate: measures the teacher's full-compute trajectories, once and only if a policy asks; None where nothing can.
         model: the teacher, for policies that run more than `evaluate` does; None where there is none.
         ranks: the processes that plan together.
@@ -45,16 +45,11 @@ class PlanningContext:
     guidance: Guidance
     scores: Scores
     evaluate: Callable[[CachePlan, int | None], float]
-    reference: SamplerTable | None = None
+    reference: SamplerTable
     calibrate: Callable[[], Calibration] | None = None
     model: DiT | None = None
     ranks: Ranks = ALONE
     folder: Path | None = None
-
-    @property
-    def baseline(self) -> SamplerTable:
-        """Sampler of the full-compute run that a plan is to replace."""
-        return self.reference or self.sampler
 
     @functools.cached_property
     def calibration(self) -> Calibration:

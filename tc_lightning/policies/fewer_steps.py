@@ -19,7 +19,7 @@ def fewer_steps_plan(
     spacing: str,
     guidance: Guidance,
     macs_budget: float,
-    reference: SamplerTable | None = None,
+    reference: SamplerTable,
 ) -> CachePlan:
     """Full compute with the largest number of steps that costs at most the budget.
 
@@ -29,7 +29,7 @@ def fewer_steps_plan(
         spacing: for example `uniform`.
         guidance: guidance scale and channels.
         macs_budget: multiply-accumulates for one sample (one half of guidance), as `costs.plan_macs` counts them.
-        reference: sampler of the run that the plan replaces; None leaves it without one.
+        reference: sampler of the run that the plan replaces.
 
     Raises:
         PlanError: if the budget does not pay for a single step.
@@ -42,7 +42,7 @@ def fewer_steps_plan(
     sampler = make_sampler(sampler_name, num_steps, spacing)
     provenance = {"policy": "fewer_steps", "arguments": {"macs_budget": macs_budget}}
     steps = ((compute(0, signature.depth),),) * num_steps
-    return CachePlan(signature, sampler, guidance, steps, provenance, reference=reference)
+    return CachePlan(signature, sampler, guidance, steps, reference, provenance)
 
 
 class FewerStepsPolicy(TargetedPolicy):

@@ -58,7 +58,7 @@ def fora_plan(signature: ModelSignature, sampler: SamplerTable, guidance: Guidan
     """
     FORAPolicy(target_speedup).check(signature, sampler)
     offer = _affordable(signature, sampler, reference_macs(signature, sampler) / target_speedup)
-    return CachePlan(signature, sampler, guidance, offer.steps, {"policy": FORAPolicy.name, "arguments": offer.arguments})
+    return CachePlan(signature, sampler, guidance, offer.steps, sampler, {"policy": FORAPolicy.name, "arguments": offer.arguments})
 
 
 def _affordable(signature: ModelSignature, sampler: SamplerTable, budget: float) -> Offer:

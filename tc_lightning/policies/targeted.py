@@ -76,7 +76,7 @@ class TargetedPolicy(Policy):
 
     def most(self, context: PlanningContext) -> float:
         """See `Policy.most`."""
-        return reference_macs(context.signature, context.baseline) / self.least_macs(context.signature, context.sampler)
+        return reference_macs(context.signature, context.reference) / self.least_macs(context.signature, context.sampler)
 
     def unavailable(self, context: PlanningContext) -> str | None:
         """See `Policy.unavailable`."""
@@ -89,7 +89,7 @@ class TargetedPolicy(Policy):
     def plan(self, context: PlanningContext) -> PlanChoice:
         """The best offer; the table lists all of them, by error."""
         self._require(context)
-        budget = reference_macs(context.signature, context.baseline) / (self.target_speedup or 1.0)
+        budget = reference_macs(context.signature, context.reference) / (self.target_speedup or 1.0)
         offers = self.published(context) if self.target_speedup is None else self.within(context, budget)
         plans = [(offer, self._build(context, offer)) for offer in distinct(offers)]
         if self.target_speedup is not None:
@@ -99,7 +99,7 @@ class TargetedPolicy(Policy):
         return self._best(context, plans)
 
     def _require(self, context: PlanningContext) -> None:
-        self._check(context.signature, context.sampler, context.baseline)
+        self._check(context.signature, context.sampler, context.reference)
         if self.calibrated and context.calibrate is None:
             raise PlanError(f"{self.name} needs calibration data, and none can be measured here: plan with `lightning fit`.")
         if self.needs and context.scores.sampler != sampler_digest(context.sampler):
@@ -118,7 +118,7 @@ class TargetedPolicy(Policy):
     def _build(self, context: PlanningContext, offer: Offer) -> CachePlan:
         sampler, provenance = offer.sampler or context.sampler, {"policy": self.name, "arguments": offer.arguments}
         where = (context.signature, sampler, context.guidance)
-        return CachePlan(*where, offer.steps, provenance, context.baseline, offer.eps_scale, selector=offer.selector)
+        return CachePlan(*where, offer.steps, context.reference, provenance, offer.eps_scale, selector=offer.selector)
 
     def _best(self, context: PlanningContext, plans: list[tuple[Offer, CachePlan]]) -> PlanChoice:
         measured = [context.evaluate(plan, self.images) if len(plans) > 1 else None for _, plan in plans]

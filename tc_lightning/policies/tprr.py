@@ -19,10 +19,10 @@ from tqdm import tqdm
 from tc_lightning.costs import macs_speedup
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.evaluation import psnr_db
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
 from tc_lightning.policies.pruned_steps import KINDS, PrunedStep
+from tc_lightning.psnr import psnr_db
 from tc_lightning.scores import Scores, sampler_digest
 from tc_lightning.segments import MAX_ORDER, Segment, compute
 
@@ -70,6 +70,7 @@ def tprr_plan(
     signature: ModelSignature,
     sampler: SamplerTable,
     guidance: Guidance,
+    reference: SamplerTable,
     *,
     boundary: int,
     k1: int,
@@ -84,6 +85,7 @@ def tprr_plan(
         signature: the model.
         sampler: the sampler; its length is the number of steps.
         guidance: guidance scale and channels.
+        reference: sampler of the run that the plan replaces.
         boundary: first step of the second phase; at 0, or from the number of steps on, there is one phase.
         k1: interval of the first phase.
         k2: interval of the second phase.
@@ -96,7 +98,7 @@ def tprr_plan(
     """
     full = set(Rounds(boundary, k1, k2, warmup).full_steps(len(sampler)))
     steps = tuple((compute(0, signature.depth),) if i in full else pruned_step(i) for i in range(len(sampler)))
-    return CachePlan(signature, sampler, guidance, steps, {"policy": "tprr", **(provenance or {})})
+    return CachePlan(signature, sampler, guidance, steps, reference, {"policy": "tprr", **(provenance or {})})
 
 
 class _Candidate(NamedTuple):
@@ -159,9 +161,9 @@ class TPRRPolicy(Policy):
         Raises:
             PlanError: if it cannot, with the largest target that can.
         """
-        T, L, N = len(sampler), signature.depth, signature.tokens
-        either = np.zeros((2, T, L, 2))
-        either[0, 1:, :, 0] = either[1, 1:, :, 1] = 1.0
+        T, L, N, branches = len(sampler), signature.depth, signature.tokens, len(signature.block.names)
+        either = np.zeros((branches, T, L, branches))
+        either[range(branches), 1:, :, range(branches)] = 1.0
         blanks = [Scores(np.ones((T, L, N)), each, signature.teacher, sampler_digest(sampler)) for each in either]
         costs = {p: min(p.cost(signature, blank) for blank in blanks) for p in self.pruned}
         if not any(next(self._rounds(T, self.target_speedup, cost), None) for cost in costs.values()):
@@ -263,7 +265,9 @@ def _build(context: PlanningContext, rounds: Rounds, pruned: PrunedStep) -> Cach
 
     where = dataclasses.asdict(rounds)
     provenance = {"arguments": {**where, **dataclasses.asdict(pruned)}, "scores": context.scores.digest}
-    return tprr_plan(context.signature, context.sampler, context.guidance, **where, pruned_step=pruned_step, provenance=provenance)
+    return tprr_plan(
+        context.signature, context.sampler, context.guidance, context.reference, **where, pruned_step=pruned_step, provenance=provenance
+    )
 
 
 def _row(candidate: _Candidate, screened: float, mse: float | None, chosen: bool) -> dict[str, Any]:

@@ -51,9 +51,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
 
-def newest_valid_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint under a folder that can be loaded; None if there is none. Damaged ones are passed over."""
-    found = sorted(root.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+def newest_valid_checkpoint(*folders: Path) -> Path | None:
+    """The newest checkpoint under some folders that can be loaded; None if there is none. Damaged ones are passed over."""
+    found = [path for folder in folders for path in folder.rglob("*.ckpt")]
+    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     return next((path for path in found if _loads(path)), None)
 
 

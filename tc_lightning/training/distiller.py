@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -25,7 +26,8 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.plan import Guidance
 from tc_lightning.policies.base import Policy
 from tc_lightning.policies.tprr import TPRRPolicy
-from tc_lightning.sampling import model_signature
+from tc_lightning.runs import FIT, PURPOSES
+from tc_lightning.sampling import model_signature, require_null_label
 from tc_lightning.scores import sampler_digest
 from tc_lightning.training.objectives.base import Batch, Objective, Task
 from tc_lightning.training.objectives.content import ContentSuperposition
@@ -57,9 +59,10 @@ class TokenCacheDistiller(LightningModule):
         budget_penalty: weight of the squared distance from `target_share`.
         sensitivity_samples: trajectories over which sensitivities are averaged.
         sensitivity_probes: random probes for each step of these.
+        purpose: what the run says that it is for: `fit`, or `ablation`, which later commands do not take for the user's newest run.
 
     Raises:
-        TeacherError: if the teacher cannot be loaded.
+        TeacherError: if the teacher cannot be loaded, or has no null label and guidance is asked for.
         TokenCacheError: if the sampler, its spacing, or a number is out of range.
     """
 
@@ -82,8 +85,11 @@ class TokenCacheDistiller(LightningModule):
         budget_penalty: float = 10.0,
         sensitivity_samples: int = 16,
         sensitivity_probes: int = 4,
+        purpose: str = FIT,
     ) -> None:
         super().__init__()
+        if purpose not in PURPOSES:
+            raise RunError(f"purpose is {purpose!r}: choose one of {', '.join(PURPOSES)}.")
         if num_steps < 2:
             raise RunError(f"num_steps is {num_steps}: with fewer than 2 there is nothing to reuse.")
         if min(sensitivity_samples, sensitivity_probes) < 1:
@@ -95,16 +101,18 @@ class TokenCacheDistiller(LightningModule):
             tokens = TokenSuperposition(target_share, budget_rate, budget_penalty, predictor_hidden_size)
         _check_objectives(tokens, router)
         self.teacher: DiT
-        object.__setattr__(self, "teacher", load_teacher(teacher))  # past nn.Module: not a submodule
+        object.__setattr__(self, "teacher", load_teacher(teacher, rank_zero_only(print)))  # past nn.Module: not a submodule
         c = self.teacher.config
         self.teacher_spec, self.teacher_digest = teacher, teacher_digest(self.teacher)
         self.signature = model_signature(self.teacher, self.teacher_digest)
         self.sampler = make_sampler(sampler, num_steps, spacing)
         self.guidance = Guidance(guidance_scale, c.in_channels if guidance_channels is None else guidance_channels)
         _check_guidance(self.guidance, c.in_channels)
+        require_null_label(c, self.guidance)
         self.policy = policy or TPRRPolicy()
         self.lr = lr
         self.sensitivity_samples, self.sensitivity_probes = sensitivity_samples, sensitivity_probes
+        self.purpose = purpose
         self.task = Task(self.teacher, self.signature, self.sampler, self.guidance)
         self.tokens, self.router = tokens, router
         for objective in self.objectives:  # the tokens' first: whether there is a router does not change where they start

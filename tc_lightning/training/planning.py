@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tc_lightning.calibrate import calibrate
-from tc_lightning.calibration import Calibration
+from tc_lightning.calibrate import run_calibration
 from tc_lightning.evaluation import RolloutEvaluator
 from tc_lightning.figures import importance_figure, router_figure, sensitivity_figure
 from tc_lightning.models.dit import DiT
@@ -36,7 +35,6 @@ from tc_lightning.sensitivity import branch_sensitivity, probes_for
 if TYPE_CHECKING:
     from tc_lightning.training.distiller import TokenCacheDistiller
 
-CALIBRATION_TRAJECTORIES = 8
 STEPS_AT_ONCE = 8  # steps of one trajectory that share a forward and a backward pass
 
 
@@ -128,14 +126,16 @@ class PlanningJob:
         module = self.module
         x_T, labels, x_0 = self._endpoints("heldout")
         evaluate = RolloutEvaluator(self.teacher, x_T, labels, x_0, self.selector)
-        endpoints = self._endpoints("train_endpoints", CALIBRATION_TRAJECTORIES)
+        full = full_plan(self.signature, module.sampler, module.guidance)
+        calibrate = functools.partial(run_calibration, self.teacher, full, self.folder, keep=self.trainer.is_global_zero)
         context = PlanningContext(
             self.signature,
             module.sampler,
             module.guidance,
             scores,
             evaluate,
-            calibrate=functools.cache(lambda: self._calibrate(endpoints)),
+            module.sampler,
+            calibrate=functools.cache(calibrate),
             model=self.teacher,
             ranks=self._ranks(),
             folder=self.folder / FRONT,
@@ -153,21 +153,14 @@ class PlanningJob:
 
         return Ranks(trainer.global_rank, trainer.world_size, total)
 
-    def _calibrate(self, endpoints: list[Tensor]) -> Calibration:
-        """Measure training trajectories at full compute, and keep what was found beside the scores."""
-        plan = full_plan(self.signature, self.module.sampler, self.module.guidance)
-        calibration = calibrate(self.teacher, plan, endpoints[0], endpoints[1])
-        if self.trainer.is_global_zero:
-            calibration.save(self.folder / "calibration.safetensors")
-        return calibration
-
     def _write(self, choice: PlanChoice) -> None:
         choice.plan.save(self.folder / "plan.json")
         if choice.front:
             write_front(choice.front, self.folder)
         write_candidates(choice.candidates, self.folder / "candidates.csv")
         name = self.folder.parent.name if self.folder.name.startswith("version_") else self.folder.name
-        write_run(self.folder, name, self.module.teacher_spec, self.module.teacher_digest, content=self.selector is not None)
+        spec, digest = self.module.teacher_spec, self.module.teacher_digest
+        write_run(self.folder, name, spec, digest, content=self.selector is not None, purpose=self.module.purpose)
         print(finalists_table(choice.candidates))
         print(f"plan {choice.plan.summary} written to {self.folder / 'plan.json'}")
 
@@ -193,7 +186,7 @@ def finalists_table(rows: list[dict[str, Any]], most: int = 6) -> str:
 def write_candidates(rows: list[dict[str, Any]], path: Path) -> None:
     """One line for each candidate that the policy looked at; the columns are all keys that occur."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

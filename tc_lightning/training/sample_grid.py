@@ -22,7 +22,7 @@ class SampleGrid(Callback):
         images_per_class: columns of the grid.
         max_classes: rows of the grid.
         num_steps: DDIM steps.
-        guidance_scale: guidance on all channels.
+        guidance_scale: guidance on all channels; 1 is taken of a model without a null label.
     """
 
     def __init__(self, images_per_class: int = 8, max_classes: int = 10, num_steps: int = 25, guidance_scale: float = 1.5) -> None:
@@ -46,6 +46,7 @@ class SampleGrid(Callback):
         classes = torch.arange(min(c.num_classes, self.max_classes), device=device)
         labels = classes.repeat_interleave(self.images_per_class)
         signature = model_signature(model, "in training")
-        plan = full_plan(signature, make_sampler("ddim", self.num_steps), Guidance(self.guidance_scale, c.in_channels))
+        guidance = Guidance(self.guidance_scale if c.null_label else 1.0, c.in_channels)
+        plan = full_plan(signature, make_sampler("ddim", self.num_steps), guidance)
         x = sample(model, plan, noise_for(0, range(len(labels)), model, device), labels)
         return (x[:, : 1 if c.in_channels == 1 else 3].clamp(-1, 1) + 1).div(2).cpu()

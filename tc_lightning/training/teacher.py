@@ -26,6 +26,9 @@ class TeacherModule(LightningModule):
         warmup_steps: optimiser steps of linear warm-up.
         weight_decay: AdamW's weight decay.
         label_dropout: share of labels replaced by the null label.
+
+    Raises:
+        TeacherError: if labels are to be dropped and the shape has no null label.
     """
 
     def __init__(
@@ -37,6 +40,10 @@ class TeacherModule(LightningModule):
         label_dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        if label_dropout and not dit.null_label:
+            raise TeacherError(
+                f"label_dropout is {label_dropout:g}, and the model has no null label: set it to 0, or `dit.null_label` to true."
+            )
         self.model = DiT(dit)
         self.loss = DiffusionLoss(NoiseSchedule())
         self.lr, self.warmup_steps, self.weight_decay, self.label_dropout = lr, warmup_steps, weight_decay, label_dropout

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tc_lightning.diffusion.update import advance, coefficients
 from tc_lightning.errors import RunError
-from tc_lightning.sampling import full_plan, noise_for
+from tc_lightning.sampling import full_plan, labels_for, noise_for
 from tc_lightning.step_effect import step_effect
 from tc_lightning.superposition import full_eps, mixed_branches_eps
 from tc_lightning.training.objectives.base import Batch, Budgeted, Loss, Task
@@ -81,7 +81,7 @@ class RouterObjective(Budgeted):
     def start(self, device: torch.device) -> None:
         """Measure the weights of the steps: the same in every process."""
         x_BCHW = noise_for(MEASURE_SEED, range(self.samples), self.task.teacher, device)
-        labels_B = torch.arange(self.samples, device=device) % self.task.signature.num_classes
+        labels_B = labels_for(MEASURE_SEED, range(self.samples), self.task.signature.num_classes, device)
         self.weight_T = step_weights(self.weighting, self.task, x_BCHW, labels_B).to(device, torch.float32)
 
     def priced(self, weighted_B: Tensor, w_TL2: Tensor) -> Loss:

@@ -1,0 +1,71 @@
+"""From a file or folder to a teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tc_lightning.errors import TeacherError
+from tc_lightning.models.checkpoints.choice import Read, choose
+from tc_lightning.models.checkpoints.diffusers_folder import CONFIG, is_diffusers, read_diffusers
+from tc_lightning.models.checkpoints.mismatch import CONFIGURATION, LABELS, likeness, require_match
+from tc_lightning.models.checkpoints.safetensors_file import read_safetensors
+from tc_lightning.models.checkpoints.spec import TeacherSpec, locate, resolve
+from tc_lightning.models.checkpoints.state import State
+from tc_lightning.models.checkpoints.torch_file import read_torch
+from tc_lightning.models.dit import DiT, DiTConfig
+
+
+def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> DiT:
+    """Load a frozen teacher in eval mode, fp32, on the CPU.
+
+    Args:
+        spec: which one.
+        tell: called with one line that says what was chosen, stripped or left out; not called for a plain state dict.
+
+    Raises:
+        TeacherError: if the checkpoint is missing, damaged or unsafe, holds several networks of which none is preferred, its shape
+            is unknown or contradicted, its keys do not match, or a weight is not finite.
+    """
+    path = locate(spec.weights)
+    read, found = _read(path)
+    config = resolve(spec, found, path)
+    if config is None:
+        like = likeness(read.state) or "for example DiT-XL/2"
+        raise TeacherError(f"{path} does not tell the model's shape: set `preset` ({like}) or `dit`.")
+    config, labels = _with_labels(config, read.state)
+    model = _build(config, read.state, path, f"its {CONFIG}" if is_diffusers(path) else CONFIGURATION)
+    if notes := [*read.notes, *labels]:
+        tell(f"{path}: {'; '.join(notes)}")
+    return model
+
+
+def _read(path: Path) -> tuple[Read, DiTConfig | None]:
+    if is_diffusers(path):
+        return read_diffusers(path)
+    if path.suffix == ".safetensors":
+        tensors, found = read_safetensors(path)
+        return choose(tensors, path), found
+    return choose(read_torch(path), path), None
+
+
+def _with_labels(config: DiTConfig, state: State) -> tuple[DiTConfig, list[str]]:
+    """The shape without a null label if the table has a row for each class and no more, and the note that says so."""
+    rows = len(state[LABELS]) if LABELS in state and state[LABELS].ndim else None
+    if not config.null_label or rows != config.num_classes:
+        return config, []
+    note = f"the label table has as many rows as there are classes ({rows}), none for a null label: guidance must be 1"
+    return dataclasses.replace(config, null_label=False), [note]
+
+
+def _build(config: DiTConfig, state: State, path: Path, asker: str) -> DiT:
+    with torch.device("meta"):
+        model = DiT(config)
+    if "pos_embed" not in state:  # a fixed table: some releases leave it out
+        state["pos_embed"] = model.pos_embed.detach()
+    require_match(config, state, path, asker)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)

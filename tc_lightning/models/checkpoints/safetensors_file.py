@@ -1,0 +1,42 @@
+"""`.safetensors` files: `save_teacher`'s own, and anybody's."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tc_lightning.errors import TeacherError
+from tc_lightning.models.checkpoints.digest import digest
+from tc_lightning.models.checkpoints.state import fits, parse_json
+from tc_lightning.models.dit import DiTConfig
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], DiTConfig | None]:
+    """Tensors, and the shape if `save_teacher` wrote the file; then its digest is checked too.
+
+    Raises:
+        TeacherError: if the file is damaged, or its shape is not understood.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            raw = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise TeacherError(f"{path} is damaged or not a safetensors file ({error}). Copy or create it again.") from error
+    if "dit_config" not in metadata:
+        return raw, None
+    if metadata.get("sha256") != digest(metadata["dit_config"], raw):
+        raise TeacherError(f"{path} is damaged: its content does not have the sha256 it was written with. Copy or create it again.")
+    return raw, _parse_config(metadata["dit_config"], path)
+
+
+def _parse_config(text: str, path: Path) -> DiTConfig:
+    raw = parse_json(text, path)
+    defaults = dataclasses.asdict(DiTConfig())
+    for key, value in raw.items():
+        if key not in defaults or not fits(value, defaults[key]):
+            raise TeacherError(f"{path}: the shape in its metadata has {key} = {value!r}, which this version does not understand.")
+    return DiTConfig(**raw)

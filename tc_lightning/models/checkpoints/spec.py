@@ -1,0 +1,75 @@
+"""Which teacher is meant: where its file is, and what shape the user says that it has."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from tc_lightning.errors import TeacherError
+from tc_lightning.models.dit import DiTConfig, preset
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSpec:
+    """Which teacher to load.
+
+    Args:
+        weights: a `.pt`, `.ckpt` or `.safetensors` file, or a folder in diffusers' layout (or the one of its weights files that is
+            meant); a relative path starts at the working directory or, failing that, at the repository.
+        preset: shape by name, for example `DiT-XL/2`, for files that do not tell their own.
+        dit: shape in full, in place of `preset`.
+        input_size: height and width of the latents, where they are not the preset's 32.
+    """
+
+    weights: str
+    preset: str | None = None
+    dit: DiTConfig | None = None
+    input_size: int | None = None
+
+
+def locate(weights: str) -> Path:
+    """The file or folder that is meant.
+
+    Raises:
+        TeacherError: if there is none, naming where it was looked for.
+    """
+    path = Path(weights).expanduser()
+    candidates = [path] if path.is_absolute() else [Path.cwd() / path, ROOT / path]
+    for candidate in candidates:
+        if weights and candidate.exists():
+            return candidate
+    looked = " and ".join(str(candidate) for candidate in dict.fromkeys(candidates))
+    raise TeacherError(
+        f"no teacher at {weights!r} (looked for {looked}). Set `weights` to a .pt or .safetensors file or a diffusers folder."
+    )
+
+
+def resolve(spec: TeacherSpec, found: DiTConfig | None, path: Path) -> DiTConfig | None:
+    """The shape: what the checkpoint says or what the user says; None if neither speaks.
+
+    Raises:
+        TeacherError: if they disagree, or the user says nothing that is possible.
+    """
+    asked = _asked(spec)
+    if found is None:
+        return None if spec.dit is None and spec.preset is None else DiTConfig(**asked)
+    clashes = [f"{k} is {getattr(found, k)} there and {v} here" for k, v in asked.items() if getattr(found, k) != v]
+    if clashes:
+        raise TeacherError(f"the shape in {path} contradicts the configuration ({'; '.join(clashes)}): correct or remove the latter.")
+    return found
+
+
+def _asked(spec: TeacherSpec) -> dict[str, Any]:
+    """Fields that the user has set."""
+    asked: dict[str, Any] = {}
+    if spec.dit is not None:
+        asked = {k: v for k, v in dataclasses.asdict(spec.dit).items() if (k, v) != ("null_label", True)}  # the table tells
+        if spec.input_size not in (None, spec.dit.input_size):
+            raise TeacherError(f"`input_size` is {spec.input_size} and `dit.input_size` is {spec.dit.input_size}: set one of them.")
+    elif spec.preset is not None:
+        conventions = ("freq_shift", "mlp_norm_eps", "null_label")  # not part of a shape's name: the checkpoint's own hold
+        asked = {k: v for k, v in dataclasses.asdict(preset(spec.preset)).items() if k not in conventions}
+    return asked if spec.input_size is None else asked | {"input_size": spec.input_size}

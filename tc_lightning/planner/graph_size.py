@@ -1,0 +1,103 @@
+"""What the gradients of one image's run take, counted before they are: tensors that autograd saves, and states that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from tc_lightning.models.dit import DiT, DiTConfig
+from tc_lightning.plan import CachePlan
+from tc_lightning.planner.gradients import advance_with, as_leaves, own_coefficients, tensors
+from tc_lightning.sampling import Rollout
+
+
+class GraphSize(NamedTuple):
+    """Bytes that the gradients of a run hold, weights aside (`tc_lightning.planner.gradients`).
+
+    Args:
+        whole: by the graph of all steps.
+        steps: step by step: of each step its own graph and the states up to it, and what a vector adds that is pulled back.
+    """
+
+    whole: int
+    steps: tuple[tuple[int, int], ...]
+
+    def stepwise(self, vectors: int) -> int:
+        """Most that is held step by step, where so many vectors are pulled back together."""
+        return max(held + vectors * each for held, each in self.steps)
+
+
+def graph_size(run: Rollout, x_BCHW: Tensor) -> GraphSize:
+    """Count the gradients of a run; one step's worth is held at most while that is done, and on tensors without values, nothing.
+
+    Args:
+        run: the plan and the images.
+        x_BCHW: their noise.
+    """
+    own_BTF = own_coefficients(run.plan, len(x_BCHW), x_BCHW.device)
+    state = run.start(x_BCHW)
+    weights, kept = _Storages([*run.model.parameters(), own_BTF]), _Storages(tensors(state))
+    if run.selector is not None:
+        weights.add(run.selector.predictor.parameters())
+    steps: list[tuple[int, int]] = []
+    graphs, wanting = 0, 0
+    for _ in range(run.plan.num_steps):
+        saved = _Storages()
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.add_one, _never):
+            state = advance_with(run, as_leaves(state), own_BTF)
+        kept.add(tensors(state))
+        saved.remove(weights, kept)
+        before, wanting = wanting, _Storages([t for t in tensors(state) if t.requires_grad]).size
+        steps.append((kept.size + saved.size + saved.largest, max(before, wanting)))
+        graphs += saved.size
+    return GraphSize(kept.size + graphs, tuple(steps))
+
+
+def graph_size_on_paper(config: DiTConfig, plan: CachePlan) -> GraphSize:
+    """The same for one image and a model that is not there: nothing is computed, and no weights are made."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = DiT(config).eval().requires_grad_(False)
+        noise = torch.empty(1, config.in_channels, config.input_size, config.input_size)
+        return graph_size(Rollout(model, plan, torch.zeros(1, dtype=torch.long)), noise)
+
+
+class _Storages:
+    """Memory blocks of tensors, each counted once; none is held on to."""
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        self._bytes: dict[StorageWeakRef, int] = {}  # a weak reference keeps another block from being taken for the same
+        self.add(tensors)
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Count these too."""
+        for tensor in tensors:
+            self.add_one(tensor)
+
+    def add_one(self, tensor: Tensor) -> None:
+        """Count this one too."""
+        storage = tensor.untyped_storage()
+        self._bytes[StorageWeakRef(storage)] = storage.nbytes()
+
+    def remove(self, *others: _Storages) -> None:
+        """Leave out what others count."""
+        known = {block for other in others for block in other._bytes}
+        self._bytes = {block: size for block, size in self._bytes.items() if block not in known}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all."""
+        return sum(self._bytes.values())
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest: gradients on their way back are of this size."""
+        return max(self._bytes.values(), default=0)
+
+
+def _never(_: None) -> Tensor:
+    raise AssertionError("nothing is pulled back through a graph that is only counted")
