@@ -92,11 +92,11 @@ def test_no_manifest(copied, tmp_path):
     [
         ("{", "is not valid JSON"),
         ("", "is not valid JSON"),
-        ("[]", "is not of format version 4"),
-        ('{"format_version": 3}', "is not of format version 4"),
-        ('{"format_version": 4}', "was edited or damaged"),
-        ('{"format_version": true}', "is not of format version 4"),
-        ('{"format_version": 5}', "is of format version 5, which is newer than this package's 4: update tc-lightning"),
+        ("[]", "is not of format version 5"),
+        ('{"format_version": 4}', "is not of format version 5"),
+        ('{"format_version": 5}', "was edited or damaged"),
+        ('{"format_version": true}', "is not of format version 5"),
+        ('{"format_version": 6}', "is of format version 6, which is newer than this package's 5: update tc-lightning"),
         ("[" * 100_000, "is not valid JSON"),
     ],
 )
