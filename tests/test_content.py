@@ -15,7 +15,7 @@ import torch
 from conftest import CONFIG, FULL, SIGNATURE, Steps, make_plan, make_teacher
 from torch import Tensor
 
-from export.compiler import export_artefact
+from export.compiler import export_artefact, write_sharing
 from export.explain import explain
 from export.manifest import read_manifest
 from export.parity import relative_l2
@@ -24,6 +24,7 @@ from export.runtime import CachedSampler
 from export.symbolic import Graph, Weights
 from export.torch_functions import ANSWERS
 from export.verify import rebuild_selector
+from export.weight_files import WeightFiles, tensors_of
 from tc_lightning.cache import Step, choose_tokens, run_blocks
 from tc_lightning.content_predictor import ContentPredictor, Selector, selector_for
 from tc_lightning.costs import block_macs, plan_macs, selector_macs, step_macs
@@ -336,6 +337,17 @@ def test_steps_of_one_half_choose_tokens_too(tmp_path: Path, teacher: DiT, selec
     runs = [0.5 * any(s.is_content for s in segments) for segments in plan.steps]  # once an image, of two samples
     blocks = sum(h * step_macs(plan.model, segments, 0) for h, segments in zip(halves, plan.steps, strict=True))
     assert plan_macs(plan) == pytest.approx(blocks + sum(runs) * selector_macs(plan.model))
+
+
+def test_views_that_an_artefact_reads_stay_its_own(teacher: DiT, selector: Selector, tmp_path: Path) -> None:
+    """Others that share the file begin with what is in it, and list no more than their own graphs take."""
+    plan, shared = content_plan(teacher, selector), WeightFiles(teacher, "fp32", tmp_path, selector)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    write_sharing(shared, plan, lower(plan, "cpu"), tmp_path / "first")
+    in_file = set(tensors_of(teacher, plan, selector))
+    assert {"selector.block.attn.q.weight", *in_file} <= set(read_manifest(tmp_path / "first")["weights"])
+    assert set(shared.link(plan, tmp_path / "second")[0]) == in_file
 
 
 def test_only_programs_with_content_run_the_predictor(exported: Path, teacher: DiT, selector: Selector) -> None:
