@@ -268,7 +268,7 @@ def _validate(plan: CachePlan) -> None:
         raise PlanError(f"there are {len(plan.guidance_modes)} guidance modes for {plan.num_steps} steps: give one a step, or none.")
     for i, mode in enumerate(plan.guidance_modes):
         _validate_mode(mode, plan.guidance, f"step {i}, guidance")
-    require_branches(plan.model.block)
+    require_branches(plan.model.branches)
     for i, segments in enumerate(plan.steps):
         reached = 0
         for segment in segments:

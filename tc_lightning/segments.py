@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, NamedTuple, NoReturn
 
 from tc_lightning.errors import PlanError
-from tc_lightning.plan_json import check_keys, is_ints, is_name
+from tc_lightning.plan_json import check_keys, is_ints, is_name, shown
 
 MODES = ("compute", "partial", "reuse", "skip")
 CHOICES = ("static", "content")
@@ -42,19 +42,25 @@ class Branches(NamedTuple):
         return tuple(name for name in self.names if name not in self.attending)
 
 
-def require_branches(block: Branches) -> None:
-    """Check that branches can be told apart from each other, and from what else is cached.
+def require_branches(text: str) -> None:
+    """Check that there are branches, spelt as `Branches.text` spells them, apart from each other and from what else is cached.
 
     Raises:
         PlanError: naming what is wrong.
     """
+    block = Branches.parse(text)
+    if not block.names or block.text != text:
+        raise PlanError(
+            f"the model's branches are {shown(text)}: expected their names in order, a space between them, and `:kv` after the one "
+            f"that attends, for example {DIT.text!r}."
+        )
     if not all(name.isalnum() for name in block.names) or len({*block.names, *CACHED}) != len(block.names) + len(CACHED):
         raise PlanError(
-            f"the model's branches are {block.text!r}: each needs a name of letters and digits to itself, and not {', '.join(CACHED)}, "
+            f"the model's branches are {shown(text)}: each needs a name of letters and digits to itself, and not {', '.join(CACHED)}, "
             "which are cached beside them. Name them otherwise in the network's file."
         )
     if len(block.attending) > 1:
-        raise PlanError(f"the model's branches are {block.text!r}: keys and values of one of them can be cached, not of several.")
+        raise PlanError(f"the model's branches are {shown(text)}: keys and values of one of them can be cached, not of several.")
 
 
 DIT = Branches(("attn", "mlp"), ("attn",))

@@ -5,6 +5,7 @@ A few hundred examples each; FUZZ_EXAMPLES=10000 draws that many.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -34,7 +35,7 @@ from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.plan import CachePlan
 from tc_lightning.runs import read_run, write_run
 from tc_lightning.scores import Scores
-from tc_lightning.segments import content
+from tc_lightning.segments import compute, content, partial, reuse, skip
 from tc_lightning.targets import TargetKey, cached_targets
 
 TINY = DiTConfig(input_size=4, patch_size=2, in_channels=1, hidden_size=8, depth=1, num_heads=1, num_classes=2)
@@ -51,11 +52,15 @@ def outcome(read: Callable[[], Any], *expected: type[TokenCacheError]) -> tuple[
 
 
 def plans() -> list[Any]:
-    """Plans of every mode, as JSON: guided and not, with halves left out, factors of eps, a reference and content tokens."""
+    """Plans of every mode, as JSON: guided and not, with halves left out, factors of eps, a reference and content tokens, and branches
+    of another family."""
     guided = [make_plan(SIGNATURE, random_steps(seed), modes=random_modes(seed, 7), eps_scale=(0.99,) * 7) for seed in range(3)]
     chosen = make_plan(SIGNATURE, random_steps(3)).to_json()
     chosen["steps"][-1]["segments"] = [content(0, 4, 5, 1).to_json()]
-    return [plan.to_json() for plan in guided] + [chosen | {"selector": "a" * 64}, make_plan(SIGNATURE).to_json()]
+    names = ("look", "widen", "shade")
+    steps = ((compute(0, 4),), (reuse(0, 2, names[:1], 1), skip(2, 4)), (partial(0, 4, (1, 5), 0, names),))
+    other = make_plan(dataclasses.replace(SIGNATURE, branches="look:kv widen shade"), steps).to_json()
+    return [plan.to_json() for plan in guided] + [chosen | {"selector": "a" * 64}, make_plan(SIGNATURE).to_json(), other]
 
 
 @quickly

@@ -68,14 +68,28 @@ def test_plans_name_its_branches(tmp_path: Path) -> None:
         make_plan(SIGNATURE, (FULL, (partial(0, 3, (1,), 0, ("look", "shade")),)))
     with pytest.raises(PlanError, match=r"differ in family .*; branches"):
         plan.require_model(dataclasses.replace(SIGNATURE, family="dit", branches="attn:kv mlp"))
-    for branches, wrong in (("look:kv k", "not span, k, v, guidance"), ("a a", "a name .* to itself"), ("a:kv b:kv", "not of several")):
-        with pytest.raises(PlanError, match=wrong):
-            make_plan(dataclasses.replace(SIGNATURE, branches=branches), (FULL,))
     reads = entries_read(partial(0, 1, (1,), 2, ("widen", "shade")), 16, SIGNATURE.block)
     assert reads == {Entry("span", 0, 1): 2, Entry("look", 0, 1): 2}
     look, widen = (block_macs(SIGNATURE, 16, (name,)) for name in NAMES[:2])
     assert segment_macs(SIGNATURE, reuse(0, 2, ("shade", "look"))) == 2 * widen
     assert block_macs(SIGNATURE, 16) == look + 2 * widen
+
+
+@pytest.mark.parametrize(
+    ("branches", "wrong"),
+    [
+        ("look:kv k", "not span, k, v, guidance"),
+        ("a a", "a name .* to itself"),
+        ("a:kv b:kv", "not of several"),
+        ("", "are '': expected their names"),
+        ("look:kv  widen", "expected their names in order, a space between them"),
+        ("look:kb widen", "expected their names"),
+        ("look:kv look", "expected their names"),
+    ],
+)
+def test_branches_of_a_model_that_no_network_has(branches: str, wrong: str) -> None:
+    with pytest.raises(PlanError, match=wrong):
+        make_plan(dataclasses.replace(SIGNATURE, branches=branches), (FULL,))
 
 
 def test_soft_forms_and_measurements_have_one_column_a_branch() -> None:
