@@ -22,6 +22,7 @@ from tqdm import tqdm
 from export.command import positive, run
 from tc_lightning.context import LoadedRun, load_run
 from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.errors import TokenCacheError
 from tc_lightning.evaluation import BATCH, RolloutEvaluator
 from tc_lightning.plan import CachePlan
 from tc_lightning.planner.fit import fit_sampler
@@ -55,17 +56,25 @@ class FitBench:
         speedup: steps of the full-compute run over those that are fitted.
         fit_images: images of the fit.
         test_images: images that are measured on.
+
+    Raises:
+        TokenCacheError: if fewer than 2 steps or images are left to fit, or none is saved.
     """
 
     def __init__(self, loaded: LoadedRun, speedup: float, fit_images: int, test_images: int) -> None:
         self.model, self.plan = loaded.model, loaded.plan
-        self.steps, self.fit_images, self.test_images = int(len(loaded.plan.reference) / speedup), fit_images, test_images
+        self.steps, self.fit_images, self.test_images = int(len(loaded.plan.reference) / speedup + 1e-9), fit_images, test_images
+        if not 2 <= self.steps < len(loaded.plan.reference) or fit_images < 2:
+            raise TokenCacheError(
+                f"a speed-up of {speedup:g} leaves {self.steps} of {len(loaded.plan.reference)} steps, fitted on {fit_images} images: "
+                "at least 2 steps, fewer than that run has, and 2 images are needed."
+            )
 
     def rows(self) -> list[Row]:
         """All lines of the table."""
         base, half = self.fitted(self.fit_images), self.plan.model.num_classes // 2
         scale = self.plan.guidance.scale
-        rows = [self.row(f"guidance {g:g}" + " (fitted at it)" * (g == scale), base, g) for g in GUIDANCE_SCALES]
+        rows = [self.row(f"guidance {g:g}" + " (fitted at it)" * (g == scale), base, g) for g in sorted({*GUIDANCE_SCALES, scale})]
         if half:
             some = self.fitted(self.fit_images, lambda labels_B: labels_B < half)
             rows.append(self.row(f"classes {half} and up, fitted on those below", some, scale, lambda labels_B: labels_B >= half))

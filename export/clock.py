@@ -74,7 +74,7 @@ class ProgramClock:
         """Milliseconds of one run of each program."""
         spent: dict[str, float] = {}
         for full in (True, False):
-            receipt = sampler.sample(labels, full=full).receipt
+            receipt = sampler.sample(labels, full=full, timing=True).receipt
             spent |= {name: receipt["ms_per_program"][name] / runs for name, runs in receipt["steps_per_program"].items()}
         return spent
 

@@ -293,7 +293,7 @@ class CachedSampler:
         return {
             "plan_digest": m["plan_digest"],
             "plan": m.get("plan_in_words"),
-            "outside_the_fit": outside_the_fit(m.get("fit"), scale, asked["labels"]),
+            "outside_the_fit": outside_the_fit(None if full else m.get("fit"), scale, asked["labels"]),
             "weights_sha256": m.get("files", {}).get(WEIGHTS, {}).get("sha256"),
             "teacher": m["teacher"],
             "precision": m["precision"],

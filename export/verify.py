@@ -155,16 +155,18 @@ def _baselines(plan: CachePlan) -> dict[str, CachePlan]:
 def _fitted_baseline(model: DiT, plan: CachePlan, quiet: bool) -> dict[str, CachePlan]:
     """Fewer steps with a sampler fitted as the plan's own was: the one that the plan names, or one that is fitted now.
 
-    At the plan's budget, not above it. A plan that caches nothing is such a run itself.
+    One that was fitted to something else, or is a whole step or more away from the plan in MACs, is no such run. A plan that caches
+    nothing is one itself.
     """
-    steps = int(plan_macs(plan) / full_step_macs(plan.model) + 1e-9)
-    if not plan.caches or plan.reference.stochastic or not 2 <= steps < len(plan.reference):
+    if not plan.caches or plan.reference.stochastic:
         return {}
-    known, fit = plan.fewer_steps, plan.provenance.get("fit")
-    if known is not None and isinstance(fit, dict) and fit.get("target") == "reference":
+    cost, known, fit = plan_macs(plan) / full_step_macs(plan.model), plan.fewer_steps, plan.provenance.get("fit")
+    if known is not None and abs(len(known) - cost) < 1 and isinstance(fit, dict) and fit.get("target") == "reference":
         fewer = dataclasses.replace(full_plan(plan.model, known, plan.guidance), reference=plan.reference)
-    else:
+    elif 2 <= (steps := math.ceil(cost)) < len(plan.reference):
         fewer = fitted_fewer_steps(model, plan, steps, None if quiet else "fitting fewer steps")
+    else:
+        return {}
     return {f"fitted, {fewer.num_steps} steps": fewer}
 
 
@@ -194,7 +196,11 @@ def _table(report: dict[str, Any]) -> str:
 
 
 def _note(baseline: str) -> str:
-    return "dB at no more MACs, sampler fitted, no cache" if baseline.startswith("fitted") else "dB at the same MACs, rounded up"
+    return (
+        "dB at the same MACs, to a whole step; sampler fitted, no cache"
+        if baseline.startswith("fitted")
+        else "dB at the same MACs, rounded up"
+    )
 
 
 def _verdict(report: dict[str, Any]) -> list[str]:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from tc_lightning.errors import TokenCacheError
+
+Result = TypeVar("Result")
 
 
 def _alone(values: Tensor) -> Tensor:
@@ -35,6 +40,20 @@ class Ranks:
     def of_first(self, value: float, device: torch.device) -> float:
         """The first process's value, on all of them: what each would measure or read for itself could differ."""
         return self.total(torch.tensor(value if self.first else 0.0, dtype=torch.float64, device=device)).item()
+
+    def together(self, work: Callable[[], Result], device: torch.device) -> Result:
+        """What each process makes of its share, if all of them can: one that stopped alone would leave the others waiting for its sums.
+
+        Raises:
+            TokenCacheError: in all processes, if `work` raises one in any of them.
+        """
+        try:
+            found, failure = [work()], None
+        except TokenCacheError as error:
+            found, failure = [], error
+        if self.total(torch.tensor(float(failure is not None), dtype=torch.float64, device=device)).item() > 0:
+            raise failure or TokenCacheError("another process failed: what it printed says why.")
+        return found[0]
 
     def rows_of_first(self, rows: list[list[float]] | None, shape: tuple[int, int], device: torch.device) -> list[list[float]]:
         """The first process's rows of numbers, on all of them, which all know their shape; the others' own are not looked at."""

@@ -14,6 +14,7 @@ from export import clock as clock_module
 from export import weight_files
 from export.clock import ProgramClock, _key
 from export.programs import lower
+from export.runtime import CachedSampler
 from export.sessions import RuntimeUnavailableError
 from tc_lightning.planner.price import ClockPrice
 from tc_lightning.segments import Segment, compute, content, partial, skip
@@ -84,3 +85,14 @@ def test_programs_that_compute_another_number_of_tokens_are_not_one() -> None:
     keys = [key(content(0, 4, keep), "a" * 64) for keep in (2, 3)] + [key(partial(0, 4, tokens)) for tokens in ((0, 1), (0, 1, 2))]
     assert len(set(keys)) == 4
     assert key(partial(0, 4, (0, 1))) == key(partial(0, 4, (5, 9)))
+
+
+def test_times_of_programs_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA a receipt has none unless they are."""
+    sample, asked = CachedSampler.sample, []
+    monkeypatch.setattr(
+        CachedSampler, "sample", lambda self, *a, **more: (asked.append(more.get("timing")), sample(self, *a, **more))[1]
+    )
+    model = make_teacher()
+    ProgramClock(model, batch=1)(make_plan(model, (FULL, (skip(0, 4, 0),))))
+    assert set(asked) == {True}

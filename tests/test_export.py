@@ -23,7 +23,7 @@ from export.manifest import read_manifest, sha256_of
 from export.parity import Check, ParityError, relative_l2, require_parity
 from export.programs import condition_times, lower
 from export.runtime import CachedSampler
-from export.verify import _table, rebuild_teacher, verify
+from export.verify import _fitted_baseline, _table, rebuild_teacher, verify
 from tc_lightning.costs import cache_bytes_per_image, macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
@@ -167,25 +167,36 @@ def test_verify_compares_with_the_reference(tmp_path, teacher):
     report = verify(tmp_path / "artefact", "cpu", images=2, batch=2, seed=3, quiet=True)
     assert report["macs_speedup"] == macs_speedup(plan) > 5.0
     assert report["rel_l2_export"] < 1e-5
-    assert list(report["baselines_psnr_db"]) == ["ddim, 4 steps", "reuse, 3 of 18 full", "fitted, 3 steps"]
+    assert list(report["baselines_psnr_db"]) == ["ddim, 4 steps", "reuse, 3 of 18 full", "fitted, 4 steps"]
     labels = drawn_labels(3, range(2), 5).tolist()
     x, x_full = (torch_latents(teacher, p, labels, 3) for p in (plan, reference_plan(plan)))
     assert report["psnr_db"] == pytest.approx(psnr(x, x_full), abs=1e-2)
     own = dataclasses.replace(plan, reference=dataclasses.replace(reference, name="calibrated"))
     export(teacher, own, tmp_path / "artefact")
     report = verify(tmp_path / "artefact", "cpu", 1, 1, seed=3, quiet=True)
-    assert list(report["baselines_psnr_db"]) == ["reuse, 3 of 18 full", "fitted, 3 steps"]
+    assert list(report["baselines_psnr_db"]) == ["reuse, 3 of 18 full", "fitted, 4 steps"]
 
 
 def test_verify_prints_the_fitted_run_that_the_plan_names(tmp_path, teacher):
     """It is run as it stands, with the coefficients that the plan holds: an exact one is an exact rival."""
     table = make_sampler("ddim", 6)
-    plan = make_plan(teacher, (FULL, FULL, (skip(0, 4, 0),), FULL, (skip(0, 4, 0),), FULL), fit={"target": "reference"})
+    plan = make_plan(teacher, (FULL, FULL, (skip(0, 4, 0),), FULL, FULL, FULL), fit={"target": "reference"})
     export(teacher, dataclasses.replace(plan, fewer_steps=table), tmp_path / "artefact")
     report = verify(tmp_path / "artefact", "cpu", 2, 2, seed=3, quiet=True)
     assert report["baselines_psnr_db"]["fitted, 6 steps"] > 100 > report["psnr_db"]
     assert not report["beats_baselines"]
     assert "no cache is the better one (plan with --no-cache)" in _table(report)
+
+
+@pytest.mark.parametrize("wrong", ["another target", "a step too many"])
+def test_a_named_run_that_is_no_rival_is_not_printed(teacher, wrong):
+    """One that was fitted to the ODE, or costs a whole step more: another is fitted in its place."""
+    steps = (FULL, FULL, (skip(0, 4, 0),), FULL, (skip(0, 4, 0),), (skip(0, 4, 0),), (skip(0, 4, 0),))
+    plan = make_plan(teacher, steps, fit={"target": "ode" if wrong == "another target" else "reference"})
+    named = make_sampler("ddim", 4 if wrong == "another target" else 6)
+    found = _fitted_baseline(teacher, dataclasses.replace(plan, fewer_steps=named), quiet=True)
+    assert list(found) == ["fitted, 4 steps"]
+    assert next(iter(found.values())).sampler.name == "dpmpp_2m-fitted"
 
 
 def test_a_reference_at_the_plans_times_is_conditioned_once(tmp_path, teacher):

@@ -13,11 +13,13 @@ from conftest import make_teacher
 from export.benchmark_fit import GUIDANCE_SCALES, FitBench, table
 from tc_lightning.costs import macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.errors import PlanError
+from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.evaluation import RolloutEvaluator
 from tc_lightning.plan import CachePlan, Guidance
+from tc_lightning.planner import fewer_steps as module
 from tc_lightning.planner.fewer_steps import FIT, JUDGE, fitted_fewer_steps
 from tc_lightning.planner.pilot import images
+from tc_lightning.planner.shapes import Shape
 from tc_lightning.sampling import full_plan, model_signature, sample
 
 MODEL = make_teacher(depth=2)
@@ -49,6 +51,28 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     noisy = dataclasses.replace(REFERENCE, reference=make_sampler("ddpm", 12))
     with pytest.raises(PlanError, match="adds noise"):
         fitted_fewer_steps(MODEL, noisy, 5)
+
+
+def test_a_spacing_that_diverges_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = module.fit_sampler
+
+    def fit(model: Any, plan: CachePlan, *more: Any) -> Any:
+        if plan.sampler.spacing != "quadratic":
+            raise TokenCacheError("latents became NaN")
+        return real(model, plan, *more)
+
+    monkeypatch.setattr(module, "fit_sampler", fit)
+    assert fitted_fewer_steps(MODEL, REFERENCE, 4).sampler.spacing == "quadratic"
+    monkeypatch.setattr(module, "fewer_steps", lambda: iter([Shape("dpmpp_2m", "logsnr")]))
+    with pytest.raises(TokenCacheError, match="at every spacing"):
+        fitted_fewer_steps(MODEL, REFERENCE, 4)
+
+
+@pytest.mark.parametrize(("speedup", "count"), [(1.0, 8), (12.0, 8), (2.4, 1)])
+def test_what_leaves_nothing_to_fit(speedup: float, count: int) -> None:
+    loaded: Any = SimpleNamespace(model=MODEL, plan=REFERENCE)
+    with pytest.raises(TokenCacheError, match="at least 2 steps"):
+        FitBench(loaded, speedup, count, 3)
 
 
 def test_how_far_coefficients_carry() -> None:

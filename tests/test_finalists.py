@@ -29,7 +29,7 @@ from tc_lightning.sampling import labels_for, model_signature, reference_plan
 from tc_lightning.scores import Scores, sampler_digest
 from tc_lightning.segments import skip
 
-GUIDANCE = Guidance(1.5, 3)
+GUIDANCE, SKIP = Guidance(1.5, 3), PrunedStep("skip", 1)
 STEPS = 12
 TEACHER = make_teacher(depth=2)
 PLANS = {
@@ -127,6 +127,28 @@ class TestPlanner:
             (shared.plan, (2.5, 3.0), True),
             (other.plan, (2.0,), False),
         ]
+
+    def test_one_run_with_two_rivals_is_one_plan_of_the_front(self) -> None:
+        """A recipe that wins two budgets has a rival in each; and a plan without a cache is no rival of another budget beside that."""
+        c = context()
+        run = PlannerRun(
+            policy("auto", 2.5, (2.0,)).settings, Subject(TEACHER, c.signature, GUIDANCE, c.scores, c.sampler, c.reference)
+        )
+        build, ones = run.bench.kitchen.build, torch.ones(3)
+        skips = Recipe("dpmpp_2m", "logsnr", 8, (0, 1, 2, 5), PrunedStep("skip", 1))
+        winner = Finalist(skips, build(skips), ones, ones)
+        few, more = (
+            Finalist(r, build(r), ones, ones) for r in (Recipe("dpmpp_2m", "logsnr", n, tuple(range(n)), SKIP) for n in (4, 6))
+        )
+        points = run.points({2.5: Choice(winner, few, []), 2.0: Choice(winner, more, [])})
+        assert [(p.role, p.budgets, p.chosen) for p in points] == [
+            ("planned", (2.5, 2.0), True),
+            ("fewer steps", (2.5,), False),
+            ("fewer steps", (2.0,), False),
+        ]
+        assert points[0].plan.fewer_steps == few.plan.sampler
+        points = run.points({2.5: Choice(winner, few, []), 2.0: Choice(few, few, [])})
+        assert [(p.role, p.budgets) for p in points] == [("planned", (2.5,)), ("planned", (2.0,))]
 
     @pytest.mark.parametrize("use", ["auto", "keep", "none"])
     def test_plan_json_is_what_the_table_calls_chosen(self, use: CacheUse, tmp_path: Path) -> None:

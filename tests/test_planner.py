@@ -18,8 +18,9 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, RunError, TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan, Guidance
+from tc_lightning.planner import bench as bench_module
 from tc_lightning.planner.bench import Bench
-from tc_lightning.planner.command import fabric_of
+from tc_lightning.planner.command import _parse, fabric_of, policy_of
 from tc_lightning.planner.command import main as plan_command
 from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.front import FrontPoint, write_front
@@ -222,6 +223,13 @@ class TestSearch:
         assert recipe is not None
         assert (recipe.num_steps, len(recipe.full)) == (9, 4)
 
+    def test_a_budget_is_not_lost_to_rounding(self, bench: Bench) -> None:
+        """28 / 1.12 is 24.999999999999996, and pays for 25 full steps."""
+        bench.price = lambda plan: float(len(plan.full_steps))
+        search = Search(bench, 28 / 1.12)
+        search.try_shapes([Shape("dpmpp_2m", "logsnr")])
+        assert [len(recipe.full) for recipe in search.trials] == [25]
+
     def test_the_kinds_of_recipe(self) -> None:
         for shape, kind in [(next(fewer_steps()), "full"), (next(halves(next(fewer_steps()))), "halves")]:
             recipe = at_count(shape, 9)
@@ -346,6 +354,18 @@ class TestRecord:
         (tmp_path / "trials.jsonl").write_text(text.replace("[[", "[[NaN, ", 1), encoding="utf-8")
         spoilt = Bench(model, kitchen, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
         assert spoilt.refined(recipe, 1, lambda: passes.append(1)) == first
+
+    def test_what_was_not_refined_is_not_remembered_as_refined(
+        self, tmp_path: Path, model: DiT, kitchen: Kitchen, target: TargetRun, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """For want of memory the sampler stays as it was fitted; with more of it, the same command refines it."""
+        recipe = Recipe("dpmpp_2m", "mix:0.5", 5, tuple(range(5)), PrunedStep("skip", 1))
+        short = Bench(model, kitchen, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
+        monkeypatch.setattr(bench_module, "refine_sampler", lambda model, plan, *_: plan)
+        fitted = short.refined(recipe, 1, lambda: None)
+        monkeypatch.undo()
+        again = Bench(model, kitchen, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl").refined(recipe, 1, lambda: None)
+        assert again.sampler != fitted.sampler
 
     def test_refined_coefficients_reach_processes_that_do_not_see_the_file(self) -> None:
         rows, cpu = [[1.0, 2.0], [3.0, 4.0]], torch.device("cpu")
@@ -511,3 +531,21 @@ def test_a_file_in_place_of_a_folder_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError) as caught:
         (tmp_path / "front").mkdir(exist_ok=True)
     assert "move away what is there" in str(_user_error(caught.value))
+
+
+def test_one_process_that_fails_stops_all() -> None:
+    cpu = torch.device("cpu")
+
+    def fails() -> int:
+        raise TokenCacheError("NaN in our share")
+
+    with pytest.raises(TokenCacheError, match="NaN in our share"):
+        ALONE.together(fails, cpu)
+    with pytest.raises(TokenCacheError, match="another process failed"):
+        Ranks(0, 2, lambda values: values + 1).together(lambda: 3, cpu)
+    assert Ranks(0, 2, lambda values: values).together(lambda: 3, cpu) == 3
+
+
+def test_the_commands_defaults_are_the_planners() -> None:
+    args = _parse([])
+    assert policy_of(args, args.target_speedup).settings == PlannerPolicy().settings

@@ -228,15 +228,18 @@ def test_front_of_the_planner(teacher, tmp_path):
     assert len(found) == 4
     fewer = make_plan(teacher, (FULL,) * 5, reference=reference.sampler)
     fewer.save(tmp_path / "front" / "fewer.json")
-    row = entries[0] | {"plan": "front/fewer.json", "macs_speedup": 2.0, "role": "fewer steps"}
+    row = entries[0] | {"plan": "front/fewer.json", "macs_speedup": 2.0, "role": "fewer steps", "target": "reference"}
     (tmp_path / "front" / "front.json").write_text(json.dumps([*entries, row]), encoding="utf-8")
     context: Any = SimpleNamespace(model=teacher)
     told: list[str] = []
-    rivals = list(fitted(context, reference, tmp_path, (2.0, 5.0), told.append))
+    rivals = list(fitted(context, reference, tmp_path, (2.0, 4.6, 5.0), told.append))  # the last two pay for two steps each
     assert [(s.group, s.plan.num_steps, s.plan.caches) for s in rivals] == [(FEWER, 5, False), (FEWER, 2, False)]
     assert rivals[0].plan == fewer
     assert rivals[1].plan.sampler.name == "dpmpp_2m-fitted"
-    assert told == ["fewer steps, fitted and refined, 5x"]
+    assert told == ["fewer steps, fitted and refined, 4.6x"]
+    (tmp_path / "front" / "front.json").write_text(json.dumps([row | {"target": "ode"}]), encoding="utf-8")
+    rivals = list(fitted(context, reference, tmp_path, (2.0,), told.append))  # one fitted to the ODE is not one for the reference
+    assert [s.method.rsplit(" ", 1)[1] for s in rivals] == ["ODE", "reference"]
     assert fewer not in [s.plan for s in planned(reference, own, tmp_path, (2.0,), 9)]
     (tmp_path / "front" / "front.json").write_text("[{}]", encoding="utf-8")
     with pytest.raises(RunError, match="is damaged"):
@@ -264,6 +267,9 @@ def test_comparisons_by_hand(teacher):
     assert any("LOSES to five: its error is 2 times as large" in s for s in verdict.sentences(beaten, 0, 0, 2))
     assert verdict.compare(rows, base, (9.0,)) == []
     assert plan_macs(few[1]) == full_step_macs(reference.model) * 6
+    uncached = row(few[0], reference, PLANNED, "planned without a cache", 1.5, ms=45.0)
+    found = verdict.compare([rows[0], uncached, rows[1]], base, (2.0,))
+    assert {(c.planned, c.best, c.fewer) for c in found} == {("ours", uncached.name, uncached.name)}
 
 
 def test_a_plan_that_fails_is_told(tmp_path):

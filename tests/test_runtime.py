@@ -466,3 +466,11 @@ def test_a_receipt_says_when_a_request_leaves_the_range_of_the_fit():
 def test_a_receipt_says_what_ran_in_words(artefact, plan):
     receipt = CachedSampler(artefact).sample([0]).receipt
     assert (receipt["plan"], receipt["outside_the_fit"]) == (plan.in_words, [])
+
+
+def test_full_compute_was_not_fitted_and_leaves_no_range(teacher, tmp_path):
+    plan = make_plan(teacher, (FULL, (skip(0, 4, 0),)), fit={"guidance": 1.5, "labels": [0]})
+    export_artefact(teacher, plan, tmp_path / "a", "fp32", "cpu", images=2, report=lambda _: None)
+    sampler = CachedSampler(tmp_path / "a")
+    assert len(sampler.sample([3], guidance=4.0).receipt["outside_the_fit"]) == 2
+    assert sampler.sample([3], guidance=4.0, full=True).receipt["outside_the_fit"] == []

@@ -132,10 +132,11 @@ def _subjects(loaded: LoadedRun, reference: CachePlan, settings: Settings, polic
     known += planned(reference, loaded.plan, loaded.run.folder, settings.budgets, settings.most)
     with _progress("fewer steps", "plan", None) as tell:
         known += fewer_steps(reference, settings.budgets, _judge_plan(loaded, tuning, tell))
-        known += fitted(context, reference, loaded.run.folder, settings.budgets, tell)
+        twins = list(fitted(context, reference, loaded.run.folder, settings.budgets, tell))
+        known += [one for one in twins if isinstance(one, Subject)]
     with _progress("published methods", "plan", None) as tell:
         others, missing = published(context, reference, settings.budgets, policies, tell)
-    return distinct([*known, *others]), missing
+    return distinct([*known, *others]), [*missing, *(one for one in twins if isinstance(one, Missing))]
 
 
 def _judge_plan(loaded: LoadedRun, tuning: Targets, tell: Callable[[str], None]) -> Callable[[CachePlan], float]:

@@ -73,8 +73,9 @@ def planned(reference: CachePlan, own: CachePlan, folder: Path, budgets: Sequenc
 
 def fitted(
     context: PlanningContext, reference: CachePlan, folder: Path, budgets: Sequence[float], on_plan: Callable[[str], object]
-) -> Iterator[Subject]:
-    """Fewer steps, fitted and refined: those of the planner's front, and for budgets of which it has none, ones fitted now.
+) -> Iterator[Subject | Missing]:
+    """Fewer steps, fitted and refined: those of the planner's front, and for budgets of which it has none for the reference run, ones
+    fitted now.
 
     Args:
         context: holds the model.
@@ -91,13 +92,17 @@ def fitted(
     for row in _front(folder):
         plan = _plan_of(folder, row)
         if not plan.caches:
-            known.append(plan.num_steps)
+            known += [plan.num_steps] * (row["target"] == "reference")
             yield _subject(reference, plan, FEWER, f"{FITTED} for the {TARGET_NAMES[row['target']]}")
     for budget in budgets:
         count = int(plan_macs(reference) / budget / step + 1e-9)
         if context.model is not None and 2 <= count < reference.num_steps and not {count, count + 1} & set(known):
             on_plan(f"{FITTED}, {budget:g}x")
-            yield _subject(reference, fitted_fewer_steps(context.model, reference, count), FEWER, f"{FITTED} for the reference")
+            known.append(count)
+            try:
+                yield _subject(reference, fitted_fewer_steps(context.model, reference, count), FEWER, f"{FITTED} for the reference")
+            except TokenCacheError as error:
+                yield Missing(FITTED, budget, str(error))
 
 
 def fewer_steps(reference: CachePlan, budgets: Sequence[float], judge: Evaluate) -> Iterator[Subject]:

@@ -12,6 +12,7 @@ Writes the run's front/ (the best plan of every budget) and makes the plan for -
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 import sys
 from pathlib import Path
@@ -140,6 +141,11 @@ def write(choice: PlanChoice, loaded: LoadedRun, keep_plan: bool) -> None:
     print(f"wrote {where}\nnext: python export/to_onnx.py --run {folder}")
 
 
+def _default(argument: str) -> int:
+    """What the planner takes where nothing is said."""
+    return int(inspect.signature(PlannerPolicy).parameters[argument].default)
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="run folder (default: the newest under runs/)")
@@ -149,17 +155,32 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--clock", choices=("cpu", "cuda"), help="budgets in time on this provider, instead of MACs")
     parser.add_argument("--target-ms", type=float, help="with --clock: milliseconds an image, instead of --target-speedup")
     parser.add_argument("--batch", type=int, default=8, help="with --clock: images at a time")
-    parser.add_argument("--evaluations", type=int, default=28, help="plans with P-steps tried for the target")
-    parser.add_argument("--front-evaluations", type=int, default=6, help="plans with P-steps tried for each further speed-up")
+    parser.add_argument("--evaluations", type=int, default=_default("evaluations"), help="plans with P-steps tried for the target")
+    parser.add_argument(
+        "--front-evaluations",
+        type=int,
+        default=_default("front_evaluations"),
+        help="plans with P-steps tried for each further speed-up",
+    )
     use = parser.add_mutually_exclusive_group()
     use.add_argument("--cache", choices=CACHE_USES, default="auto", help="auto: with or without one; keep: with; none: without")
     use.add_argument("--no-cache", action="store_true", help="as --cache none: fewer steps with a fitted sampler, the quickest to plan")
-    parser.add_argument("--fit-images", type=int, default=10, help="images that samplers are fitted on")
-    parser.add_argument("--judge-images", type=int, default=14, help="images that plans are compared on while searching")
-    parser.add_argument("--choice-images", type=int, default=32, help="images that the refined plans are compared on")
-    parser.add_argument("--final-images", type=int, default=32, help="images that the plans found are measured on")
-    parser.add_argument("--pool-images", type=int, default=160, help="images of which the hardest are planned on (0: as they come)")
-    parser.add_argument("--refinements", type=int, default=2, help="steps of Gauss-Newton on the samplers of the best plans")
+    parser.add_argument("--fit-images", type=int, default=_default("fit_images"), help="images that samplers are fitted on")
+    parser.add_argument(
+        "--judge-images", type=int, default=_default("judge_images"), help="images that plans are compared on while searching"
+    )
+    parser.add_argument(
+        "--choice-images", type=int, default=_default("choice_images"), help="images that the refined plans are compared on"
+    )
+    parser.add_argument(
+        "--final-images", type=int, default=_default("final_images"), help="images that the plans found are measured on"
+    )
+    parser.add_argument(
+        "--pool-images", type=int, default=_default("pool_images"), help="images of which the hardest are planned on (0: as they come)"
+    )
+    parser.add_argument(
+        "--refinements", type=int, default=_default("refinements"), help="steps of Gauss-Newton on the samplers of the best plans"
+    )
     parser.add_argument("--devices", default="auto", help="devices to use (default: all GPUs, or one CPU process)")
     parser.add_argument("--keep-plan", action="store_true", help="write the front only, and leave plan.json as it is")
     args = parser.parse_args(arguments)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.errors import PlanError
+from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import CachePlan
 from tc_lightning.planner.fit import fit_sampler
@@ -35,6 +36,7 @@ def fitted_fewer_steps(model: DiT, plan: CachePlan, num_steps: int, progress: st
 
     Raises:
         PlanError: if there are fewer than 2 steps, or the reference run adds noise.
+        TokenCacheError: if the latents of the reference run become NaN, or those of every spacing.
     """
     if num_steps < 2:
         raise PlanError(f"{num_steps} steps cannot be fitted: at least 2 are needed.")
@@ -45,8 +47,11 @@ def fitted_fewer_steps(model: DiT, plan: CachePlan, num_steps: int, progress: st
     fits: list[tuple[float, int, CachePlan]] = []
     for shape in fewer_steps():
         full = full_plan(plan.model, make_sampler(shape.solver, num_steps, shape.spacing), plan.guidance)
-        fit = fit_sampler(model, dataclasses.replace(full, reference=plan.reference), target, FIT)
-        fits.append((float(robust_mean(fit.mse_B[FIT:], target.counts_B[FIT:])), len(fits), fit.plan))
+        with contextlib.suppress(TokenCacheError):  # with a few steps one spacing may lead to NaN where others do not
+            fit = fit_sampler(model, dataclasses.replace(full, reference=plan.reference), target, FIT)
+            fits.append((float(robust_mean(fit.mse_B[FIT:], target.counts_B[FIT:])), len(fits), fit.plan))
+    if not fits:
+        raise TokenCacheError(f"{num_steps} steps make the latents NaN or infinite at every spacing: allow more steps.")
     best = fit_sampler(model, min(fits)[2], target, FIT + JUDGE).plan
     refined = refine_sampler(model, best, target, REFINEMENTS)
     on = {"target": "reference", "guidance": plan.guidance.scale, "images": FIT + JUDGE, "labels": noise[1].unique().tolist()}

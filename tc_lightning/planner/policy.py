@@ -9,6 +9,7 @@ from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.plan import ModelSignature
 from tc_lightning.planner.bench import Trial
+from tc_lightning.planner.fewer_steps import FIT, JUDGE, REFINEMENTS
 from tc_lightning.planner.finalists import CACHE_USES, CacheUse
 from tc_lightning.planner.price import Price, macs_price
 from tc_lightning.planner.run import Choice, PlannerRun, Settings, Subject
@@ -53,12 +54,12 @@ class PlannerPolicy(Policy):
         evaluations: int = 28,
         front_evaluations: int = 6,
         cache: CacheUse = "auto",
-        fit_images: int = 10,
-        judge_images: int = 14,
+        fit_images: int = FIT,
+        judge_images: int = JUDGE,
         choice_images: int = 32,
         final_images: int = 32,
         pool_images: int = 160,
-        refinements: int = 2,
+        refinements: int = REFINEMENTS,
         ode_steps: int = ODE_STEPS,
         progress: bool = True,
     ) -> None:

@@ -182,9 +182,11 @@ class PlannerRun:
         planned = [(choice.plan, speedup) for speedup, choice in choices.items()]
         fewer = [(c.fewer_steps.plan, speedup) for speedup, c in choices.items() if c.plan.caches and c.fewer_steps is not None]
         own = choices[self.settings.target_speedup].plan
+        first = _merged(planned)
+        rest = [pair for pair in _merged(fewer) if _run_of(pair[0]) not in {_run_of(plan) for plan, _ in first}]
         return (
-            *(self._point(plan, budgets, "planned", chosen=plan == own) for plan, budgets in _merged(planned)),
-            *(self._point(plan, budgets, "fewer steps", chosen=False) for plan, budgets in _merged(fewer)),
+            *(self._point(plan, budgets, "planned", chosen=_run_of(plan) == _run_of(own)) for plan, budgets in first),
+            *(self._point(plan, budgets, "fewer steps", chosen=False) for plan, budgets in rest),
         )
 
     @property
@@ -209,7 +211,9 @@ class PlannerRun:
         own = range(self._pool_size)[self.ranks.share(self._pool_size)]
         what = "hard images" if self._shown else None
         noise, steps = images(self.model, list(own)), len(self.subject.reference)
-        difficulty_P = self.ranks.gathered(difficulty(self.model, self.subject.guidance, steps, *noise, BATCH, what))
+        guidance, device = self.subject.guidance, noise[0].device
+        own_P = self.ranks.together(lambda: difficulty(self.model, guidance, steps, *noise, BATCH, what), device)
+        difficulty_P = self.ranks.gathered(own_P)
         first, second = dealt(difficulty_P, seen / (seen + choice))
         return stratified(first, seen), stratified(second, choice)
 
@@ -265,14 +269,20 @@ class PlannerRun:
         settings, subject = self.settings, self.subject
         sampler = subject.reference if settings.target == "reference" else converged_ode(settings.ode_steps)
         noise = images(self.model, [index for part in parts for index in part.indices])
-        run = run_target(self.model, sampler, subject.guidance, *noise, BATCH, "target run" if self._shown else None)
+        what = "target run" if self._shown else None
+        run = self.ranks.together(lambda: run_target(self.model, sampler, subject.guidance, *noise, BATCH, what), noise[0].device)
         weights = torch.tensor([weight for part in parts for weight in part.weights], device=run.x_0.device)
         return dataclasses.replace(run, weights_B=weights)
 
 
 def _merged(plans: list[tuple[CachePlan, float]]) -> list[tuple[CachePlan, list[float]]]:
-    """Every plan once, with all budgets that end on it."""
-    by_digest: dict[str, tuple[CachePlan, list[float]]] = {}
+    """Every plan once, as its first budget has it, with all budgets that end on it."""
+    by_run: dict[str, tuple[CachePlan, list[float]]] = {}
     for plan, speedup in plans:
-        by_digest.setdefault(plan.digest, (plan, []))[1].append(speedup)
-    return list(by_digest.values())
+        by_run.setdefault(_run_of(plan), (plan, []))[1].append(speedup)
+    return list(by_run.values())
+
+
+def _run_of(plan: CachePlan) -> str:
+    """Names what a plan runs, whatever it has to beat."""
+    return dataclasses.replace(plan, fewer_steps=None).digest
