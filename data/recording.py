@@ -23,8 +23,8 @@ from tqdm import tqdm
 from data.shards import RECORD_BATCH, Recipe, is_recorded, shard_path, shards, write_atomically
 from tc_lightning.errors import TrajectoryError
 from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan
-from tc_lightning.sampling import full_plan, labels_for, model_signature, noise_for, sample_steps
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.rollout.sampling import full_plan, labels_for, model_signature, noise_for, sample_steps
 
 
 def prepare(root: Path, recipe: Recipe, num_samples: int) -> None:

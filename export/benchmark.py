@@ -30,23 +30,23 @@ from typing import Any
 import onnxruntime
 import torch
 
-from export.benchmark_plans import benchmark_plans
+from export.bench.plans import benchmark_plans
+from export.bench.timing import TORCH_TYPES, compiled, in_turns, operator_ms, product_tflops, require_on_device, torch_latents
 from export.command import positive, run
-from export.compiler import write_unproved
-from export.manifest import write_manifest
-from export.parity import relative_l2
-from export.programs import lower
-from export.runtime import CachedSampler
-from export.timing import TORCH_TYPES, compiled, in_turns, operator_ms, product_tflops, require_on_device, torch_latents
-from tc_lightning.content_predictor import selector_for
-from tc_lightning.costs import cache_bytes_per_image, plan_macs
+from export.compiler.compile import write_unproved
+from export.compiler.parity import relative_l2
+from export.runtime.manifest import write_manifest
+from export.runtime.programs import lower
+from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.models.checkpoints import load_teacher
+from tc_lightning.models.content_predictor import selector_for
 from tc_lightning.models.dit import DiT, preset, randomise_
-from tc_lightning.noise import drawn_labels
-from tc_lightning.plan import CachePlan
-from tc_lightning.runs import read_run
-from tc_lightning.sampling import model_signature, noise_for, reference_plan
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import cache_bytes_per_image, plan_macs
+from tc_lightning.rollout.noise import drawn_labels
+from tc_lightning.rollout.sampling import model_signature, noise_for, reference_plan
+from tc_lightning.runs.folder import read_run
 
 EAGER, COMPILED, FULL = "PyTorch", "torch.compile", "ONNX Runtime, full"
 NO_DIGEST = "0" * 64  # random weights need no name
@@ -256,7 +256,7 @@ def _rows(exported: dict[str, Exported], seconds: dict[str, float], memory: dict
 
 
 def _memory(folder: Path, provider: str, batch: int, room: float) -> dict[str, float]:
-    command = [sys.executable, "-m", "export.memory_probe", str(folder.resolve()), provider, str(batch), str(room)]
+    command = [sys.executable, "-m", "export.bench.memory_probe", str(folder.resolve()), provider, str(batch), str(room)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise TokenCacheError(f"measuring memory failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")

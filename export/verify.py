@@ -22,25 +22,25 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from export.bench.fidelity import measure
 from export.command import positive, run
-from export.fidelity import measure
-from export.manifest import ArtefactError
-from export.parity import prove, require_parity, trajectory_error
-from export.programs import lower
-from export.runtime import CachedSampler
+from export.compiler.parity import prove, require_parity, trajectory_error
+from export.compiler.weights import SELECTOR, External, read_weights
+from export.runtime.manifest import ArtefactError
+from export.runtime.programs import lower
+from export.runtime.sampler import CachedSampler
 from export.torch_device import torch_device
-from export.weights import SELECTOR, External, read_weights
-from tc_lightning.content_predictor import ContentPredictor, Selector
-from tc_lightning.costs import full_step_macs, macs_speedup, plan_macs
 from tc_lightning.diffusion.samplers import SAMPLERS
-from tc_lightning.evaluation import final_latents
+from tc_lightning.measure.psnr import psnr
+from tc_lightning.models.content_predictor import ContentPredictor, Selector
 from tc_lightning.models.dit import DiT, DiTConfig
-from tc_lightning.plan import CachePlan
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import full_step_macs, macs_speedup, plan_macs
 from tc_lightning.planner.fewer_steps import fitted_fewer_steps
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
 from tc_lightning.policies.fora import fora_plan
-from tc_lightning.psnr import psnr
-from tc_lightning.sampling import full_plan, labels_for, noise_for
+from tc_lightning.rollout.evaluation import final_latents
+from tc_lightning.rollout.sampling import full_plan, labels_for, noise_for
 
 
 def main() -> None:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_modes, random_steps
 
-from tc_lightning.costs import (
+from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import (
     block_macs,
     cache_bytes_per_image,
     entry_shape,
@@ -17,10 +19,10 @@ from tc_lightning.costs import (
     segment_macs,
     step_macs,
 )
-from tc_lightning.dataflow import Entry, Read, StepFlow, assign_slots, lagrange_weights, trace
-from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature
-from tc_lightning.segments import compute, partial, reuse, skip
+from tc_lightning.plan.dataflow import Entry, Read, StepFlow, assign_slots, lagrange_weights, trace
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import compute, partial, reuse, skip
+from tc_lightning.plan.signature import ModelSignature
 
 XL = ModelSignature("dit", 28, 256, 1152, 16, 4608, 2, 4, 8, 32, 1000, "0" * 64)
 SPAN = Entry("span", 0, 4)

@@ -11,22 +11,22 @@ from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, make_teacher, rando
 from test_export import export, graphs_of, torch_latents, worst_error
 from torch import Tensor
 
-from export.explain import explain, plan_figure
-from export.parity import relative_l2
-from export.programs import FULL as STEP_FULL
-from export.programs import lower
-from export.runtime import CachedSampler
-from tc_lightning.cache import Guided, Step, predict
-from tc_lightning.costs import cache_bytes_per_image, fixed_macs, full_step_macs, macs_speedup, plan_macs
-from tc_lightning.dataflow import Entry, Read, assign_slots, lagrange_weights, trace
+from export.compiler.explain import explain, plan_figure
+from export.compiler.parity import relative_l2
+from export.runtime.programs import FULL as STEP_FULL
+from export.runtime.programs import lower
+from export.runtime.sampler import CachedSampler
+from tc_lightning.cache.semantics import Guided, Step, predict
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
-from tc_lightning.guidance import GuidanceMode
 from tc_lightning.models.dit import DiT
 from tc_lightning.models.network import KeyValue
-from tc_lightning.plan import CachePlan, Guidance
-from tc_lightning.sampling import noise_for, reference_plan, sample, sample_steps
-from tc_lightning.segments import compute, partial, reuse, skip
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import cache_bytes_per_image, fixed_macs, full_step_macs, macs_speedup, plan_macs
+from tc_lightning.plan.dataflow import Entry, Read, assign_slots, lagrange_weights, trace
+from tc_lightning.plan.guidance import Guidance, GuidanceMode
+from tc_lightning.plan.segments import compute, partial, reuse, skip
+from tc_lightning.rollout.sampling import noise_for, reference_plan, sample, sample_steps
 
 SKIP = (skip(0, 4, 1),)
 DIFFERENCE = Entry("guidance", 0, 4)

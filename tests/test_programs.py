@@ -7,12 +7,12 @@ import sys
 import pytest
 from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_modes, random_steps
 
-from export.programs import FULL as STEP_FULL
-from export.programs import computed_tokens, lower, merge
-from tc_lightning.dataflow import Entry, is_updated, is_written, trace
+from export.runtime.programs import FULL as STEP_FULL
+from export.runtime.programs import computed_tokens, lower, merge
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.plan import CachePlan
-from tc_lightning.segments import Segment, compute, content, partial, reuse, skip
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.dataflow import Entry, is_updated, is_written, trace
+from tc_lightning.plan.segments import Segment, compute, content, partial, reuse, skip
 
 SPAN = Entry("span", 0, 4)
 SKIP = (skip(0, 4, 1),)
@@ -186,7 +186,7 @@ def test_computed_tokens():
 def test_lowering_needs_no_torch():
     script = (
         "import sys; sys.modules |= dict.fromkeys(('torch', 'onnx', 'onnxruntime', 'lightning'))\n"
-        "import export.programs, export.explain, export.benchmark_plans, tc_lightning.costs; print('fine')\n"
+        "import export.runtime.programs, export.compiler.explain, export.bench.plans, tc_lightning.plan.costs; print('fine')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout == "fine\n", done.stderr

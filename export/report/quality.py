@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tc_lightning.errors import TokenCacheError, first_line
+from tc_lightning.measure.psnr import is_pixels
 from tc_lightning.models.dit import DiT
-from tc_lightning.psnr import is_pixels
-from tc_lightning.sampling import device_of
+from tc_lightning.rollout.sampling import device_of
 
 FEATURE_TIME = 50.0  # of 1,000: nearly clean, which is what the final latents are
 SSIM_SIDE = 6  # the window of SSIM (sigma 1.5, 11 pixels) cannot be mirrored around smaller images

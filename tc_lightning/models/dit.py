@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tc_lightning.errors import TeacherError
-from tc_lightning.lean import attend
 from tc_lightning.models.embedders import FREQUENCIES, LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
+from tc_lightning.models.lean import attend
 from tc_lightning.models.network import Block, KeyValue, Network, See
-from tc_lightning.plan import ModelSignature
-from tc_lightning.segments import Branches
+from tc_lightning.plan.segments import Branches
+from tc_lightning.plan.signature import ModelSignature
 
 NORM_EPS = 1e-6
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads

@@ -20,20 +20,20 @@ from pathlib import Path
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from tc_lightning.context import LoadedRun, load_run
-from tc_lightning.costs import macs_speedup
 from tc_lightning.errors import RunError
+from tc_lightning.learn.planning import write_candidates
+from tc_lightning.measure.psnr import psnr_db
+from tc_lightning.measure.scores import sampler_digest
+from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.planner.finalists import CACHE_USES
 from tc_lightning.planner.front import FOLDER, write_front
 from tc_lightning.planner.policy import TARGETS, PlannerPolicy
 from tc_lightning.planner.price import ClockPrice, SharedPrice
 from tc_lightning.planner.run import Subject
 from tc_lightning.policies.base import PlanChoice
-from tc_lightning.psnr import psnr_db
-from tc_lightning.ranks import Ranks
-from tc_lightning.runs import find_run, read_run
-from tc_lightning.scores import sampler_digest
-from tc_lightning.training.planning import write_candidates
+from tc_lightning.rollout.ranks import Ranks
+from tc_lightning.runs.folder import find_run, read_run
+from tc_lightning.runs.loaded import LoadedRun, load_run
 
 
 def main(arguments: list[str]) -> None:
@@ -121,7 +121,7 @@ def subject_of(loaded: LoadedRun, fabric: Fabric) -> Subject:
 
 def clock_price(loaded: LoadedRun, provider: str, batch: int) -> ClockPrice:
     """Prices measured on this machine; needs the export package, which nothing else here does."""
-    from export.clock import ProgramClock
+    from export.bench.clock import ProgramClock
 
     return ClockPrice(ProgramClock(loaded.model, provider, batch, selector=loaded.selector))
 

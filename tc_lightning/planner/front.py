@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from tc_lightning.atomic import write_atomically
-from tc_lightning.costs import macs_speedup
-from tc_lightning.plan import CachePlan
+from tc_lightning.plan.atomic import write_atomically
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import macs_speedup
 
 Role = Literal["planned", "fewer steps"]
 FOLDER, NAME, TRIALS = "front", "front.json", "trials.jsonl"

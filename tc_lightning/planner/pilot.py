@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.guidance import Guidance
 from tc_lightning.models.dit import DiT
+from tc_lightning.plan.guidance import Guidance
 from tc_lightning.planner.target import run_target
-from tc_lightning.sampling import labels_for, noise_for
+from tc_lightning.rollout.sampling import labels_for, noise_for
 
 COARSE = ((0.28, "quadratic"), (0.4, "mix:0.5"))  # steps of the two runs over those of the run that is replaced; their spacing
 FEWEST = 4

@@ -26,18 +26,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tc_lightning.content_predictor import Selector
 from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan
+from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.fit import COEFFICIENTS
 from tc_lightning.planner.gradients import coefficients, stepwise, whole
 from tc_lightning.planner.graph_size import graph_size
 from tc_lightning.planner.memory import free_bytes, images_at_a_time, spare_bytes
 from tc_lightning.planner.robust import robust_mean_of_all, robust_weights
 from tc_lightning.planner.target import TargetRun
-from tc_lightning.ranks import ALONE, Ranks
-from tc_lightning.sampling import Rollout, sample
+from tc_lightning.rollout.ranks import ALONE, Ranks
+from tc_lightning.rollout.sampling import Rollout, sample
 
 PROBES = 6
 DAMPING = (1e-1, 1e-2, 1e-3)

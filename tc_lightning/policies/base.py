@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tc_lightning.calibration import Calibration
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature
-from tc_lightning.ranks import ALONE, Ranks
-from tc_lightning.scores import Scores, sampler_digest
+from tc_lightning.measure.calibration import Calibration
+from tc_lightning.measure.scores import Scores, sampler_digest
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.signature import ModelSignature
+from tc_lightning.rollout.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from tc_lightning.models.dit import DiT
