@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from export.bench.fidelity import measure
 from export.command import positive, run
+from export.compiler.fidelity import measure
 from export.compiler.parity import prove, require_parity, trajectory_error
 from export.compiler.weights import SELECTOR, External, read_weights
 from export.runtime.manifest import ArtefactError

@@ -24,7 +24,7 @@ from tc_lightning.learn.checkpointing import newest_valid_checkpoint
 
 # Sub-commands beside Lightning's: the function that takes their arguments, imported when it is asked for.
 COMMANDS = {
-    "plan": "tc_lightning.planner.command:main",
+    "plan": "export.plan:main",
     "report": "export.report.command:main",
     "ablate": "tc_lightning.runs.ablation.command:main",
 }

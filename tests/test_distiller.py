@@ -35,7 +35,8 @@ from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.plan.dataflow import Entry
 from tc_lightning.plan.segments import compute, partial, skip
-from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
+from tc_lightning.policies.base import PlanningContext, Policy
+from tc_lightning.policies.choice import PlanChoice
 from tc_lightning.policies.dp_placement import DPPlacementPolicy
 from tc_lightning.policies.harmonica import HarmoniCaPolicy
 from tc_lightning.policies.tprr import TPRRPolicy

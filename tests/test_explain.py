@@ -14,7 +14,7 @@ from export.runtime.programs import lower
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.plan.costs import macs_speedup
-from tc_lightning.plan.dataflow import assign_slots, trace
+from tc_lightning.plan.dataflow import assign_slots
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import compute, partial, reuse, skip
 
@@ -73,7 +73,7 @@ def test_values_held_by_hand():
 @pytest.mark.parametrize("seed", range(10))
 def test_no_more_is_held_than_there_is_room_for(seed):
     plan = make_plan(SIGNATURE, random_steps(seed, num_steps=12))
-    _, depth = assign_slots(trace(plan))
+    _, depth = assign_slots(plan.flows)
     assert max(values_held(plan)) <= sum(depth.values())
 
 

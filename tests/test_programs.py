@@ -11,7 +11,7 @@ from export.runtime.programs import FULL as STEP_FULL
 from export.runtime.programs import computed_tokens, lower, merge
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.plan.dataflow import Entry, is_updated, is_written, trace
+from tc_lightning.plan.dataflow import Entry, is_updated, is_written
 from tc_lightning.plan.segments import Segment, compute, content, partial, reuse, skip
 
 SPAN = Entry("span", 0, 4)
@@ -138,7 +138,7 @@ def test_schedule_delivers_the_values_that_the_plan_defines(seed, modes):
     """Run the schedule on buffers of plain labels: every read must find what the definition of a cache says it finds."""
     steps = EVERY_MODE if seed == 0 else random_steps(seed, num_steps=12)
     plan = make_plan(SIGNATURE, steps, modes=random_modes(seed, len(steps)) if modes else "")
-    lowered, flows = lower(plan, "cpu"), trace(plan)
+    lowered, flows = lower(plan, "cpu"), plan.flows
     buffers = {e.name: [None] * n for e, n in lowered.slots.items()}
     programs = {p.name: p for p in lowered.programs}
     assert len(lowered.bindings) == plan.num_steps

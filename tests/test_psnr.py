@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from export.bench.fidelity import Fidelity
+from export.compiler.fidelity import Fidelity
 from tc_lightning.measure.psnr import MOST_DB, data_range, psnr, psnr_db
 
 RNG = np.random.default_rng(5)

@@ -15,9 +15,8 @@ from conftest import FULL, make_plan, make_teacher
 from test_commands import make_run
 from test_content import content_plan, make_selector
 
-from export.bench import fidelity
 from export.compiler import compile as compiler
-from export.compiler import weight_files
+from export.compiler import fidelity, weight_files
 from export.compiler.weight_files import WeightFiles
 from export.report import command, quality, verdict
 from export.report.judge import Judge, find_judge

@@ -16,7 +16,8 @@ from tc_lightning.measure.calibrate import NAME
 from tc_lightning.measure.calibration import Calibration
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.policies import registry
-from tc_lightning.policies.base import PlanChoice, PlanningContext
+from tc_lightning.policies.base import PlanningContext
+from tc_lightning.policies.choice import PlanChoice
 from tc_lightning.policies.dp_placement import DPPlacementPolicy
 from tc_lightning.policies.fora import FORAPolicy
 from tc_lightning.runs.folder import find_run

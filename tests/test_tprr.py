@@ -12,7 +12,8 @@ from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import block_macs, full_step_macs, macs_speedup, plan_macs, step_macs
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import compute, partial, reuse, skip
-from tc_lightning.policies.base import PlanChoice, PlanningContext
+from tc_lightning.policies.base import PlanningContext
+from tc_lightning.policies.choice import PlanChoice
 from tc_lightning.policies.pruned_steps import KINDS, PrunedStep, best_edges, best_window, top_tokens
 from tc_lightning.policies.tprr import Rounds, TPRRPolicy, tprr_plan
 from tc_lightning.rollout.evaluation import RolloutEvaluator

@@ -11,8 +11,8 @@ import onnx
 import onnxruntime
 import torch
 
-from export.bench.fidelity import Fidelity, measure
 from export.compiler.emit import Emitter
+from export.compiler.fidelity import Fidelity, measure
 from export.compiler.parity import Check, prove, require_parity, trajectory_error
 from export.compiler.symbolic import IR_VERSION, ONNXRUNTIME, OPSET
 from export.compiler.weight_files import WeightFiles, tensors_of

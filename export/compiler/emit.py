@@ -38,7 +38,7 @@ from tc_lightning.models.content_predictor import ContentPredictor
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import entry_dtype, entry_shape
-from tc_lightning.plan.dataflow import Entry, StepFlow, trace
+from tc_lightning.plan.dataflow import Entry, StepFlow
 from tc_lightning.plan.sampler_table import SamplerTable
 
 
@@ -155,7 +155,7 @@ class Emitter:
 
     def _cached(self, g: Graph, step: Sym, program: Program) -> dict[Entry, Any]:
         """Declare the cache inputs and forecast every entry that is read."""
-        flows, cached = trace(self.plan), dict[Entry, Any]()
+        flows, cached = self.plan.flows, dict[Entry, Any]()
         for entry, count in program.reads:
             dtype = entry_dtype(entry, self.dtype)
             values: list[Any] = [g.input(f"{entry.name}.{j}", dtype, self._entry_shape(entry)) for j in range(count)]
@@ -208,7 +208,7 @@ def _union(programs: Sequence[Program]) -> Program:
     return dataclasses.replace(example, name=example.graph, writes=writes, steps=tuple(sorted(i for p in programs for i in p.steps)))
 
 
-def forecast_table(flows: list[StepFlow], steps: tuple[int, ...], entry: Entry, count: int) -> np.ndarray:
+def forecast_table(flows: Sequence[StepFlow], steps: tuple[int, ...], entry: Entry, count: int) -> np.ndarray:
     """Forecast weights [T, count] of an entry at the given steps; 0 for past values that do not exist yet, or are not read."""
     table_TO = np.zeros((len(flows), count))
     for i in steps:

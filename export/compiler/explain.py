@@ -19,7 +19,7 @@ from tc_lightning.plan.costs import (
     selector_runs,
     step_macs,
 )
-from tc_lightning.plan.dataflow import Entry, trace
+from tc_lightning.plan.dataflow import Entry
 from tc_lightning.plan.segments import MODES, Segment
 
 _GUIDANCE = {
@@ -70,7 +70,7 @@ def _places(plan: CachePlan, lowered: LoweredPlan, bytes_per_value: int) -> str:
 
 def values_held(plan: CachePlan) -> list[int]:
     """After each step, how many cached values a later step will read."""
-    flows = trace(plan)
+    flows = plan.flows
     last_read: dict[tuple[Entry, int], int] = {}
     for i, flow in enumerate(flows):
         last_read |= {(read.entry, source): i for read in flow.reads for source in read.sources}

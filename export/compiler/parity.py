@@ -1,6 +1,6 @@
 """Proof that an artefact computes what the torch reference computes: program by program, and over whole trajectories.
 
-This is the export error. The method's error, cached against full compute, is another number (`export.bench.fidelity`).
+This is the export error. The method's error, cached against full compute, is another number (`export.compiler.fidelity`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.plan.dataflow import Entry, StepFlow, assign_slots, trace
+from tc_lightning.plan.dataflow import Entry, StepFlow, assign_slots
 from tc_lightning.plan.guidance import BOTH, GuidanceMode
 from tc_lightning.plan.segments import DIT, Branches, Segment
 
@@ -79,7 +79,7 @@ def lower(plan: CachePlan, provider: str) -> LoweredPlan:
     Steps that compute the same share a program even if less is read of what some of them write: a second program would need its
     weights in memory once more, and writing into a slot costs next to nothing.
     """
-    flows = trace(plan)
+    flows = plan.flows
     slot_of, depth = assign_slots(flows)
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, segments in enumerate(plan.steps):

@@ -7,11 +7,10 @@ are there.
 
 from __future__ import annotations
 
-import csv
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,12 +23,14 @@ from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.measure.sensitivity import branch_sensitivity, probes_for
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.planner.front import FOLDER as FRONT
 from tc_lightning.planner.front import write_front
-from tc_lightning.policies.base import PlanChoice, PlanningContext
+from tc_lightning.policies.base import PlanningContext
+from tc_lightning.policies.choice import FOLDER as FRONT
+from tc_lightning.policies.choice import PlanChoice
 from tc_lightning.rollout.evaluation import RolloutEvaluator
 from tc_lightning.rollout.ranks import ALONE, Ranks
 from tc_lightning.rollout.sampling import full_plan, sample_steps
+from tc_lightning.runs.candidates import finalists_table, write_candidates
 from tc_lightning.runs.folder import CONTENT, write_run
 
 if TYPE_CHECKING:
@@ -173,20 +174,3 @@ def write_figures(scores: Scores, folder: Path, branches: Sequence[str]) -> None
         importance_figure(scores).savefig(folder / "importance.png", dpi=120)
     if scores.router_TL2 is not None:
         router_figure(scores.router_TL2, branches).savefig(folder / "router.png", dpi=120)
-
-
-def finalists_table(rows: list[dict[str, Any]], most: int = 6) -> str:
-    """The first candidates as a table to read; all of them are in candidates.csv."""
-    shown = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows[:most]]
-    table = [list(rows[0]) if rows else [], *shown]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table)
-
-
-def write_candidates(rows: list[dict[str, Any]], path: Path) -> None:
-    """One line for each candidate that the policy looked at; the columns are all keys that occur."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)

@@ -33,6 +33,7 @@ from typing import Any
 
 from tc_lightning.errors import PlanError
 from tc_lightning.plan.atomic import write_atomically
+from tc_lightning.plan.dataflow import StepFlow, trace
 from tc_lightning.plan.guidance import BOTH, GUIDANCE_MODES, Guidance, GuidanceMode
 from tc_lightning.plan.json_fields import as_list, check_keys, from_fields, is_int, is_name, is_number, shown
 from tc_lightning.plan.sampler_table import SamplerTable
@@ -108,6 +109,11 @@ class CachePlan:
     def guidance_mode(self, step: int) -> GuidanceMode:
         """Which halves of the guided batch a step computes."""
         return self.guidance_modes[step] if self.guidance_modes else BOTH
+
+    @functools.cached_property
+    def flows(self) -> tuple[StepFlow, ...]:
+        """What each step reads from and writes to the cache."""
+        return trace(self)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -214,8 +220,6 @@ class CachePlan:
 
 
 def _validate(plan: CachePlan) -> None:
-    from tc_lightning.plan.dataflow import trace  # dataflow reads plans; it is imported late so that it may import this module
-
     if plan.num_steps != len(plan.sampler):
         raise PlanError(f"the plan has {plan.num_steps} steps, its sampler {len(plan.sampler)}: they must be equal.")
     if plan.eps_scale and len(plan.eps_scale) != plan.num_steps:
@@ -249,7 +253,7 @@ def _validate(plan: CachePlan) -> None:
             if chosen
             else f"the plan names the content predictor {plan.selector[:8]}, but no segment needs one: leave selector empty."
         )
-    trace(plan)  # raises if something is read that was never computed
+    _ = plan.flows  # raises if something is read that was never computed
 
 
 def _validate_mode(mode: GuidanceMode, guidance: Guidance, where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.plan.dataflow import Entry, assign_slots, trace
+from tc_lightning.plan.dataflow import Entry, assign_slots
 from tc_lightning.plan.guidance import Guidance, GuidanceMode
 from tc_lightning.plan.segments import Segment
 from tc_lightning.plan.signature import ModelSignature
@@ -105,5 +105,5 @@ def entry_bytes(plan: CachePlan, entry: Entry, bytes_per_value: int) -> int:
 
 def cache_bytes_per_image(plan: CachePlan, bytes_per_value: int = 4) -> int:
     """Bytes of cache for one image, at so many bytes a value in the working precision."""
-    _, depth = assign_slots(trace(plan))
+    _, depth = assign_slots(plan.flows)
     return sum(slots * entry_rows(plan, entry) * entry_bytes(plan, entry, bytes_per_value) for entry, slots in depth.items())

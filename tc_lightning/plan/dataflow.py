@@ -12,11 +12,28 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tc_lightning.errors import PlanError
-from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.guidance import BOTH, GuidanceMode
 from tc_lightning.plan.segments import DIT, Branches, Segment
+from tc_lightning.plan.signature import ModelSignature
+
+
+class Steps(Protocol):
+    """What dataflow looks at of a plan (`tc_lightning.plan.cache_plan.CachePlan`)."""
+
+    @property
+    def model(self) -> ModelSignature:
+        """What it was made for."""
+
+    @property
+    def steps(self) -> tuple[tuple[Segment, ...], ...]:
+        """The segments of each step."""
+
+    @property
+    def guidance_modes(self) -> tuple[GuidanceMode, ...]:
+        """Which halves of the guided batch each step computes; empty: both at every step."""
 
 
 class Entry(NamedTuple):
@@ -96,25 +113,25 @@ def entries_read(segment: Segment, num_tokens: int, block: Branches = DIT) -> di
     return reads
 
 
-def halves(plan: CachePlan, step: int) -> tuple[str, ...]:
+def halves(plan: Steps, step: int) -> tuple[str, ...]:
     """The halves that a step computes, as entries name them."""
     if not plan.guidance_modes:
         return ("",)
-    return ("cond",) if plan.guidance_mode(step).single else ("cond", "uncond")
+    return ("cond",) if plan.guidance_modes[step].single else ("cond", "uncond")
 
 
-def step_reads(plan: CachePlan, step: int) -> dict[Entry, int]:
+def step_reads(plan: Steps, step: int) -> dict[Entry, int]:
     """Entries that a step reads, with the forecast order of each."""
     found = {e: order for s in plan.steps[step] for e, order in entries_read(s, plan.model.tokens, plan.model.block).items()}
     reads = {e._replace(half=half): order for e, order in found.items() for half in halves(plan, step)}
-    mode = plan.guidance_mode(step)
+    mode = plan.guidance_modes[step] if plan.guidance_modes else BOTH
     return reads | ({Entry("guidance", 0, plan.model.depth): mode.order} if mode.mode == "forecast" else {})
 
 
-def step_writes(plan: CachePlan, step: int, entry: Entry) -> bool:
+def step_writes(plan: Steps, step: int, entry: Entry) -> bool:
     """Whether a step computes the entry as a whole."""
     if entry.kind == "guidance":
-        return not plan.guidance_mode(step).single
+        return not (plan.guidance_modes and plan.guidance_modes[step].single)
     return entry.half in halves(plan, step) and is_written(entry, plan.steps[step], plan.model.block)
 
 
@@ -134,13 +151,13 @@ def is_updated(entry: Entry, segments: Iterable[Segment], num_tokens: int, block
     return entry.kind in ("k", "v") and any(entry.whole in entries_read(s, num_tokens, block) for s in placing)
 
 
-def trace(plan: CachePlan) -> list[StepFlow]:
-    """Reads and writes of every step.
+def trace(plan: Steps) -> tuple[StepFlow, ...]:
+    """Reads and writes of every step: what `plan.flows` holds.
 
     Raises:
         PlanError: if a step reads what no step before it computed.
     """
-    wanted = [step_reads(plan, i) for i in range(plan.num_steps)]
+    wanted = [step_reads(plan, i) for i in range(len(plan.steps))]
     universe = {entry for reads in wanted for entry in reads}
     written: dict[Entry, list[int]] = defaultdict(list)
     live: set[tuple[Entry, int]] = set()
@@ -153,7 +170,7 @@ def trace(plan: CachePlan) -> list[StepFlow]:
         for entry in universe:
             if entry in updated or step_writes(plan, i, entry):
                 written[entry].append(i)
-    return [StepFlow(r, tuple(sorted(e for e in universe if (e, i) in live))) for i, r in enumerate(reads)]
+    return tuple(StepFlow(r, tuple(sorted(e for e in universe if (e, i) in live))) for i, r in enumerate(reads))
 
 
 def _resolve(entry: Entry, order: int, written: list[int], step: int) -> Read:

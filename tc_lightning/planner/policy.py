@@ -13,7 +13,8 @@ from tc_lightning.planner.fewer_steps import FIT, JUDGE, REFINEMENTS
 from tc_lightning.planner.finalists import CACHE_USES, CacheUse
 from tc_lightning.planner.price import Price, macs_price
 from tc_lightning.planner.run import Choice, PlannerRun, Settings, Subject
-from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
+from tc_lightning.policies.base import PlanningContext, Policy
+from tc_lightning.policies.choice import PlanChoice
 from tc_lightning.rollout.targets import ODE_STEPS
 
 TARGETS = ("reference", "ode")

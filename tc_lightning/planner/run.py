@@ -21,13 +21,14 @@ from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.planner.bench import Bench, Trial
 from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose, finalist_recipes
-from tc_lightning.planner.front import TRIALS, FrontPoint, Role
+from tc_lightning.planner.front import TRIALS
 from tc_lightning.planner.pilot import HARD, Sample, as_they_come, dealt, difficulty, images, stratified
 from tc_lightning.planner.price import Price, macs_price
 from tc_lightning.planner.recipe import Kitchen, Recipe
 from tc_lightning.planner.search import Search
 from tc_lightning.planner.shapes import grid, native
 from tc_lightning.planner.target import TargetRun, run_target
+from tc_lightning.policies.choice import FrontPoint, Role
 from tc_lightning.rollout.evaluation import RolloutEvaluator
 from tc_lightning.rollout.ranks import ALONE, Ranks
 from tc_lightning.rollout.targets import converged_ode

@@ -25,7 +25,8 @@ from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.segments import MAX_ORDER, Segment, compute
 from tc_lightning.plan.signature import ModelSignature
-from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
+from tc_lightning.policies.base import PlanningContext, Policy
+from tc_lightning.policies.choice import PlanChoice
 from tc_lightning.policies.pruned_steps import KINDS, PrunedStep
 
 BUDGET_SLACK = 0.12  # a candidate that leaves more than this share of the affordable MACs unused is not tried

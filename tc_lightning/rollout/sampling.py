@@ -6,7 +6,6 @@ Shape suffixes: B images (guidance doubles them inside), C H W latent.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from tc_lightning.models.content_predictor import Selector, require_selector
 from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.plan.dataflow import Entry, StepFlow, trace
+from tc_lightning.plan.dataflow import Entry, StepFlow
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.segments import Segment, compute
@@ -57,11 +56,6 @@ class Rollout:
     labels_B: Tensor
     selector: Selector | None = None
 
-    @functools.cached_property
-    def flows(self) -> list[StepFlow]:
-        """What each step reads and writes."""
-        return trace(self.plan)
-
     def check(self) -> None:
         """Refuse what does not belong together.
 
@@ -81,11 +75,12 @@ class Rollout:
 
     def predict(self, state: RunState) -> tuple[Tensor, dict[Entry, Tensor]]:
         """Guided eps [B, C, H, W] of a step, and what it writes; gradients are recorded if they are wanted."""
-        return _predict(self.model, self.plan, state.step, self.flows[state.step], state.x, self.labels_B, state.store, self.selector)
+        flow = self.plan.flows[state.step]
+        return _predict(self.model, self.plan, state.step, flow, state.x, self.labels_B, state.store, self.selector)
 
     def after(self, state: RunState, x_next: Tensor, m: Tensor, writes: dict[Entry, Tensor]) -> RunState:
         """The state that a step leads to; the old one belongs to whoever kept it."""
-        store = _updated(state.store, writes, self.flows, state.step)
+        store = _updated(state.store, writes, self.plan.flows, state.step)
         return RunState(state.step + 1, x_next, (m, *state.past)[: self.plan.sampler.history], store)
 
 
@@ -247,7 +242,7 @@ def kept_tokens(segment: Segment, device: torch.device | str = "cpu") -> Tensor 
     return torch.tensor(segment.tokens, device=device) if segment.tokens else None
 
 
-def _updated(store: Store, writes: dict[Entry, Tensor], flows: list[StepFlow], i: int) -> Store:
+def _updated(store: Store, writes: dict[Entry, Tensor], flows: Sequence[StepFlow], i: int) -> Store:
     """The store with this step's writes, less what no later step reads."""
     still_read = {(read.entry, source) for flow in flows[i + 1 :] for read in flow.reads for source in read.sources}
     known = store | {(entry, i): value for entry, value in writes.items()}

@@ -21,17 +21,17 @@ from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from tc_lightning.errors import RunError
-from tc_lightning.learn.planning import write_candidates
 from tc_lightning.measure.psnr import psnr_db
 from tc_lightning.measure.scores import sampler_digest
 from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.planner.finalists import CACHE_USES
-from tc_lightning.planner.front import FOLDER, write_front
+from tc_lightning.planner.front import write_front
 from tc_lightning.planner.policy import TARGETS, PlannerPolicy
 from tc_lightning.planner.price import ClockPrice, SharedPrice
 from tc_lightning.planner.run import Subject
-from tc_lightning.policies.base import PlanChoice
+from tc_lightning.policies.choice import FOLDER, PlanChoice
 from tc_lightning.rollout.ranks import Ranks
+from tc_lightning.runs.candidates import write_candidates
 from tc_lightning.runs.folder import find_run, read_run
 from tc_lightning.runs.loaded import LoadedRun, load_run
 
