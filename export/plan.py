@@ -20,6 +20,7 @@ from pathlib import Path
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from export.bench.clock import ProgramClock
 from tc_lightning.errors import RunError
 from tc_lightning.measure.psnr import psnr_db
 from tc_lightning.measure.scores import sampler_digest
@@ -120,9 +121,7 @@ def subject_of(loaded: LoadedRun, fabric: Fabric) -> Subject:
 
 
 def clock_price(loaded: LoadedRun, provider: str, batch: int) -> ClockPrice:
-    """Prices measured on this machine; needs the export package, which nothing else here does."""
-    from export.bench.clock import ProgramClock
-
+    """Prices measured on this machine."""
     return ClockPrice(ProgramClock(loaded.model, provider, batch, selector=loaded.selector))
 
 

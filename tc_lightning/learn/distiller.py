@@ -24,7 +24,7 @@ from tc_lightning.learn.objectives.base import Batch, Objective, Task
 from tc_lightning.learn.objectives.content import ContentSuperposition
 from tc_lightning.learn.objectives.routers import RouterObjective
 from tc_lightning.learn.objectives.superposition import PairBatch, TokenSuperposition
-from tc_lightning.learn.planning import PlanningJob
+from tc_lightning.learn.planning import Distilled, PlanningJob
 from tc_lightning.measure.scores import sampler_digest
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, teacher_digest
 from tc_lightning.models.content_predictor import Selector
@@ -238,7 +238,11 @@ class TokenCacheDistiller(LightningModule):
         finished is resumed: a plan lost to an interruption is made by the same command with `--ckpt_path last`.
         """
         if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            PlanningJob(self).run()
+            PlanningJob(self._distilled(), self.trainer).run()
+
+    def _distilled(self) -> Distilled:
+        samples, probes = self.sensitivity_samples, self.sensitivity_probes
+        return Distilled(self.task, self.teacher_spec, self.objectives, self.selector(), self.policy, samples, probes, self.purpose)
 
     def _log_training(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():

@@ -10,21 +10,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from lightning import Trainer
 from torch import Tensor
 from tqdm import tqdm
 
+from tc_lightning.learn.objectives.base import Objective, Task
 from tc_lightning.measure.calibrate import run_calibration
 from tc_lightning.measure.figures import importance_figure, router_figure, sensitivity_figure
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.measure.sensitivity import branch_sensitivity, probes_for
+from tc_lightning.models.checkpoints import TeacherSpec
+from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.front import write_front
-from tc_lightning.policies.base import PlanningContext
+from tc_lightning.policies.base import PlanningContext, Policy
 from tc_lightning.policies.choice import FOLDER as FRONT
 from tc_lightning.policies.choice import PlanChoice
 from tc_lightning.rollout.evaluation import RolloutEvaluator
@@ -32,9 +36,6 @@ from tc_lightning.rollout.ranks import ALONE, Ranks
 from tc_lightning.rollout.sampling import full_plan, sample_steps
 from tc_lightning.runs.candidates import finalists_table, write_candidates
 from tc_lightning.runs.folder import CONTENT, write_run
-
-if TYPE_CHECKING:
-    from tc_lightning.learn.distiller import TokenCacheDistiller
 
 STEPS_AT_ONCE = 8  # steps of one trajectory that share a forward and a backward pass
 
@@ -60,19 +61,43 @@ def trajectory_sensitivity(model: DiT, plan: CachePlan, x_1CHW: Tensor, label_1:
     return torch.cat(rows).double()
 
 
+class Distilled(NamedTuple):
+    """What training leaves to plan with.
+
+    Args:
+        task: the teacher, and how it is sampled.
+        teacher_spec: where the teacher was loaded from.
+        objectives: what was trained.
+        selector: the content predictor among them; None if there is none.
+        policy: what turns scores into a plan.
+        sensitivity_samples: trajectories over which sensitivities are averaged.
+        sensitivity_probes: random probes for each step of these.
+        purpose: what the run says that it is for.
+    """
+
+    task: Task
+    teacher_spec: TeacherSpec
+    objectives: Sequence[Objective]
+    selector: Selector | None
+    policy: Policy
+    sensitivity_samples: int
+    sensitivity_probes: int
+    purpose: str
+
+
 class PlanningJob:
     """Everything that follows the training of a distiller; every rank of a distributed run calls `run`.
 
     Args:
-        module: the trained distiller, attached to its trainer.
+        distilled: what was trained, and what for.
+        trainer: the trainer, at the end of its fit.
     """
 
-    def __init__(self, module: TokenCacheDistiller) -> None:
-        self.module, self.trainer = module, module.trainer
+    def __init__(self, distilled: Distilled, trainer: Trainer) -> None:
+        self.distilled, self.task, self.trainer = distilled, distilled.task, trainer
         self.device = self.trainer.strategy.root_device  # Lightning has moved the module to the CPU by now
-        self.teacher = module.teacher.to(self.device)
-        self.signature = module.signature
-        self.selector = None if (selector := module.selector()) is None else selector.to(self.device)
+        self.teacher, self.signature = self.task.teacher.to(self.device), self.task.signature
+        self.selector = None if distilled.selector is None else distilled.selector.to(self.device)
         self.folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asks all ranks
 
     def run(self) -> None:
@@ -84,36 +109,36 @@ class PlanningJob:
             write_figures(scores, self.folder / "figures", self.signature.block.names)
             if self.selector is not None:
                 self.selector.save(self.folder / CONTENT)
-        choice = self._choose(scores) if first or self.module.policy.on_all_ranks else None
+        choice = self._choose(scores) if first or self.distilled.policy.on_all_ranks else None
         if first and choice is not None:
             self._write(choice)
 
     def scores(self) -> Scores:
         """What the objectives learned, and sensitivities over training trajectories."""
-        module, signature = self.module, self.signature
-        for objective in module.objectives:
+        objectives, signature, sampler = self.distilled.objectives, self.signature, self.task.sampler
+        for objective in objectives:
             objective.finish(self.trainer)
-        learned = {objective.learns: objective.cpu().scores().numpy() for objective in module.objectives}
-        everything_TLN = np.ones((len(module.sampler), signature.depth, signature.tokens))
+        learned = {objective.learns: objective.cpu().scores().numpy() for objective in objectives}
+        everything_TLN = np.ones((len(sampler), signature.depth, signature.tokens))
         return Scores(
             importance_TLN=learned.get("importance_TLN", everything_TLN),
             sensitivity_TL2=self._sensitivity().numpy(),
-            teacher=module.teacher_digest,
-            sampler=sampler_digest(module.sampler),
+            teacher=signature.teacher,
+            sampler=sampler_digest(sampler),
             router_TL2=learned.get("router_TL2"),
             selector="" if self.selector is None else self.selector.digest,
         )
 
     def _sensitivity(self) -> Tensor:
         """Mean over trajectories, [T, L, 2]. Ranks add zeros to what another computed: their number changes no sum."""
-        module, world = self.module, self.trainer.world_size
-        plan = full_plan(self.signature, module.sampler, module.guidance)
-        x_SCHW, labels_S, _ = self._endpoints("train_endpoints", module.sensitivity_samples)
+        task, world = self.task, self.trainer.world_size
+        plan = full_plan(self.signature, task.sampler, task.guidance)
+        x_SCHW, labels_S, _ = self._endpoints("train_endpoints", self.distilled.sensitivity_samples)
         total_STL2 = torch.zeros(len(x_SCHW), plan.num_steps, self.signature.depth, 2, dtype=torch.float64)
         mine = range(self.trainer.global_rank, len(x_SCHW), world)
         for s in tqdm(mine, "sensitivity", disable=not self.trainer.is_global_zero, unit="trajectory"):
             x, y = x_SCHW[s : s + 1], labels_S[s : s + 1]
-            total_STL2[s] = trajectory_sensitivity(self.teacher, plan, x, y, s, module.sensitivity_probes)
+            total_STL2[s] = trajectory_sensitivity(self.teacher, plan, x, y, s, self.distilled.sensitivity_probes)
         if world > 1:
             total_STL2 = self.trainer.strategy.reduce(total_STL2.to(self.device), reduce_op="sum").cpu()
         return total_STL2.mean(0).float()
@@ -124,29 +149,29 @@ class PlanningJob:
         return [values[:count].to(self.device) for values in endpoints]
 
     def _choose(self, scores: Scores) -> PlanChoice:
-        module = self.module
+        task = self.task
         x_T, labels, x_0 = self._endpoints("heldout")
         evaluate = RolloutEvaluator(self.teacher, x_T, labels, x_0, self.selector)
-        full = full_plan(self.signature, module.sampler, module.guidance)
+        full = full_plan(self.signature, task.sampler, task.guidance)
         calibrate = functools.partial(run_calibration, self.teacher, full, self.folder, keep=self.trainer.is_global_zero)
         context = PlanningContext(
             self.signature,
-            module.sampler,
-            module.guidance,
+            task.sampler,
+            task.guidance,
             scores,
             evaluate,
-            module.sampler,
+            task.sampler,
             calibrate=functools.cache(calibrate),
             model=self.teacher,
             ranks=self._ranks(),
             folder=self.folder / FRONT,
         )
-        return module.policy.plan(context)
+        return self.distilled.policy.plan(context)
 
     def _ranks(self) -> Ranks:
         """The processes of this run, if the policy plans on all of them."""
         trainer = self.trainer
-        if not self.module.policy.on_all_ranks or trainer.world_size == 1:
+        if not self.distilled.policy.on_all_ranks or trainer.world_size == 1:
             return ALONE
 
         def total(values: Tensor) -> Tensor:
@@ -160,8 +185,8 @@ class PlanningJob:
             write_front(choice.front, self.folder)
         write_candidates(choice.candidates, self.folder / "candidates.csv")
         name = self.folder.parent.name if self.folder.name.startswith("version_") else self.folder.name
-        spec, digest = self.module.teacher_spec, self.module.teacher_digest
-        write_run(self.folder, name, spec, digest, content=self.selector is not None, purpose=self.module.purpose)
+        spec, purpose = self.distilled.teacher_spec, self.distilled.purpose
+        write_run(self.folder, name, spec, self.signature.teacher, content=self.selector is not None, purpose=purpose)
         print(finalists_table(choice.candidates))
         print(f"plan {choice.plan.summary} written to {self.folder / 'plan.json'}")
 
