@@ -42,6 +42,7 @@ from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.models.checkpoints import load_teacher
 from tc_lightning.models.content_predictor import selector_for
 from tc_lightning.models.dit import DiT, preset, randomise_
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import cache_bytes_per_image, plan_macs
 from tc_lightning.rollout.noise import drawn_labels
@@ -95,7 +96,7 @@ def main() -> None:
 
 
 def benchmark(
-    name: str, model: DiT, plans: dict[str, CachePlan], batch: int, precision: str, args: argparse.Namespace
+    name: str, model: Network, plans: dict[str, CachePlan], batch: int, precision: str, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Measure one model at one batch size and precision; plain JSON values."""
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +172,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def _subjects(args: argparse.Namespace) -> Iterator[tuple[str, DiT, dict[str, CachePlan]]]:
+def _subjects(args: argparse.Namespace) -> Iterator[tuple[str, Network, dict[str, CachePlan]]]:
     """Name, model and plans of each thing to measure."""
     if args.run is not None:
         info = read_run(args.run)
@@ -186,7 +187,7 @@ def _subjects(args: argparse.Namespace) -> Iterator[tuple[str, DiT, dict[str, Ca
         yield name, model, benchmark_plans(model_signature(model, NO_DIGEST), args.steps, args.full_steps)
 
 
-def _export(model: DiT, plan: CachePlan, folder: Path, precision: str, args: argparse.Namespace) -> Exported:
+def _export(model: Network, plan: CachePlan, folder: Path, precision: str, args: argparse.Namespace) -> Exported:
     """Write and load an artefact without the proof, which would take longer than the benchmark."""
     folder.mkdir()
     selector = selector_for(plan, read_run(args.run).content if args.run else None, model.config)
@@ -199,7 +200,9 @@ def _export(model: DiT, plan: CachePlan, folder: Path, precision: str, args: arg
     return Exported(plan, folder, sampler, written - started, time.perf_counter() - written)
 
 
-def _torch_requests(model: DiT, plan: CachePlan, labels: list[int], precision: str, provider: str) -> dict[str, Callable[[], object]]:
+def _torch_requests(
+    model: Network, plan: CachePlan, labels: list[int], precision: str, provider: str
+) -> dict[str, Callable[[], object]]:
     device, dtype = _torch_device(provider), TORCH_TYPES[precision]
     model = copy.deepcopy(model).to(device, dtype)
     x, y = noise_for(0, range(len(labels)), model, device), torch.tensor(labels, device=device)

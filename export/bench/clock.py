@@ -18,7 +18,7 @@ from export.runtime.manifest import read_manifest
 from export.runtime.programs import FULL, LoweredPlan, Program, lower
 from export.runtime.sampler import CachedSampler
 from tc_lightning.models.content_predictor import Selector
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.rollout.noise import drawn_labels
 
@@ -40,7 +40,7 @@ class ProgramClock:
     """
 
     def __init__(
-        self, model: DiT, provider: str = "cpu", batch: int = 8, precision: str = "fp32", selector: Selector | None = None
+        self, model: Network, provider: str = "cpu", batch: int = 8, precision: str = "fp32", selector: Selector | None = None
     ) -> None:
         self.provider, self.batch = provider, batch
         folder = Path(tempfile.mkdtemp(prefix="tc-clock-"))

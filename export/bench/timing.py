@@ -18,7 +18,7 @@ from export.runtime.cuda_provider import CUDA
 from export.runtime.sampler import CachedSampler
 from tc_lightning.diffusion.update import advance, coefficients, guide
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -67,7 +67,7 @@ def torch_latents(eps: Denoiser, plan: CachePlan, x_BCHW: Tensor, labels_B: Tens
     return x_BCHW.cpu()
 
 
-def compiled(model: DiT, x: Tensor, labels: Tensor, mode: str | None = None) -> tuple[Denoiser, float]:
+def compiled(model: Network, x: Tensor, labels: Tensor, mode: str | None = None) -> tuple[Denoiser, float]:
     """`torch.compile` of the network in one of its modes, and the seconds that compiling took.
 
     Raises:

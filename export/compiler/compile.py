@@ -25,7 +25,7 @@ from export.runtime.programs import LoweredPlan, lower
 from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.content_predictor import Selector, require_selector
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.rollout.sampling import model_signature, require_null_label
 
@@ -35,7 +35,7 @@ Report = Callable[[str], None]
 
 
 def export_artefact(
-    model: DiT,
+    model: Network,
     plan: CachePlan,
     out: Path,
     precision: str,
@@ -82,7 +82,7 @@ def export_artefact(
 
 
 def _compile(
-    model: DiT,
+    model: Network,
     plan: CachePlan,
     folder: Path,
     precision: str,
@@ -108,7 +108,7 @@ def _compile(
 
 
 def write_unproved(
-    model: DiT, plan: CachePlan, lowered: LoweredPlan, folder: Path, precision: str, selector: Selector | None = None
+    model: Network, plan: CachePlan, lowered: LoweredPlan, folder: Path, precision: str, selector: Selector | None = None
 ) -> dict[str, Any]:
     """Write everything but the proof, and return what the manifest will say so far; nobody but the exporter should run this.
 
@@ -137,7 +137,7 @@ def write_sharing(weights: WeightFiles, plan: CachePlan, lowered: LoweredPlan, f
 
 
 def _emit(
-    model: DiT, plan: CachePlan, lowered: LoweredPlan, precision: str, index: dict[str, External], selector: Selector | None
+    model: Network, plan: CachePlan, lowered: LoweredPlan, precision: str, index: dict[str, External], selector: Selector | None
 ) -> dict[str, onnx.ModelProto]:
     """The graphs by file stem; the views of weights that they take are added to the index."""
     emitter = Emitter(plan, model, selector.predictor if plan.selector and selector else None, precision, WEIGHTS, index)
@@ -147,7 +147,7 @@ def _emit(
 def _write_around(
     graphs: dict[str, onnx.ModelProto],
     index: dict[str, External],
-    model: DiT,
+    model: Network,
     plan: CachePlan,
     lowered: LoweredPlan,
     folder: Path,
@@ -166,7 +166,7 @@ def _write_graphs(graphs: dict[str, onnx.ModelProto], folder: Path) -> dict[str,
 
 
 def _describe(
-    model: DiT,
+    model: Network,
     plan: CachePlan,
     lowered: LoweredPlan,
     index: dict[str, External],

@@ -21,7 +21,7 @@ from export.runtime.programs import FULL, LoweredPlan, Program
 from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.content_predictor import Selector
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import entry_dtype, entry_rows, entry_shape
 from tc_lightning.rollout.sampling import SamplingStep, device_of, labels_for, noise_for, reference_plan, sample_steps
@@ -54,7 +54,7 @@ def relative_l2(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def prove(
-    model: DiT,
+    model: Network,
     plan: CachePlan,
     lowered: LoweredPlan,
     sampler: CachedSampler,

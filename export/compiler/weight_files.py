@@ -13,7 +13,7 @@ from export.compiler.weights import MODULATION_TABLE, SELECTOR, External, place_
 from export.runtime.manifest import listing_of
 from export.runtime.sessions import WEIGHTS
 from tc_lightning.models.content_predictor import Selector, require_selector
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.rollout.sampling import device_of
 
@@ -30,7 +30,7 @@ class WeightFiles:
         selector: the content predictor that plans may name.
     """
 
-    def __init__(self, model: DiT, precision: str, folder: Path, selector: Selector | None = None) -> None:
+    def __init__(self, model: Network, precision: str, folder: Path, selector: Selector | None = None) -> None:
         self.model, self.precision, self.folder, self.selector = model, precision, folder, selector
         self._numbers = itertools.count()
         self._known: dict[object, tuple[Path, dict[str, External], dict[str, Any]]] = {}
@@ -60,7 +60,7 @@ class WeightFiles:
         return path, index, listing_of(path)
 
 
-def tensors_of(model: DiT, plan: CachePlan, selector: Selector | None) -> dict[str, Tensor]:
+def tensors_of(model: Network, plan: CachePlan, selector: Selector | None) -> dict[str, Tensor]:
     """What a plan's weights file holds: the teacher, and the content predictor that the plan names, if it does.
 
     Raises:
@@ -71,7 +71,7 @@ def tensors_of(model: DiT, plan: CachePlan, selector: Selector | None) -> dict[s
 
 
 @torch.no_grad()
-def _selector_tensors(model: DiT, plan: CachePlan, selector: Selector) -> dict[str, Tensor]:
+def _selector_tensors(model: Network, plan: CachePlan, selector: Selector) -> dict[str, Tensor]:
     """All of a content predictor, and its adaLN terms at every step, which is what the graphs read."""
     device = device_of(model)
     predictor, times = selector.to(device).predictor, torch.tensor([row.t for row in plan.sampler.steps], device=device)

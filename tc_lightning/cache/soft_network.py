@@ -10,20 +10,18 @@ Shape suffixes: B images (guidance doubles them inside), C H W latent, L blocks,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tc_lightning.cache.soft import BlockCache, BranchCache, full_block, mixed_block, mixed_branches
 from tc_lightning.diffusion.update import guide
-from tc_lightning.models.dit import DiT, FinalModulation, Modulation
+from tc_lightning.models.network import Network
 from tc_lightning.plan.guidance import Guidance
 
 
-def enter(
-    model: DiT, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor
-) -> tuple[Tensor, list[Modulation], FinalModulation]:
+def enter(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, list[Any], Any]:
     """Tokens and adaLN terms; with guidance the conditional half of the batch comes first, then the unconditional one."""
     if guidance.doubles_batch:
         x_BCHW, t_B = torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B])
@@ -31,7 +29,7 @@ def enter(
     return model.embed(x_BCHW), *model.modulations(model.condition(t_B, labels_B))
 
 
-def guided_eps(model: DiT, guidance: Guidance, z_BND: Tensor, final: FinalModulation) -> Tensor:
+def guided_eps(model: Network, guidance: Guidance, z_BND: Tensor, final: Any) -> Tensor:
     """Guided eps [B, C, H, W] of the tokens after the last block, at least in fp32."""
     C = model.config.in_channels
     eps = model.readout(z_BND, final)[:, :C]
@@ -46,7 +44,7 @@ class StepCaches(NamedTuple):
     branches: list[BranchCache]
 
 
-def full_eps(model: DiT, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, StepCaches]:
+def full_eps(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, StepCaches]:
     """Guided eps [B, C, H, W] at full compute, and what the next step can reuse of it."""
     z_BND, mods, final = enter(model, guidance, x_BCHW, t_B, labels_B)
     caches = StepCaches([], [])
@@ -58,13 +56,13 @@ def full_eps(model: DiT, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, labels
 
 
 @torch.no_grad()
-def record_caches(model: DiT, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> list[BlockCache]:
+def record_caches(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> list[BlockCache]:
     """Run every block in full and return what `mixed_eps` reuses of it."""
     return full_eps(model, guidance, x_BCHW, t_B, labels_B)[1].blocks
 
 
 def mixed_eps(
-    model: DiT,
+    model: Network,
     guidance: Guidance,
     caches: Sequence[BlockCache],
     x_BCHW: Tensor,
@@ -84,7 +82,7 @@ def mixed_eps(
 
 
 def mixed_branches_eps(
-    model: DiT,
+    model: Network,
     guidance: Guidance,
     caches: Sequence[BranchCache],
     x_BCHW: Tensor,
@@ -107,7 +105,9 @@ def mixed_branches_eps(
 
 
 @torch.no_grad()
-def reused_eps(model: DiT, guidance: Guidance, caches: Sequence[BlockCache], x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> Tensor:
+def reused_eps(
+    model: Network, guidance: Guidance, caches: Sequence[BlockCache], x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor
+) -> Tensor:
     """`mixed_eps` with w = 0 everywhere: all residuals come from `caches`, and no block is run."""
     z_BND, _, final = enter(model, guidance, x_BCHW, t_B, labels_B)
     for cache in caches:

@@ -28,7 +28,7 @@ from tc_lightning.learn.planning import Distilled, PlanningJob
 from tc_lightning.measure.scores import sampler_digest
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, teacher_digest
 from tc_lightning.models.content_predictor import Selector
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.policies.base import Policy
 from tc_lightning.policies.tprr import TPRRPolicy
@@ -100,7 +100,7 @@ class TokenCacheDistiller(LightningModule):
         if train_tokens and content is None:
             tokens = TokenSuperposition(target_share, budget_rate, budget_penalty, predictor_hidden_size)
         _check_objectives(tokens, router)
-        self.teacher: DiT
+        self.teacher: Network
         object.__setattr__(self, "teacher", load_teacher(teacher, rank_zero_only(print)))  # past nn.Module: not a submodule
         c = self.teacher.config
         self.teacher_spec, self.teacher_digest = teacher, teacher_digest(self.teacher)

@@ -25,7 +25,7 @@ from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.measure.sensitivity import branch_sensitivity, probes_for
 from tc_lightning.models.checkpoints import TeacherSpec
 from tc_lightning.models.content_predictor import Selector
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.front import write_front
 from tc_lightning.policies.base import PlanningContext, Policy
@@ -40,7 +40,7 @@ from tc_lightning.runs.folder import CONTENT, write_run
 STEPS_AT_ONCE = 8  # steps of one trajectory that share a forward and a backward pass
 
 
-def trajectory_sensitivity(model: DiT, plan: CachePlan, x_1CHW: Tensor, label_1: Tensor, sample: int, probes: int) -> Tensor:
+def trajectory_sensitivity(model: Network, plan: CachePlan, x_1CHW: Tensor, label_1: Tensor, sample: int, probes: int) -> Tensor:
     """Branch sensitivities along one trajectory at full compute, [T, L, 2] float64 on the CPU; row 0 is zero.
 
     Args:

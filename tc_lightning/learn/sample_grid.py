@@ -10,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from torchvision.utils import save_image
 
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample
 
@@ -37,10 +37,10 @@ class SampleGrid(Callback):
         if last and trainer.is_global_zero and trainer.log_dir and not trainer.sanity_checking:
             folder = Path(trainer.log_dir) / "samples"
             folder.mkdir(parents=True, exist_ok=True)
-            images = self._sample(cast(DiT, pl_module.model), pl_module.device)
+            images = self._sample(cast(Network, pl_module.model), pl_module.device)
             save_image(images, folder / f"step-{trainer.global_step:06d}.png", nrow=self.images_per_class, pad_value=1.0)
 
-    def _sample(self, model: DiT, device: torch.device) -> torch.Tensor:
+    def _sample(self, model: Network, device: torch.device) -> torch.Tensor:
         """Images in [0, 1]; of a latent model, the first three channels."""
         c = model.config
         classes = torch.arange(min(c.num_classes, self.max_classes), device=device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from tc_lightning.errors import TokenCacheError
 from tc_lightning.measure.calibration import MAX_GAP, Calibration
 from tc_lightning.measure.scores import sampler_digest
 from tc_lightning.measure.step_effect import step_effect
-from tc_lightning.models.dit import DiT, FinalModulation
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.dataflow import Entry, lagrange_weights
 from tc_lightning.plan.guidance import Guidance
@@ -36,7 +36,7 @@ SEED = 0x63616C6962  # of its noise and labels: apart from any seed that a perso
 NAME = "calibration.safetensors"
 
 
-def run_calibration(model: DiT, plan: CachePlan, folder: Path, keep: bool = True) -> Calibration:
+def run_calibration(model: Network, plan: CachePlan, folder: Path, keep: bool = True) -> Calibration:
     """The calibration of the full-compute run that a plan belongs to: the one in the run's folder if it is of the same, else a new one.
 
     Args:
@@ -63,7 +63,9 @@ def run_calibration(model: DiT, plan: CachePlan, folder: Path, keep: bool = True
     return measured
 
 
-def calibrate(model: DiT, plan: CachePlan, x_T: Tensor, labels_B: Tensor, max_gap: int = MAX_GAP, progress: bool = True) -> Calibration:
+def calibrate(
+    model: Network, plan: CachePlan, x_T: Tensor, labels_B: Tensor, max_gap: int = MAX_GAP, progress: bool = True
+) -> Calibration:
     """Measure drifts, reuse errors and step effects, each the mean over the given trajectories.
 
     Args:
@@ -101,12 +103,12 @@ class _Known(NamedTuple):
     z_BND: Tensor
     span_BND: Tensor
     branches: list[Tensor]
-    final: FinalModulation
+    final: Any
     eps: Tensor
 
 
 @torch.no_grad()
-def _trajectory_tables(model: DiT, full: CachePlan, x_T: Tensor, labels_B: Tensor, gaps: int) -> tuple[np.ndarray, np.ndarray]:
+def _trajectory_tables(model: Network, full: CachePlan, x_T: Tensor, labels_B: Tensor, gaps: int) -> tuple[np.ndarray, np.ndarray]:
     """Drifts [T, G, L, 2] and gap errors [T, G, S, O] of some trajectories."""
     drift = np.zeros((full.num_steps, gaps, full.model.depth, len(full.model.block.names)))
     error = np.zeros((full.num_steps, gaps, gaps, MAX_ORDER + 1))
@@ -123,7 +125,7 @@ def _trajectory_tables(model: DiT, full: CachePlan, x_T: Tensor, labels_B: Tenso
     return drift, error
 
 
-def _known(model: DiT, guidance: Guidance, x_BCHW: Tensor, t: float, labels_B: Tensor) -> _Known:
+def _known(model: Network, guidance: Guidance, x_BCHW: Tensor, t: float, labels_B: Tensor) -> _Known:
     L = len(model.blocks)
     z_BND, mods, final = enter(model, guidance, x_BCHW, torch.full((len(x_BCHW),), t, device=x_BCHW.device), labels_B)
     span, entries = Entry("span", 0, L), [Entry(branch, b, b + 1) for b in range(L) for branch in model.blocks[b].branches]  # type: ignore[union-attr]
@@ -139,7 +141,9 @@ def _drift(earlier: list[Tensor], now: list[Tensor]) -> np.ndarray:
     return np.array(ratios)
 
 
-def _gap_error_SO(model: DiT, guidance: Guidance, known: _Known, spans: list[Tensor], step: int, gap: int, spacings: int) -> np.ndarray:
+def _gap_error_SO(
+    model: Network, guidance: Guidance, known: _Known, spans: list[Tensor], step: int, gap: int, spacings: int
+) -> np.ndarray:
     """Error of one step by spacing and order, [S, O], where the last full computation was `gap` steps before."""
     seen: dict[tuple[int, ...], float] = {}
 

@@ -20,15 +20,14 @@ from torch import Tensor
 
 from tc_lightning.cache.soft import BranchCache
 from tc_lightning.cache.soft_network import enter, full_eps, guided_eps
-from tc_lightning.models.dit import DiT
-from tc_lightning.models.network import Take, compose
+from tc_lightning.models.network import Network, Take, compose
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.rollout.noise import initial_noise
 
 PROBE_SEED = 0x70726F6265  # apart from any seed that a person would choose for images
 
 
-def probes_for(model: DiT, sample: int, steps: Sequence[int], count: int) -> Tensor:
+def probes_for(model: Network, sample: int, steps: Sequence[int], count: int) -> Tensor:
     """Probes [P, B, C, H, W] of B steps of one sample: each a function of (sample, step) alone, not of batch or process."""
     c = model.config
     shape = (count, c.in_channels, c.input_size, c.input_size)
@@ -36,7 +35,7 @@ def probes_for(model: DiT, sample: int, steps: Sequence[int], count: int) -> Ten
 
 
 def branch_sensitivity(
-    model: DiT,
+    model: Network,
     guidance: Guidance,
     x_prev_BCHW: Tensor,
     x_BCHW: Tensor,
@@ -62,7 +61,7 @@ def branch_sensitivity(
 
 
 def token_sensitivity(
-    model: DiT,
+    model: Network,
     guidance: Guidance,
     x_prev_BCHW: Tensor,
     x_BCHW: Tensor,
@@ -77,7 +76,7 @@ def token_sensitivity(
 
 
 def _probe_shifts(
-    model: DiT,
+    model: Network,
     guidance: Guidance,
     x_prev: Tensor,
     x: Tensor,
@@ -101,14 +100,14 @@ def _probe_shifts(
 
 
 @torch.no_grad()
-def _branches(model: DiT, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor) -> list[BranchCache]:
+def _branches(model: Network, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor) -> list[BranchCache]:
     """Branch outputs before the gate, [B, N, D] each, of every block."""
     return full_eps(model, guidance, x, t, labels)[1].branches
 
 
 @torch.enable_grad()
 def _trace(
-    model: DiT, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor, cached: list[BranchCache]
+    model: Network, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor, cached: list[BranchCache]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Guided eps, the residual stream after each branch (where v J is read off), and delta of each branch."""
     z_BND, mods, final = enter(model, guidance, x, t, labels)

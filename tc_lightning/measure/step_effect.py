@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tc_lightning.cache.soft_network import enter, guided_eps
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import MAX_HISTORY, SamplerStep
@@ -26,7 +26,7 @@ from tc_lightning.rollout.sampling import full_plan, sample_steps
 PROBE_SEED = 0x656666656374  # apart from any seed that a person would choose for images
 
 
-def step_effect(model: DiT, plan: CachePlan, x_T: Tensor, labels_B: Tensor, first_index: int = 0) -> Tensor:
+def step_effect(model: Network, plan: CachePlan, x_T: Tensor, labels_B: Tensor, first_index: int = 0) -> Tensor:
     """Mean squared error of the final latents over that of the guided eps of each step, [T] float64 on the CPU.
 
     Args:
@@ -69,7 +69,7 @@ class _Adjoint:
 
 
 @torch.enable_grad()
-def _eps_adjoint(model: DiT, guidance: Guidance, x_BCHW: Tensor, t: float, labels_B: Tensor, g_eps: Tensor) -> Tensor:
+def _eps_adjoint(model: Network, guidance: Guidance, x_BCHW: Tensor, t: float, labels_B: Tensor, g_eps: Tensor) -> Tensor:
     """Gradient by the latents of g_eps . eps, where eps is the guided output at full compute."""
     x_BCHW = x_BCHW.detach().requires_grad_()
     z_BND, mods, final = enter(model, guidance, x_BCHW, torch.full((len(x_BCHW),), t, device=x_BCHW.device), labels_B)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tc_lightning.errors import PlanError, RunError, TeacherError
-from tc_lightning.models.dit import NORM_EPS, DiT, DiTBlock, DiTConfig, Modulation
+from tc_lightning.models.dit import NORM_EPS, DiTBlock, DiTConfig, Modulation
 from tc_lightning.models.network import Network
 from tc_lightning.models.predictor import INITIAL_IMPORTANCE, LOGIT_BOUND
 from tc_lightning.plan.atomic import write_atomically
@@ -51,7 +51,7 @@ class ContentPredictor(nn.Module):
         nn.init.constant_(self.head.bias, LOGIT_BOUND * math.atanh(logit / LOGIT_BOUND))
 
     @classmethod
-    def from_teacher(cls, model: DiT) -> ContentPredictor:
+    def from_teacher(cls, model: Network) -> ContentPredictor:
         """A predictor whose block is a trainable copy of the teacher's first, and whose scores are `INITIAL_IMPORTANCE` everywhere."""
         predictor = cls(model.config)
         predictor.block.load_state_dict(model.blocks[0].state_dict())
@@ -69,7 +69,7 @@ class ContentPredictor(nn.Module):
             logits_BNL = self.head(h_BND)
         return torch.sigmoid(LOGIT_BOUND * torch.tanh(logits_BNL / LOGIT_BOUND)).transpose(1, 2)
 
-    def scores(self, model: DiT, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+    def scores(self, model: Network, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Scores [B, L, N] of latents at times [B]."""
         return self(model.embed(x_BCHW), self.modulation(model, t_B))
 
@@ -89,7 +89,7 @@ class Selector:
         """A frozen copy of the predictor as it is."""
         return cls(copy.deepcopy(predictor).eval().requires_grad_(False), selector_digest(predictor.state_dict()))
 
-    def scorer(self, model: DiT, t_B: Tensor) -> Callable[[Tensor], Tensor]:
+    def scorer(self, model: Network, t_B: Tensor) -> Callable[[Tensor], Tensor]:
         """From tokens of x_t [B, N, D] to scores [B, L, N], at times [B]."""
         return lambda z_BND: self.predictor(z_BND, self.predictor.modulation(model, t_B))
 

@@ -261,10 +261,6 @@ class DiT(Network):
         patches = self.final_layer(z_BND, mod).reshape(-1, grid, grid, P, P, C)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, grid * P, grid * P)
 
-    def eps(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
-        """Predicted noise [B, C, H, W]: the first C channels of the output."""
-        return self(x_BCHW, t_B, y_B)[:, : self.config.in_channels]
-
     def _initialise(self) -> None:
         """Initialisation of the original release: Xavier, and zero for gates and the output (adaLN-Zero)."""
         for module in self.modules():

@@ -114,3 +114,7 @@ class Network(nn.Module, ABC):
         for block, mod in zip(self.blocks, mods, strict=True):
             z_BND = block(z_BND, mod)
         return self.readout(z_BND, final)
+
+    def eps(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+        """Predicted noise [B, C, H, W]: the first C channels of the output."""
+        return self(x_BCHW, t_B, y_B)[:, : self.config.in_channels]

@@ -12,7 +12,7 @@ import torch
 
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.measure.scores import sampler_digest
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.sampler_table import FITTED, SamplerStep, SamplerTable
 from tc_lightning.planner.fit import FittedPlan, fit_sampler
@@ -54,7 +54,7 @@ class Bench:
     """
 
     def __init__(
-        self, model: DiT, kitchen: Kitchen, price: Price, target: TargetRun, fitted: int, ranks: Ranks, record: Path | None = None
+        self, model: Network, kitchen: Kitchen, price: Price, target: TargetRun, fitted: int, ranks: Ranks, record: Path | None = None
     ) -> None:
         self.model, self.kitchen, self.price, self.target, self.fitted, self.ranks = model, kitchen, price, target, fitted, ranks
         self.record, self._record = record, TrialRecord(record, self._name())

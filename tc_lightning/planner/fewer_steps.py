@@ -7,7 +7,7 @@ import dataclasses
 
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.pilot import images
@@ -23,7 +23,7 @@ REFINEMENTS = 2
 BATCH = 16
 
 
-def fitted_fewer_steps(model: DiT, plan: CachePlan, num_steps: int, progress: str | None = None) -> CachePlan:
+def fitted_fewer_steps(model: Network, plan: CachePlan, num_steps: int, progress: str | None = None) -> CachePlan:
     """Full compute with fewer steps at the spacing of least error, fitted and refined to the images of a plan's reference run.
 
     What the planner does with `cache: none`, for one number of steps, and on images as they come.

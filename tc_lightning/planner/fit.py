@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.content_predictor import Selector
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.sampler_table import FITTED, SamplerStep, SamplerTable
 from tc_lightning.planner.memory import images_at_a_time
@@ -45,7 +45,7 @@ class FittedPlan:
 
 @torch.no_grad()
 def fit_sampler(
-    model: DiT,
+    model: Network,
     plan: CachePlan,
     target: TargetRun,
     fitted: int,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.psnr import psnr_db
 from tc_lightning.measure.scores import Scores
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
@@ -78,7 +78,7 @@ class Subject:
         folder: where trials are remembered; None for nowhere.
     """
 
-    model: DiT
+    model: Network
     signature: ModelSignature
     guidance: Guidance
     scores: Scores

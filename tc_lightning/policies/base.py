@@ -21,7 +21,7 @@ from tc_lightning.policies.choice import PlanChoice
 from tc_lightning.rollout.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
-    from tc_lightning.models.dit import DiT
+    from tc_lightning.models.network import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PlanningContext:
     evaluate: Callable[[CachePlan, int | None], float]
     reference: SamplerTable
     calibrate: Callable[[], Calibration] | None = None
-    model: DiT | None = None
+    model: Network | None = None
     ranks: Ranks = ALONE
     folder: Path | None = None
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.content_predictor import Selector
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.rollout.sampling import check_labels, device_of, sample_steps
 
@@ -19,7 +19,7 @@ OnStep = Callable[[int], object]
 
 
 def final_latents(
-    model: DiT,
+    model: Network,
     plan: CachePlan,
     x_T: Tensor,
     labels: Tensor,
@@ -68,7 +68,7 @@ class RolloutEvaluator:
         TokenCacheError: if the numbers of images differ or are zero, a label is out of range, or `x_0` is not finite.
     """
 
-    def __init__(self, model: DiT, x_T: Tensor, labels: Tensor, x_0: Tensor, selector: Selector | None = None) -> None:
+    def __init__(self, model: Network, x_T: Tensor, labels: Tensor, x_0: Tensor, selector: Selector | None = None) -> None:
         if not len(x_T) or x_T.shape != x_0.shape or len(labels) != len(x_T):
             raise TokenCacheError(
                 f"cannot evaluate: noise {tuple(x_T.shape)}, labels {tuple(labels.shape)} and final latents "

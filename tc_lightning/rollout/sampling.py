@@ -17,7 +17,7 @@ from tc_lightning.diffusion.update import advance, coefficients
 from tc_lightning.errors import TeacherError, TokenCacheError
 from tc_lightning.models.checkpoints import teacher_digest
 from tc_lightning.models.content_predictor import Selector, require_selector
-from tc_lightning.models.dit import DiT, DiTConfig
+from tc_lightning.models.dit import DiTConfig
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.dataflow import Entry, StepFlow
@@ -51,7 +51,7 @@ class Rollout:
         selector: the content predictor that the plan names.
     """
 
-    model: DiT
+    model: Network
     plan: CachePlan
     labels_B: Tensor
     selector: Selector | None = None
@@ -117,12 +117,12 @@ def reference_plan(plan: CachePlan) -> CachePlan:
     return full_plan(plan.model, plan.reference, plan.guidance)
 
 
-def device_of(model: DiT) -> torch.device:
+def device_of(model: Network) -> torch.device:
     """Where a model is."""
     return next(model.parameters()).device
 
 
-def noise_for(seed: int, indices: range, model: DiT, device: torch.device | str = "cpu", stream: int = 0) -> Tensor:
+def noise_for(seed: int, indices: range, model: Network, device: torch.device | str = "cpu", stream: int = 0) -> Tensor:
     """Initial noise of images `indices`, [B, C, H, W]."""
     c = model.config
     return torch.from_numpy(initial_noise(seed, indices, (c.in_channels, c.input_size, c.input_size), stream)).to(device)
@@ -135,7 +135,7 @@ def labels_for(seed: int, indices: Sequence[int], num_classes: int, device: torc
 
 @torch.no_grad()
 def sample_steps(
-    model: DiT,
+    model: Network,
     plan: CachePlan,
     x_BCHW: Tensor,
     labels_B: Tensor,
@@ -175,7 +175,9 @@ def sample_steps(
         state = run.after(state, x_next, m, writes)
 
 
-def sample(model: DiT, plan: CachePlan, x_BCHW: Tensor, labels_B: Tensor, seed: int = 0, selector: Selector | None = None) -> Tensor:
+def sample(
+    model: Network, plan: CachePlan, x_BCHW: Tensor, labels_B: Tensor, seed: int = 0, selector: Selector | None = None
+) -> Tensor:
     """Final latents [B, C, H, W] of a plan; arguments and errors of `sample_steps`."""
     for state in sample_steps(model, plan, x_BCHW, labels_B, seed, selector=selector):
         x_BCHW = state.x_next
@@ -209,7 +211,7 @@ def check_labels(labels_B: Tensor, num_classes: int) -> None:
 
 
 def _predict(
-    model: DiT,
+    model: Network,
     plan: CachePlan,
     i: int,
     flow: StepFlow,

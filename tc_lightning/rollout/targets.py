@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.atomic import write_atomically
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.guidance import Guidance
@@ -84,7 +84,7 @@ class Targets:
     ode: Tensor
 
 
-def compute_targets(model: DiT, key: TargetKey, on_step: OnStep = lambda _: None) -> Targets:
+def compute_targets(model: Network, key: TargetKey, on_step: OnStep = lambda _: None) -> Targets:
     """Run both plans at full compute, in batches on the model's device.
 
     Raises:
@@ -95,7 +95,7 @@ def compute_targets(model: DiT, key: TargetKey, on_step: OnStep = lambda _: None
     return Targets(x_T, labels, finals["reference"], finals["ode"])
 
 
-def cached_targets(model: DiT, key: TargetKey, folder: Path, on_step: OnStep = lambda _: None) -> Targets:
+def cached_targets(model: Network, key: TargetKey, folder: Path, on_step: OnStep = lambda _: None) -> Targets:
     """Targets from `folder`, computed and written there if it has none for this key; a damaged file is computed again."""
     path = folder / f"{key.digest[:16]}.safetensors"
     if (known := _read(path, key, model)) is not None:
@@ -110,7 +110,7 @@ def cached_targets(model: DiT, key: TargetKey, folder: Path, on_step: OnStep = l
     return targets
 
 
-def _read(path: Path, key: TargetKey, model: DiT) -> Targets | None:
+def _read(path: Path, key: TargetKey, model: Network) -> Targets | None:
     x_T = noise_for(key.seed, range(key.images), model)
     try:
         finals, metadata = read_tensors(path, "pt")

@@ -13,7 +13,7 @@ from tc_lightning.measure.calibration import Calibration
 from tc_lightning.measure.scores import Scores
 from tc_lightning.models.checkpoints import load_teacher
 from tc_lightning.models.content_predictor import Selector, require_selector
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.rollout.evaluation import RolloutEvaluator
@@ -35,7 +35,7 @@ class LoadedRun:
     """
 
     run: Run
-    model: DiT
+    model: Network
     plan: CachePlan
     scores: Scores
     selector: Selector | None

@@ -24,7 +24,7 @@ from export.bench.acceptance.subjects import random_plans, random_teacher, torch
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.learn.objectives.base import Batch, Task
 from tc_lightning.learn.objectives.superposition import PairBatch, TokenSuperposition
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.pilot import images
@@ -99,7 +99,7 @@ def fit_digits(found: Findings, provider: str, scratch: Path, seconds: float) ->
     found.figures["plans"] = [CachePlan.load(path).summary for path in plans]
 
 
-def training_step(found: Findings, model: DiT, sizes: Sizes, device: str) -> float:
+def training_step(found: Findings, model: Network, sizes: Sizes, device: str) -> float:
     """Seconds of a step of training the Cache Predictor, as the distiller takes it."""
     plan = next(iter(random_plans(model, sizes).values()))
     task = Task(model, plan.model, plan.sampler, plan.guidance)
@@ -125,7 +125,7 @@ def training_step(found: Findings, model: DiT, sizes: Sizes, device: str) -> flo
     return seconds
 
 
-def planning(found: Findings, model: DiT, sizes: Sizes) -> dict[str, float]:
+def planning(found: Findings, model: Network, sizes: Sizes) -> dict[str, float]:
     """Seconds of a forward of one sample in a full run, in a trial, and in the first pass of refining."""
     plan = random_plans(model, sizes)["skip"]
     noise, labels = images(model, list(range(sizes.planned_images)))
@@ -181,7 +181,7 @@ def once(work: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - started
 
 
-def _pairs(model: DiT, pairs: int, steps: int, device: str) -> PairBatch:
+def _pairs(model: Network, pairs: int, steps: int, device: str) -> PairBatch:
     c = model.config
     x_prev, x, eps = torch.randn(3, pairs, c.in_channels, c.input_size, c.input_size, device=device)
     step = torch.arange(pairs, device=device) % (steps - 1) + 1

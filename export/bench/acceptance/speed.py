@@ -28,7 +28,7 @@ from export.bench.timing import TORCH_TYPES, compiled, in_turns, product_tflops,
 from export.compiler.parity import relative_l2
 from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError, first_line
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import cache_bytes_per_image, plan_macs
 from tc_lightning.rollout.sampling import noise_for, reference_plan
@@ -59,7 +59,7 @@ class Loaded:
     plans: dict[str, CachePlan]
     folders: dict[str, Path]
     samplers: dict[str, CachedSampler]
-    model: DiT | None
+    model: Network | None
     dtype: torch.dtype
     product: float | None
 
@@ -136,7 +136,7 @@ def do(found: Findings, loaded: Loaded, work: Work, provider: str, judged: bool)
         against_compile(found, loaded, work.batch, "max-autotune" if work.what == AUTOTUNE else None, judged)
 
 
-def load(found: Findings, model: DiT, sizes: Sizes, scratch: Path, precision: str, provider: str, on_device: bool) -> Loaded:
+def load(found: Findings, model: Network, sizes: Sizes, scratch: Path, precision: str, provider: str, on_device: bool) -> Loaded:
     """Export and load the three plans, and PyTorch's model in the same precision."""
     plans = random_plans(model, sizes)
     folders = {name: write_artefact(model, plan, scratch / str(j), precision, provider) for j, (name, plan) in enumerate(plans.items())}

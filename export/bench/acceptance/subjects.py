@@ -16,6 +16,7 @@ from export.runtime.manifest import write_manifest
 from export.runtime.programs import lower
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher
 from tc_lightning.models.dit import DiT, preset
+from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.rollout.sampling import model_signature
 
@@ -23,7 +24,7 @@ DIGITS = TeacherSpec("data/digits_dit.safetensors")
 NO_DIGEST = "0" * 64  # random weights need no name
 
 
-def digits(sizes: Sizes) -> tuple[DiT, CachePlan]:
+def digits(sizes: Sizes) -> tuple[Network, CachePlan]:
     """The digits teacher, and a plan whose steps take turns: full, skip everything, compute some blocks, recompute some tokens."""
     model = load_teacher(DIGITS)
     plans = list(benchmark_plans(model_signature(model), sizes.small_steps, sizes.small_full).values())
@@ -32,7 +33,7 @@ def digits(sizes: Sizes) -> tuple[DiT, CachePlan]:
     return model, dataclasses.replace(plans[0], steps=steps, provenance={"policy": "acceptance"})
 
 
-def random_teacher(sizes: Sizes, device: str) -> DiT:
+def random_teacher(sizes: Sizes, device: str) -> Network:
     """The large shapes with random weights and open gates, made on the device, where that takes no time."""
     torch.manual_seed(0)
     with torch.device(device), torch.no_grad():
@@ -43,12 +44,12 @@ def random_teacher(sizes: Sizes, device: str) -> DiT:
     return model.to(device).eval().requires_grad_(False)  # the position table comes from numpy, which knows no device
 
 
-def random_plans(model: DiT, sizes: Sizes) -> dict[str, CachePlan]:
+def random_plans(model: Network, sizes: Sizes) -> dict[str, CachePlan]:
     """The three plans of the benchmark for it."""
     return benchmark_plans(model_signature(model, NO_DIGEST), sizes.steps, sizes.full_steps)
 
 
-def write_artefact(model: DiT, plan: CachePlan, folder: Path, precision: str, provider: str) -> Path:
+def write_artefact(model: Network, plan: CachePlan, folder: Path, precision: str, provider: str) -> Path:
     """An artefact without a proof, in a new folder."""
     folder.mkdir(parents=True)
     lowered = lower(plan, provider)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tc_lightning.cache.soft_network import StepCaches, full_eps, reused_eps
 from tc_lightning.errors import RunError
 from tc_lightning.models.content_predictor import Selector
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.signature import ModelSignature
@@ -26,7 +26,7 @@ from tc_lightning.plan.signature import ModelSignature
 class Task(NamedTuple):
     """What is distilled: a frozen teacher, sampled in one way."""
 
-    teacher: DiT
+    teacher: Network
     signature: ModelSignature
     sampler: SamplerTable
     guidance: Guidance

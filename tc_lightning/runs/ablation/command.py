@@ -24,7 +24,7 @@ from lightning.fabric import Fabric
 from tqdm import tqdm
 
 from tc_lightning.errors import RunError
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 from tc_lightning.plan.atomic import write_atomically
 from tc_lightning.plan.costs import full_step_macs, macs_speedup
 from tc_lightning.planner.pilot import images
@@ -96,19 +96,19 @@ class Bench:
             errors.setdefault(v.name, []).append(self._errors(model, v, target))
         return {v.name: _row(v) | {"mse": np.mean(errors[v.name], 0).tolist()} for v in variants}
 
-    def _errors(self, model: DiT, variant: Variant, target: TargetRun) -> np.ndarray:
+    def _errors(self, model: Network, variant: Variant, target: TargetRun) -> np.ndarray:
         steps = variant.plan.steps
         if variant.plan.selector or steps not in self._known:
             self._known[steps] = _errors(model, variant, target)
         return self._known[steps]
 
 
-def _full_run(model: DiT, layout: Layout, count: int) -> TargetRun:
+def _full_run(model: Network, layout: Layout, count: int) -> TargetRun:
     x_T, labels = images(model, list(range(count)))
     return run_target(model, layout.sampler, layout.guidance, x_T, labels, BATCH, "full run")
 
 
-def _errors(model: DiT, variant: Variant, target: TargetRun) -> np.ndarray:
+def _errors(model: Network, variant: Variant, target: TargetRun) -> np.ndarray:
     """Mean squared error of each image."""
     selector = None if variant.selector is None else variant.selector.to(target.x_0.device)
     mse_B = RolloutEvaluator(model, target.x_T, target.labels_B, target.x_0, selector).mse_per_image(variant.plan)
