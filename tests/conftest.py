@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ from tc_lightning.plan.segments import Segment, compute, partial, reuse, skip
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.rollout.sampling import model_signature
 
+# Tests run side by side, and so does what they start: a thread each.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MOST_WORKERS = 4  # each needs up to 1.3 GB
 
 CONFIG = DiTConfig(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=4, num_heads=2, num_classes=5)
 SIGNATURE = ModelSignature("dit", 4, 16, 32, 2, 128, 2, 4, 8, 8, 5, "0" * 64)
@@ -38,6 +43,16 @@ EVERY_MODE: Steps = (
     (partial(0, 2, (0, 2, 3, 13, 14), 1), compute(2, 3), reuse(3, 4, ("attn", "mlp"), 2)),
     (skip(0, 4, 0),),
 )
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """As many workers as there are cores for them; none for a single file, which all goes to one worker."""
+    if os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
+        return None
+    files = {argument.partition("::")[0] for argument in config.args}
+    if len(files) == 1 and all(name.endswith(".py") for name in files):
+        return 0
+    return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def make_teacher(seed: int = 0, **changes: Any) -> DiT:

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("data", "export", "tc_lightning")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-TOOLS = {"ruff", "mypy"}  # run, not imported
+TOOLS = {"pytest-xdist", "ruff", "mypy"}  # run, not imported
 OF_OTHERS = {"jsonargparse"}  # Lightning's command line imports it, and does not ask for it
 SOURCES = sorted(path for folder in (*PACKAGES, "tests") for path in (ROOT / folder).rglob("*.py"))
 
