@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning import Trainer
-from safetensors.torch import load_file, save_file
-from test_checkpoints import diffusers_model, same
+from safetensors.torch import save_file
+from teacher_files import NO_NULL, TINY, UNCONDITIONAL, State, require_same_forward, same, under, weights
 
-from export.compiler.compile import export_artefact
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TeacherError
-from tc_lightning.learn.distiller import TokenCacheDistiller
 from tc_lightning.learn.teacher import TeacherModule
-from tc_lightning.models.checkpoints import TeacherSpec, config_json, load_teacher, save_teacher, teacher_digest
-from tc_lightning.models.content_predictor import ContentPredictor
-from tc_lightning.models.dit import DiT, DiTConfig, preset, randomise_
-from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.plan.guidance import Guidance
-from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample
-
-TINY = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=24, depth=2, num_heads=2, num_classes=5)
-NO_NULL = dataclasses.replace(TINY, null_label=False)
-State = dict[str, torch.Tensor]
-
-
-def weights(config: DiTConfig = TINY, seed: int = 0) -> State:
-    return randomise_(DiT(config), seed, std=0.2).state_dict()
-
-
-def under(prefix: str, state: State) -> State:
-    return {prefix + name: tensor for name, tensor in state.items()}
+from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, teacher_digest
+from tc_lightning.models.dit import DiT, DiTConfig
 
 
 def original(state: State, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, heads: int = 2) -> torch.Tensor:
@@ -69,18 +48,6 @@ def original(state: State, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor, he
     return torch.einsum("nhwpqc->nchpwq", out).reshape(len(x), -1, grid * P, grid * P)
 
 
-def require_same_forward(ours: DiT, expected: Callable[..., torch.Tensor]) -> None:
-    """Agreement to 1e-5 for every label that there is."""
-    c = ours.config
-    y = torch.arange(c.num_classes + c.null_label)
-    x = torch.randn(len(y), c.in_channels, c.input_size, c.input_size, generator=torch.Generator().manual_seed(1))
-    t = torch.linspace(0, 999, len(y)).round()
-    with torch.no_grad():
-        made, wanted = ours(x, t, y), expected(x, t, y)
-    assert wanted.abs().mean() > 0.1
-    torch.testing.assert_close(made, wanted, atol=1e-5, rtol=1e-5)
-
-
 class Odd:
     """What a training script may have pickled."""
 
@@ -100,7 +67,6 @@ EITHER = (".pt", ".safetensors")
 OTHER = weights(seed=9)
 COUNTERS = {"step": torch.tensor(1000), "initted": torch.tensor(True)}
 PREFIXES = ("module.", "_orig_mod.", "model.", "ema_model.", "module._orig_mod.", "model.ema_model.", "net.backbone.dit.")
-UNCONDITIONAL = dataclasses.replace(TINY, num_classes=1, null_label=False)
 FILES = {f"prefix {p}": Kind(under(p, weights()), (f"stripped the prefix `{p}`",), suffixes=EITHER) for p in PREFIXES} | {
     "plain": Kind(weights(), suffixes=EITHER),
     "lightning": Kind(
@@ -227,214 +193,3 @@ def test_nothing_but_plain_containers_is_opened(tmp_path, monkeypatch):
     with pytest.raises(TeacherError, match="run code"):
         load_teacher(TeacherSpec(str(tmp_path / "t.ckpt"), dit=TINY))
     assert not (tmp_path / "evil").exists()
-
-
-# Labels
-
-
-def full_run(model: DiT, scale: float) -> CachePlan:
-    return full_plan(model_signature(model), make_sampler("ddim", 3), Guidance(scale, 3))
-
-
-@pytest.mark.parametrize("config", [NO_NULL, UNCONDITIONAL])
-def test_guidance_needs_a_null_label(tmp_path, config):
-    torch.save(weights(config), tmp_path / "t.pt")
-    spec = TeacherSpec(str(tmp_path / "t.pt"), dit=dataclasses.replace(config, null_label=True))
-    model, words = load_teacher(spec), r"guidance 1\.5 needs a null label.*`guidance_scale` to 1"
-    x, y = noise_for(0, range(2), model), torch.tensor([0, config.num_classes - 1])
-    assert torch.isfinite(sample(model, full_run(model, 1.0), x, y)).all()
-    with pytest.raises(TeacherError, match=words):
-        sample(model, full_run(model, 1.5), x, y)
-    with pytest.raises(TeacherError, match=words):  # before anything takes time
-        TokenCacheDistiller(spec, num_steps=3, guidance_scale=1.5)
-    assert TokenCacheDistiller(spec, num_steps=3, guidance_scale=1.0).teacher.config == config
-
-
-def test_export_without_a_null_label(tmp_path):
-    model = randomise_(DiT(NO_NULL), 0, std=0.2).eval().requires_grad_(False)
-    with pytest.raises(TeacherError, match="needs a null label"):
-        export_artefact(model, full_run(model, 1.5), tmp_path / "a", "fp32", "cpu", images=1, report=lambda _: None)
-    manifest = export_artefact(model, full_run(model, 1.0), tmp_path / "a", "fp32", "cpu", images=1, report=lambda _: None)
-    assert manifest["parity"]["trajectory_rel_l2"] < 1e-5
-    assert DiTConfig(**manifest["dit_config"]) == NO_NULL
-
-
-def test_training_without_a_null_label():
-    with pytest.raises(TeacherError, match="label_dropout"):
-        TeacherModule(NO_NULL)
-    assert TeacherModule(NO_NULL, label_dropout=0.0).model.config == NO_NULL
-    with pytest.raises(TeacherError, match="content predictor needs a null label"):
-        ContentPredictor(NO_NULL)
-
-
-def test_a_null_label_goes_without_saying(tmp_path):
-    """Digests of teachers, by which plans and runs name them, are those from before there was a field for it."""
-    assert "null_label" not in config_json(TINY)
-    model = randomise_(DiT(NO_NULL), 0)
-    save_teacher(model, tmp_path / "t.safetensors")
-    for asked in (None, TINY, NO_NULL):
-        assert same(load_teacher(TeacherSpec(str(tmp_path / "t.safetensors"), dit=asked)), model)
-    save_teacher(randomise_(DiT(TINY), 0), tmp_path / "t.safetensors")
-    with pytest.raises(TeacherError, match="null_label is True there and False here"):
-        load_teacher(TeacherSpec(str(tmp_path / "t.safetensors"), dit=NO_NULL))
-
-
-# Folders
-
-
-def folder(path: Path, *forms: str, **changes: Any) -> Any:
-    """A folder of diffusers with weights in the given forms, and the model."""
-    model = diffusers_model(**changes)
-    for form in forms:
-        size = {"max_shard_size": "20KB"} if form.startswith("shards") else {}
-        variant = form.partition(" ")[2] or None
-        saved = model.half() if variant == "fp16" else model.float()
-        saved.save_pretrained(path / form, variant=variant, **size)
-        for file in (path / form).iterdir():
-            file.rename(path / file.name)
-        (path / form).rmdir()
-    return model.float()
-
-
-WHOLE, INDEX = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"
-FP16 = "diffusion_pytorch_model.fp16.safetensors"
-
-
-@pytest.mark.parametrize(
-    ("forms", "told"),
-    [
-        (("whole",), None),
-        (("variant fp16",), f"took {FP16}, the only precision there"),
-        (("shards",), None),
-        (("shards fp16",), "took diffusion_pytorch_model.safetensors.index.fp16.json, the only precision there"),
-        (("whole", "variant fp16"), f"took {WHOLE} (there is also {FP16})"),
-        (("shards", "variant fp16"), f"took {INDEX} (there is also {FP16})"),
-        (("shards", "whole"), f"took {WHOLE} (there is also {INDEX})"),
-    ],
-)
-def test_folders(tmp_path, forms, told):
-    theirs, lines = diffusers_model(), []
-    folder(tmp_path, *forms)
-    if all("fp16" in form for form in forms):
-        theirs.load_state_dict({name: value.half() for name, value in theirs.state_dict().items()})
-    ours = load_teacher(TeacherSpec(str(tmp_path)), lines.append)
-    require_same_forward(ours, lambda x, t, y: theirs(x, t.long(), class_labels=y).sample)
-    assert all(p.dtype == torch.float32 for p in ours.parameters())
-    assert lines == ([f"{tmp_path}: {told}"] if told else [])
-
-
-def test_one_digest_for_all_forms(tmp_path):
-    forms = ("whole", "shards")
-    for form in forms:
-        (tmp_path / form).mkdir()
-        folder(tmp_path / form, form)
-    digests = {teacher_digest(load_teacher(TeacherSpec(str(tmp_path / form)))) for form in forms}
-    assert len(digests) == 1
-
-
-def test_several_variants(tmp_path):
-    folder(tmp_path, "whole")
-    for variant in ("bf16", "fp16"):
-        save_file(load_file(tmp_path / WHOLE), tmp_path / f"diffusion_pytorch_model.{variant}.safetensors")
-    (tmp_path / WHOLE).unlink()
-    with pytest.raises(TeacherError, match=r"several variants \(diffusion_pytorch_model\.bf16.*fp16.*set `weights`"):
-        load_teacher(TeacherSpec(str(tmp_path)))
-    assert load_teacher(TeacherSpec(str(tmp_path / FP16))).config.depth == 2
-
-
-def change_index(path: Path, **entries: Any) -> None:
-    raw = json.loads((path / INDEX).read_text(encoding="utf-8"))
-    raw["weight_map"] |= entries
-    (path / INDEX).write_text(json.dumps(raw), encoding="utf-8")
-
-
-def first_shard(path: Path) -> Path:
-    return min(path.glob("*-of-*"))
-
-
-BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a shard is missing": (lambda p: first_shard(p).unlink(), "names the shard diffusion_pytorch_model-00001-of"),
-    "a shard is cut": (lambda p: os.truncate(first_shard(p), 1000), "damaged"),
-    "a shard is noise": (lambda p: first_shard(p).write_bytes(bytes(5000)), "damaged"),
-    "a shard of another model": (lambda p: save_file({"a": torch.ones(1)}, first_shard(p)), "does not hold the tensors"),
-    "outside": (lambda p: change_index(p, x="../other.safetensors"), "a .safetensors or .bin file of the same folder"),
-    "absolute": (lambda p: change_index(p, x="/etc/model.safetensors"), "a .safetensors or .bin file of the same folder"),
-    "itself": (lambda p: change_index(p, x=INDEX), "a .safetensors or .bin file of the same folder"),
-    "no name": (lambda p: change_index(p, x=3), "a .safetensors or .bin file of the same folder"),
-    "a tensor more": (lambda p: change_index(p, x=first_shard(p).name), "does not hold the tensors"),
-    "no map": (lambda p: (p / INDEX).write_text("{}", encoding="utf-8"), "no index of shards"),
-    "no JSON": (lambda p: (p / INDEX).write_bytes(b"\xff{"), INDEX),
-    "no index": (lambda p: (p / INDEX).unlink(), "only shards"),
-}
-
-
-@pytest.mark.parametrize("name", BREAK)
-def test_broken_shards(tmp_path, name):
-    folder(tmp_path, "shards")
-    assert len(list(tmp_path.glob("*-of-*"))) > 1
-    breaking, words = BREAK[name]
-    breaking(tmp_path)
-    with pytest.raises(TeacherError) as caught:
-        load_teacher(TeacherSpec(str(tmp_path)))
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_file_of_diffusers_without_its_folder(tmp_path):
-    folder(tmp_path, "whole")
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(TeacherError, match=r"diffusers' names.*config\.json"):
-        load_teacher(TeacherSpec(str(tmp_path / WHOLE), dit=TINY))
-
-
-# Mismatches
-
-
-@pytest.mark.parametrize(
-    ("changes", "cause"),
-    [
-        ({"depth": 5}, "depth is 2 in the weights and 5 in the configuration"),
-        ({"hidden_size": 48}, "hidden_size is 24 in the weights and 48"),
-        ({"patch_size": 4, "input_size": 16}, "patch_size is 2 in the weights and 4 in the configuration; input_size is 8"),
-        ({"input_size": 16}, "input_size is 8 in the weights and 16"),
-        ({"in_channels": 4}, "in_channels is 3 in the weights and 4"),
-        ({"num_classes": 10}, "num_classes is 5 (or 6 if the label table has no row for a null label) in the weights and 10"),
-        ({"learn_sigma": False}, "learn_sigma is True in the weights and False"),
-        ({"mlp_ratio": 2.0}, "mlp_ratio is 4.0 in the weights and 2.0"),
-        ({"depth": 3, "num_classes": 3, "hidden_size": 32}, "depth is 2 in the weights and 3 in the configuration; hidden_size is 24"),
-    ],
-)
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_the_nearest_cause(tmp_path, changes, cause, prefix):
-    torch.save(under(prefix, weights()), tmp_path / "t.pt")
-    with pytest.raises(TeacherError) as caught:
-        load_teacher(TeacherSpec(str(tmp_path / "t.pt"), dit=dataclasses.replace(TINY, **changes)))
-    assert f"does not fit the model: {cause.partition(' ')[0]}" in str(caught.value)
-    assert cause in str(caught.value)
-    assert "missing" not in str(caught.value)
-    assert "blocks." not in str(caught.value)
-
-
-def test_a_cause_and_a_key(tmp_path):
-    state = weights()
-    del state["blocks.1.attn.qkv.bias"]
-    torch.save(state, tmp_path / "t.pt")
-    with pytest.raises(TeacherError, match=r"depth is 2 .* and 5 in the configuration; missing blocks\.1\.attn\.qkv\.bias \(72,\)\. C"):
-        load_teacher(TeacherSpec(str(tmp_path / "t.pt"), dit=dataclasses.replace(TINY, depth=5)))
-
-
-def test_the_preset_that_it_looks_like(tmp_path):
-    small = preset("DiT-S/8", input_size=64)
-    torch.save({name: torch.zeros(()).expand(tensor.shape) for name, tensor in DiT(small).state_dict().items()}, tmp_path / "t.pt")
-    for spec in (TeacherSpec(str(tmp_path / "t.pt")), TeacherSpec(str(tmp_path / "t.pt"), preset="DiT-B/8")):
-        with pytest.raises(TeacherError, match=r"`preset: DiT-S/8` with `input_size: 64`"):
-            load_teacher(spec)
-    assert load_teacher(TeacherSpec(str(tmp_path / "t.pt"), preset="DiT-S/8", input_size=64)).config == small
-
-
-def test_one_anchor_is_not_a_network(tmp_path):
-    state = weights()
-    state["module.x_embedder.proj.weight"] = state.pop("x_embedder.proj.weight")
-    torch.save(state, tmp_path / "t.pt")
-    with pytest.raises(TeacherError, match=r"keys without a prefix, keys `module\.\*`"):
-        load_teacher(TeacherSpec(str(tmp_path / "t.pt"), dit=TINY))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import FULL, make_plan, make_teacher
-from test_content import content_plan, make_selector
+from content_plans import content_plan, make_selector
 
 from export.bench import clock as clock_module
 from export.bench.clock import ProgramClock, _key

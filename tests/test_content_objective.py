@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_distiller import fit, make_data, make_distiller, make_teacher, make_trainer
+from distilling import fit, make_data, make_distiller, make_teacher, make_trainer
 
 from tc_lightning.cache.soft_network import enter
 from tc_lightning.errors import RunError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FULL, make_plan, make_teacher
-from test_content import content_plan, make_selector
+from content_plans import content_plan, make_selector
 
 from export import verify as verify_module
 from export.compiler.compile import write_sharing

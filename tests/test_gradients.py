@@ -8,8 +8,8 @@ import dataclasses
 import pytest
 import torch
 from conftest import CONFIG, EVERY_MODE, FULL, make_plan, make_teacher
-from test_content import STEPS as CONTENT
-from test_content import content_plan, make_selector
+from content_plans import STEPS as CONTENT
+from content_plans import content_plan, make_selector
 from torch import Tensor
 
 from tc_lightning.diffusion.samplers import make_sampler

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distilling import fit, make_teacher
 from test_cli import distil, workplace  # noqa: F401 (a fixture)
-from test_distiller import fit, make_teacher
 
 from tc_lightning.cli import main
 from tc_lightning.measure.calibrate import NAME

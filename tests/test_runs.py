@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_teacher
-from test_content import content_plan, make_selector
-from test_report import finished_run
+from content_plans import content_plan, make_selector
+from reports import finished_run
 
 from tc_lightning.errors import PlanError, RunError
 from tc_lightning.measure.calibrate import IMAGES, NAME, SEED, calibrate, run_calibration
