@@ -40,6 +40,7 @@ from export.runtime import CachedSampler
 from export.timing import TORCH_TYPES, compiled, in_turns, operator_ms, product_tflops, require_on_device, torch_latents
 from tc_lightning.content_predictor import selector_for
 from tc_lightning.costs import cache_bytes_per_image, plan_macs
+from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.models.checkpoints import load_teacher
 from tc_lightning.models.dit import DiT, preset, randomise_
@@ -183,7 +184,11 @@ def _subjects(args: argparse.Namespace) -> Iterator[tuple[str, DiT, dict[str, Ca
         return
     for name in args.presets:
         model = randomise_(DiT(preset(name, input_size=args.input_size)), seed=0, std=0.02).eval().requires_grad_(False)
-        yield name, model, benchmark_plans(model_signature(model, NO_DIGEST), args.steps, args.full_steps)
+        yield (
+            name,
+            model,
+            benchmark_plans(model_signature(model, NO_DIGEST), make_sampler(model.schedule, "ddim", args.steps), args.full_steps),
+        )
 
 
 def _export(model: DiT, plan: CachePlan, folder: Path, precision: str, args: argparse.Namespace) -> Exported:

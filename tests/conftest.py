@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tc_lightning.diffusion.linear_betas import LinearBetas
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.guidance import GuidanceMode
@@ -24,6 +25,7 @@ torch.set_num_threads(1)
 CONFIG = DiTConfig(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=4, num_heads=2, num_classes=5)
 SIGNATURE = ModelSignature("dit", 4, 16, 32, 2, 128, 2, 4, 8, 8, 5, "0" * 64)
 FULL = (compute(0, 4),)
+VP = LinearBetas()
 Steps = tuple[tuple[Segment, ...], ...]
 
 # Every mode, every order, token sets that change from step to step, and forecasts that lack past values at first.
@@ -37,6 +39,11 @@ EVERY_MODE: Steps = (
     (partial(0, 2, (0, 2, 3, 13, 14), 1), compute(2, 3), reuse(3, 4, ("attn", "mlp"), 2)),
     (skip(0, 4, 0),),
 )
+
+
+def vp_sampler(name: str, num_steps: int, spacing: str = "uniform") -> SamplerTable:
+    """A sampler of a DiT's schedule."""
+    return make_sampler(VP, name, num_steps, spacing)
 
 
 def make_teacher(seed: int = 0, **changes: Any) -> DiT:
@@ -57,7 +64,7 @@ def make_plan(
 ) -> CachePlan:
     """A plan; guidance 1.5 on three channels unless told otherwise; `modes`: b both, 0 to 2 forecast, c cond, one a step."""
     signature = model if isinstance(model, ModelSignature) else model_signature(model)
-    table = make_sampler(sampler, len(steps), spacing)
+    table = vp_sampler(sampler, len(steps), spacing)
     guidance = guidance or Guidance(1.5, min(3, signature.in_channels))
     return CachePlan(signature, table, guidance, steps, reference or table, provenance, eps_scale, tuple(map(guidance_mode, modes)))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, SIGNATURE, make_plan
+from conftest import CONFIG, SIGNATURE, make_plan, vp_sampler
 
 from tc_lightning.ablation.layout import Layout, blocks_computed, without_predictor
 from tc_lightning.ablation.summary import QUESTIONS, Measured, all_answers, all_rows, table
@@ -19,7 +19,6 @@ from tc_lightning.ablation.variants import EQUAL, Learned, RandomPredictor, Vari
 from tc_lightning.cli import main
 from tc_lightning.content_predictor import ContentPredictor, Selector
 from tc_lightning.costs import full_step_macs, plan_macs, selector_macs
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, RunError
 from tc_lightning.models.checkpoints import save_teacher
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
@@ -30,7 +29,7 @@ from tc_lightning.segments import Segment, compute, skip
 
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"
 STEPS, L, N = 8, 4, 16
-SAMPLER = make_sampler("ddim", STEPS)
+SAMPLER = vp_sampler("ddim", STEPS)
 LAYOUT = Layout(SIGNATURE, SAMPLER, Guidance(1.5, 3), full=4, block_share=0.5)
 
 

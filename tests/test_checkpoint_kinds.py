@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import vp_sampler
 from lightning import Trainer
 from safetensors.torch import load_file, save_file
 from test_checkpoints import diffusers_model, same
 
 from export.compiler import export_artefact
 from tc_lightning.content_predictor import ContentPredictor
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.checkpoints import TeacherSpec, config_json, load_teacher, save_teacher, teacher_digest
 from tc_lightning.models.dit import DiT, DiTConfig, preset, randomise_
@@ -232,7 +232,7 @@ def test_nothing_but_plain_containers_is_opened(tmp_path, monkeypatch):
 
 
 def full_run(model: DiT, scale: float) -> CachePlan:
-    return full_plan(model_signature(model), make_sampler("ddim", 3), Guidance(scale, 3))
+    return full_plan(model_signature(model), vp_sampler("ddim", 3), Guidance(scale, 3))
 
 
 @pytest.mark.parametrize("config", [NO_NULL, UNCONDITIONAL])

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_modes, random_steps
+from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_modes, random_steps, vp_sampler
 
 from tc_lightning.costs import (
     block_macs,
@@ -18,7 +18,6 @@ from tc_lightning.costs import (
     step_macs,
 )
 from tc_lightning.dataflow import Entry, Read, StepFlow, assign_slots, lagrange_weights, trace
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature
 from tc_lightning.segments import compute, partial, reuse, skip
 
@@ -229,7 +228,7 @@ def test_speedup():
 
 def test_speedup_is_against_the_reference():
     full, fixed = full_step_macs(SIGNATURE), fixed_macs(SIGNATURE)
-    plan = dataclasses.replace(skipping({0, 3}, 6, 1), reference=make_sampler("ddim", 50))
+    plan = dataclasses.replace(skipping({0, 3}, 6, 1), reference=vp_sampler("ddim", 50))
     assert macs_speedup(plan) == pytest.approx(50 * full / (2 * full + 4 * fixed))
 
 

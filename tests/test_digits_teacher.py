@@ -9,10 +9,10 @@ import os
 
 import pytest
 import torch
+from conftest import vp_sampler
 from sklearn.svm import SVC
 
 from data.digits import load_digits
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.models.checkpoints import ROOT, TeacherSpec, load_teacher
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan import Guidance
@@ -42,7 +42,7 @@ def test_its_guided_samples_are_recognised(teacher: DiT, monkeypatch: pytest.Mon
     flat = images.flatten(1).numpy()
     assert judge.fit(flat[:half], labels[:half]).score(flat[half:], labels[half:]) > 0.93
     judge.fit(flat, labels)
-    plan = full_plan(model_signature(teacher), make_sampler("ddim", 50), Guidance(1.5, 1))
+    plan = full_plan(model_signature(teacher), vp_sampler("ddim", 50), Guidance(1.5, 1))
     asked = torch.arange(SAMPLES) % 10
     threads = torch.get_num_threads()
     torch.set_num_threads(min(2, os.cpu_count() or 1))

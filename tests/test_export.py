@@ -14,7 +14,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import EVERY_MODE, FULL, make_plan, make_teacher, random_steps
+from conftest import EVERY_MODE, FULL, make_plan, make_teacher, random_steps, vp_sampler
 
 import export.compiler
 from export.command import run
@@ -25,7 +25,6 @@ from export.programs import condition_times, lower
 from export.runtime import CachedSampler
 from export.verify import _fitted_baseline, _table, rebuild_teacher, verify
 from tc_lightning.costs import cache_bytes_per_image, macs_speedup
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT
 from tc_lightning.noise import drawn_labels
@@ -141,7 +140,7 @@ def test_token_sets_of_two_segments_do_not_mix(tmp_path):
 @pytest.mark.parametrize("solvers", [("dpmpp_2m", "ddim"), ("ddim", "dpmpp_3m"), ("dpmpp_3m", "dpmpp_2m")])
 def test_the_reference_has_steps_and_coefficients_of_its_own(tmp_path, teacher, solvers):
     """Other times, another number of them, and another memory of past outputs than the plan's."""
-    reference = make_sampler(solvers[1], 8, "logsnr")
+    reference = vp_sampler(solvers[1], 8, "logsnr")
     plan = make_plan(teacher, (FULL, FULL, (skip(0, 4, 1),), (partial(0, 4, (1, 5)),), FULL), sampler=solvers[0], reference=reference)
     manifest = export(teacher, plan, tmp_path / "artefact")
     assert (manifest["steps"], manifest["full_steps"], manifest["full_offset"]) == (5, 8, 5)
@@ -161,7 +160,7 @@ def test_the_reference_has_steps_and_coefficients_of_its_own(tmp_path, teacher, 
 
 def test_verify_compares_with_the_reference(tmp_path, teacher):
     """18 steps of DDIM at full compute, replaced by six of DPM-Solver++ of which three are skipped."""
-    reference, cheap = make_sampler("ddim", 18, "trailing"), (skip(0, 4, 1),)
+    reference, cheap = vp_sampler("ddim", 18, "trailing"), (skip(0, 4, 1),)
     plan = make_plan(teacher, (FULL, FULL, cheap, FULL, cheap, cheap), sampler="dpmpp_2m", spacing="logsnr", reference=reference)
     export(teacher, plan, tmp_path / "artefact")
     report = verify(tmp_path / "artefact", "cpu", images=2, batch=2, seed=3, quiet=True)
@@ -179,7 +178,7 @@ def test_verify_compares_with_the_reference(tmp_path, teacher):
 
 def test_verify_prints_the_fitted_run_that_the_plan_names(tmp_path, teacher):
     """It is run as it stands, with the coefficients that the plan holds: an exact one is an exact rival."""
-    table = make_sampler("ddim", 6)
+    table = vp_sampler("ddim", 6)
     plan = make_plan(teacher, (FULL, FULL, (skip(0, 4, 0),), FULL, FULL, FULL), fit={"target": "reference"})
     export(teacher, dataclasses.replace(plan, fewer_steps=table), tmp_path / "artefact")
     report = verify(tmp_path / "artefact", "cpu", 2, 2, seed=3, quiet=True)
@@ -193,14 +192,14 @@ def test_a_named_run_that_is_no_rival_is_not_printed(teacher, wrong):
     """One that was fitted to the ODE, or costs a whole step more: another is fitted in its place."""
     steps = (FULL, FULL, (skip(0, 4, 0),), FULL, (skip(0, 4, 0),), (skip(0, 4, 0),), (skip(0, 4, 0),))
     plan = make_plan(teacher, steps, fit={"target": "ode" if wrong == "another target" else "reference"})
-    named = make_sampler("ddim", 4 if wrong == "another target" else 6)
+    named = vp_sampler("ddim", 4 if wrong == "another target" else 6)
     found = _fitted_baseline(teacher, dataclasses.replace(plan, fewer_steps=named), quiet=True)
     assert list(found) == ["fitted, 4 steps"]
     assert next(iter(found.values())).sampler.name == "dpmpp_2m-fitted"
 
 
 def test_a_reference_at_the_plans_times_is_conditioned_once(tmp_path, teacher):
-    table = make_sampler("ddim", 4)
+    table = vp_sampler("ddim", 4)
     reference = dataclasses.replace(table, steps=tuple(dataclasses.replace(s, next_m=0.9 * s.next_m) for s in table.steps))
     plan = make_plan(teacher, (FULL, (skip(0, 4),), FULL, FULL), reference=reference)
     manifest = export(teacher, plan, tmp_path / "artefact")
@@ -231,7 +230,7 @@ def test_eps_scale_costs_no_node_and_leaves_the_reference_alone(tmp_path, teache
 def test_planted_bug_in_the_reference_is_found(tmp_path, monkeypatch, teacher):
     """Its steps looked up at the plan's times."""
     monkeypatch.setattr("export.contract.condition_times", lambda plan: (condition_times(plan)[0], 0))
-    plan = make_plan(teacher, (FULL, (skip(0, 4),), FULL), reference=make_sampler("ddim", 5, "leading"))
+    plan = make_plan(teacher, (FULL, (skip(0, 4),), FULL), reference=vp_sampler("ddim", 5, "leading"))
     with pytest.raises(ParityError, match=r"step_full, step 0 +x_next") as caught:
         export(teacher, plan, tmp_path / "artefact")
     assert "step_00" not in str(caught.value)
@@ -526,7 +525,7 @@ def test_plan_of_another_model_is_refused(tmp_path, teacher, plan):
 
 def test_stochastic_sampler_is_refused(tmp_path, teacher, plan):
     for change in ("sampler", "reference"):
-        noisy = dataclasses.replace(plan, **{change: make_sampler("ddpm", 8)})
+        noisy = dataclasses.replace(plan, **{change: vp_sampler("ddpm", 8)})
         with pytest.raises(TokenCacheError, match=r"ddpm adds noise .* cannot be exported: plan with ddim"):
             export(teacher, noisy, tmp_path / "artefact")
     assert list(tmp_path.iterdir()) == []

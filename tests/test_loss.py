@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from tc_lightning.diffusion.loss import DiffusionLoss, _discretised_gaussian_nll
-from tc_lightning.diffusion.schedule import NoiseSchedule
+from tc_lightning.diffusion.linear_betas import LinearBetas
+from tc_lightning.diffusion.loss import StepLoss, _discretised_gaussian_nll
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 
 TINY = DiTConfig(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3)
-LOSS = DiffusionLoss(NoiseSchedule())
+LOSS = StepLoss(LinearBetas())
 
 
 class Oracle(nn.Module):

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_teacher
+from conftest import VP, make_teacher, vp_sampler
 from jsonargparse import ArgumentParser
 
 from export.compiler import export_artefact
 from tc_lightning.calibrate import calibrate
 from tc_lightning.calibration import Calibration
 from tc_lightning.costs import macs_speedup, plan_macs
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.evaluation import RolloutEvaluator
@@ -53,7 +52,7 @@ def some_scores(signature: ModelSignature, sampler: SamplerTable) -> Scores:
 def xl_context(num_steps: int = 50, drift_TG2: np.ndarray | None = None) -> PlanningContext:
     """A context in which nothing can be measured but a given drift."""
     num_steps = num_steps if drift_TG2 is None else len(drift_TG2)
-    sampler = make_sampler("ddim", num_steps)
+    sampler = vp_sampler("ddim", num_steps)
 
     def evaluate(plan: CachePlan, images: int | None) -> float:
         assert "eps_scale" in plan.provenance["arguments"], "a recipe without a free parameter has nothing to compare"
@@ -64,7 +63,7 @@ def xl_context(num_steps: int = 50, drift_TG2: np.ndarray | None = None) -> Plan
         T, G = drift_TG2.shape[:2]
         return Calibration(drift_TG2[:, :, None], np.zeros((T, G, G, 3)), np.ones(T), XL.teacher, sampler_digest(sampler))
 
-    return PlanningContext(XL, sampler, Guidance(1.5, 3), some_scores(XL, sampler), evaluate, sampler, calibrate=given)
+    return PlanningContext(XL, VP, sampler, Guidance(1.5, 3), some_scores(XL, sampler), evaluate, sampler, calibrate=given)
 
 
 def published(policy: Policy, num_steps: int = 50) -> CachePlan:
@@ -162,7 +161,7 @@ def test_toca_schedule_and_shares_are_those_of_its_code():
 
 
 def test_toca_takes_the_tokens_of_highest_importance():
-    plan, scores = published(ToCaPolicy()), some_scores(XL, make_sampler("ddim", 50))
+    plan, scores = published(ToCaPolicy()), some_scores(XL, vp_sampler("ddim", 50))
     for block in (0, 13):
         segment = plan.steps[2][block]
         kept = toca_tokens(XL, 50, 0.07, 2, block)
@@ -268,13 +267,13 @@ SIGNATURE = model_signature(MODEL)
 
 @pytest.fixture(scope="module")
 def context() -> PlanningContext:
-    sampler, guidance = make_sampler("ddim", T), Guidance(1.5, 1)
+    sampler, guidance = vp_sampler("ddim", T), Guidance(1.5, 1)
     full = full_plan(SIGNATURE, sampler, guidance)
     x_T, labels = noise_for(0, range(2), MODEL), torch.tensor([0, 3])
     evaluate = RolloutEvaluator(MODEL, x_T, labels, sample(MODEL, full, x_T, labels))
     calibration = calibrate(MODEL, full, x_T, labels, progress=False)
     return PlanningContext(
-        SIGNATURE, sampler, guidance, some_scores(SIGNATURE, sampler), evaluate, sampler, calibrate=lambda: calibration
+        SIGNATURE, VP, sampler, guidance, some_scores(SIGNATURE, sampler), evaluate, sampler, calibrate=lambda: calibration
     )
 
 
@@ -323,7 +322,7 @@ def test_targets_are_met_or_refused_before_planning(name: str, context: Planning
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("fewer")])
 def test_another_sampler_may_replace_the_reference(name: str, context: PlanningContext):
-    shorter = dataclasses.replace(context, sampler=make_sampler("dpmpp_2m", 8, "logsnr"), reference=context.sampler)
+    shorter = dataclasses.replace(context, sampler=vp_sampler("dpmpp_2m", 8, "logsnr"), reference=context.sampler)
     full = full_plan(SIGNATURE, shorter.sampler, context.guidance)
     calibration = calibrate(MODEL, full, noise_for(0, range(1), MODEL), torch.tensor([0]), progress=False)
     shorter = dataclasses.replace(shorter, calibrate=lambda: calibration, scores=some_scores(SIGNATURE, shorter.sampler))
@@ -348,7 +347,7 @@ def test_arguments_are_the_schema_of_a_config():
 
 
 def test_what_was_not_measured_for_the_sampler_is_not_used(context: PlanningContext):
-    other = dataclasses.replace(context, sampler=make_sampler("dpmpp_2m", T))
+    other = dataclasses.replace(context, sampler=vp_sampler("dpmpp_2m", T))
     blind = dataclasses.replace(context, calibrate=None)
     everything = np.ones_like(context.scores.importance_TLN)
     untrained = dataclasses.replace(context, scores=dataclasses.replace(context.scores, importance_TLN=everything))

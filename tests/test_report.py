@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FULL, make_plan, make_teacher
+from conftest import FULL, VP, make_plan, make_teacher
 from test_commands import make_run
 from test_content import content_plan, make_selector
 
@@ -159,7 +159,7 @@ def test_fid_needs_local_weights_and_torch_fidelity(tmp_path):
 
 def test_targets_are_what_sampling_gives_and_are_kept(teacher, tmp_path):
     plan = make_plan(teacher, (FULL,) * 4)
-    key = TargetKey(plan.model, plan.sampler, plan.guidance, seed=3, images=2, ode_steps=6)
+    key = TargetKey(plan.model, VP, plan.sampler, plan.guidance, seed=3, images=2, ode_steps=6)
     seen: list[int] = []
     targets = cached_targets(teacher, key, tmp_path, seen.append)
     assert sum(seen) == key.image_steps == 2 * (4 + 6)
@@ -191,7 +191,7 @@ def test_fewer_steps_round_in_their_favour(teacher):
     def judge(plan: CachePlan) -> float:  # the best spacing is logsnr, the best sampler dpmpp_2m
         return (plan.sampler.spacing != "logsnr") + 0.1 * (plan.sampler.name != "dpmpp_2m")
 
-    found = list(fewer_steps(reference, (3.0,), judge))
+    found = list(fewer_steps(VP, reference, (3.0,), judge))
     assert {s.plan.sampler.spacing for s in found} == {"logsnr"}
     assert {s.plan.num_steps for s in found[:-1]} == {4}
     assert (found[-1].plan.sampler.name, found[-1].plan.num_steps) == ("dpmpp_2m", 5)
@@ -300,7 +300,7 @@ def test_missing_policies_are_told(tmp_path):
     run = finished_run(tmp_path)
     loaded = load_run(dataclasses.replace(read_run(run), teacher=_teacher(tmp_path)))
     reference = reference_plan(loaded.plan)
-    targets = compute_targets(loaded.model, TargetKey(reference.model, reference.sampler, reference.guidance, 1, 2, ode_steps=4))
+    targets = compute_targets(loaded.model, TargetKey(reference.model, VP, reference.sampler, reference.guidance, 1, 2, ode_steps=4))
     context = planning_context(loaded, targets)
     subjects, missing = published(context, reference, (2.0, 50.0), lambda s: {"fora": standard_policies(s)["fora"]})
     assert [(s.group, s.method) for s in subjects] == [(PUBLISHED, "fora")]
@@ -455,7 +455,7 @@ def test_evaluation_images_are_of_all_classes(teacher):
     """Sixteen images of a model of 1,000 classes are not its first sixteen, and as recording draws them."""
     signature = dataclasses.replace(model_signature(teacher), num_classes=1000)
     plan = make_plan(teacher, (FULL,) * 2)
-    labels = TargetKey(signature, plan.sampler, plan.guidance, seed=7, images=16).labels
+    labels = TargetKey(signature, VP, plan.sampler, plan.guidance, seed=7, images=16).labels
     assert labels.max() > 500
     assert len(set(labels.tolist())) == 16
     asked = []

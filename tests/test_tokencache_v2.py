@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import SIGNATURE
+from conftest import SIGNATURE, VP, vp_sampler
 
 from tc_lightning.costs import full_step_macs, macs_speedup, selector_macs, step_macs
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.plan import CachePlan, Guidance
 from tc_lightning.policies.base import PlanningContext
@@ -14,7 +13,7 @@ from tc_lightning.scores import Scores, sampler_digest
 from tc_lightning.segments import compute, content, partial, skip
 
 T, L, N = 10, 4, 16
-SAMPLER, GUIDANCE = make_sampler("ddim", T), Guidance(1.5, 3)
+SAMPLER, GUIDANCE = vp_sampler("ddim", T), Guidance(1.5, 3)
 
 
 def by_step(*values: float) -> np.ndarray:
@@ -71,7 +70,7 @@ def context(scores: Scores, wrong: float = 1.0) -> PlanningContext:
     def evaluate(plan: CachePlan, images: int | None) -> float:
         return wrong / sum(step_macs(SIGNATURE, segments) for segments in plan.steps)
 
-    return PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, scores, evaluate, SAMPLER)
+    return PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, scores, evaluate, SAMPLER)
 
 
 def test_plan_of_the_paper() -> None:

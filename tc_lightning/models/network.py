@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.plan import ModelSignature
 from tc_lightning.segments import Branches
 
@@ -75,6 +76,8 @@ def compose(block: Block, z_BnD: Tensor, mod: Any, take: Take, at: Tensor | None
 class Network(nn.Module, ABC):
     """A diffusion transformer: tokens in, blocks, tokens out. What depends on time and conditions alone comes from `modulations`."""
 
+    family: str  # its name in signatures and files
+    schedule: Schedule  # how it was trained: its times, and what its output predicts
     blocks: nn.ModuleList
     config: Any  # its shape; input_size, in_channels and num_classes at least
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tc_lightning.calibration import Calibration
+from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
 from tc_lightning.plan import CachePlan, Guidance, ModelSignature
@@ -28,6 +29,7 @@ class PlanningContext:
 
     Args:
         signature: the model.
+        schedule: its schedule, for policies that make samplers of their own.
         sampler: the sampler whose steps are to be planned.
         guidance: guidance scale and channels.
         scores: learned importance of tokens and measured sensitivity of branches.
@@ -41,6 +43,7 @@ class PlanningContext:
     """
 
     signature: ModelSignature
+    schedule: Schedule
     sampler: SamplerTable
     guidance: Guidance
     scores: Scores
