@@ -15,8 +15,8 @@ from torch import Tensor
 from tc_lightning.diffusion.flow import Flow
 from tc_lightning.diffusion.loss import VelocityLoss, training_loss
 from tc_lightning.diffusion.samplers import SAMPLERS, SOLVERS, euler, make_sampler
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import TokenCacheError
+from tc_lightning.plan.sampler_table import SamplerTable
 
 SIT, SD3 = Flow(0.0, 1.0), Flow(1000.0, 0.0)  # data at t = 1; noise at t = 1,000
 FLOWS = pytest.mark.parametrize("flow", [SIT, SD3], ids=["sit", "sd3"])

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tc_lightning.diffusion.linear_betas import LinearBetas
 from tc_lightning.diffusion.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, dpmpp_3m, make_sampler, unipc
-from tc_lightning.diffusion.table import SamplerStep, SamplerTable
 from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.plan.sampler_table import SamplerStep, SamplerTable
 
 SCHEDULE = LinearBetas()
 SPACINGS = SCHEDULE.spacings
@@ -31,7 +31,7 @@ class At(LinearBetas):
 
 
 def apply(table: SamplerTable, x: Tensor, eps: Eps, noise: Callable[[int], Tensor] | None = None) -> Tensor:
-    """The equations of `tc_lightning.diffusion.table`, and nothing else."""
+    """The equations of `tc_lightning.plan.sampler_table`, and nothing else."""
     m_prev = m_prev2 = torch.zeros_like(x)
     for i, s in enumerate(table.steps):
         m = s.m_x * x + s.m_eps * eps(x, i)

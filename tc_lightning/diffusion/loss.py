@@ -10,13 +10,12 @@ from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tc_lightning.diffusion.flow import Flow
 from tc_lightning.diffusion.linear_betas import LinearBetas
 from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.models.network import Network
 
 Times = Literal["uniform", "logit_normal"]
 
@@ -33,7 +32,7 @@ class DiffusionLoss(ABC):
         """Evenly spread times [count] to validate at."""
 
     @abstractmethod
-    def __call__(self, model: Network, x0_BCHW: Tensor, y_B: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, x0_BCHW: Tensor, y_B: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
         """Mean loss of a batch."""
 
 
@@ -79,7 +78,7 @@ class VelocityLoss(DiffusionLoss):
         """See `DiffusionLoss`: the middles of as many parts."""
         return self._at((torch.arange(count, device=device) + 0.5) / count)
 
-    def __call__(self, model: Network, x0_BCHW: Tensor, y_B: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, x0_BCHW: Tensor, y_B: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
         """See `DiffusionLoss`."""
         noise_at, data_at = self.schedule.span
         sigma = ((data_at - t_B) / (data_at - noise_at)).view(-1, 1, 1, 1)
@@ -120,7 +119,7 @@ class StepLoss(DiffusionLoss):
         """See `DiffusionLoss`."""
         return torch.linspace(0, self.schedule.num_train_steps - 1, count).long().to(device)
 
-    def __call__(self, model: Network, x0_BCHW: Tensor, y_B: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, x0_BCHW: Tensor, y_B: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
         """See `DiffusionLoss`; times are integers."""
         alpha, sigma = self._at(self.alpha, t_B, x0_BCHW), self._at(self.sigma, t_B, x0_BCHW)
         xt_BCHW = alpha * x0_BCHW + sigma * noise_BCHW

@@ -15,8 +15,8 @@ import numpy as np
 
 from tc_lightning.diffusion.linear_betas import LinearBetas
 from tc_lightning.diffusion.schedule import Schedule
-from tc_lightning.diffusion.table import SamplerStep, SamplerTable
 from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.plan.sampler_table import SamplerStep, SamplerTable
 
 FEW_STEPS = 15  # below it DPM-Solver++ lowers its order before the end, too
 
