@@ -45,6 +45,11 @@ class Flow(Schedule):
         """See `Schedule`."""
         return self.noise_at, self.data_at
 
+    @property
+    def most_steps(self) -> int:
+        """See `Schedule`."""
+        return MOST_STEPS
+
     def alpha_sigma(self, t: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
         """See `Schedule`."""
         length = self.data_at - self.noise_at
@@ -62,10 +67,6 @@ class Flow(Schedule):
     def mixture(self, alpha: float, sigma: float) -> tuple[float, float]:
         """See `Schedule`."""
         return (1.0, -1.0) if self.data_at > self.noise_at else (-1.0, 1.0)
-
-    def _require_steps(self, num_steps: int) -> None:
-        if not 1 <= num_steps <= MOST_STEPS:
-            raise TokenCacheError(f"{num_steps} sampling steps asked for: choose 1 to {MOST_STEPS}.")
 
     def _spaced(self, spacing: str, num_steps: int) -> np.ndarray:
         sigma = self._sigmas(spacing, num_steps)

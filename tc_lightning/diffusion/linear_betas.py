@@ -9,7 +9,6 @@ from typing import Literal
 import numpy as np
 
 from tc_lightning.diffusion.schedule import Schedule
-from tc_lightning.errors import TokenCacheError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +33,11 @@ class LinearBetas(Schedule):
     def span(self) -> tuple[float, float]:
         """See `Schedule`."""
         return float(self.num_train_steps - 1), 0.0
+
+    @property
+    def most_steps(self) -> int:
+        """See `Schedule`."""
+        return self.num_train_steps
 
     @functools.cached_property
     def alphas_cumprod(self) -> np.ndarray:
@@ -66,10 +70,6 @@ class LinearBetas(Schedule):
     def mixture(self, alpha: float, sigma: float) -> tuple[float, float]:
         """See `Schedule`."""
         return (0.0, 1.0) if self.predicts == "eps" else (-sigma, alpha)
-
-    def _require_steps(self, num_steps: int) -> None:
-        if not 1 <= num_steps <= self.num_train_steps:
-            raise TokenCacheError(f"{num_steps} sampling steps asked for: choose 1 to {self.num_train_steps}.")
 
     def _spaced(self, spacing: str, num_steps: int) -> np.ndarray:
         """uniform: evenly from the last training step to 0, rounded (respacing of the DiT release). leading, trailing: stride

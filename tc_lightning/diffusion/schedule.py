@@ -41,6 +41,11 @@ class Schedule(ABC):
     def span(self) -> tuple[float, float]:
         """First and last time that the network knows, noisiest first."""
 
+    @property
+    @abstractmethod
+    def most_steps(self) -> int:
+        """The longest run that there are times for."""
+
     @abstractmethod
     def alpha_sigma(self, t: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
         """alpha and sigma at times."""
@@ -89,17 +94,14 @@ class Schedule(ABC):
         Raises:
             TokenCacheError: if the spacing is unknown or the number of steps is out of range.
         """
-        self._require_steps(num_steps)
+        if not 1 <= num_steps <= self.most_steps:
+            raise TokenCacheError(f"{num_steps} sampling steps asked for: choose 1 to {self.most_steps}.")
         if spacing.startswith(MIX):
             share = self._number(spacing, MIX)
             if not 0.0 <= share <= 1.0:
                 raise self._unknown(spacing)
             return share * self.timesteps("quadratic", num_steps) + (1 - share) * self.timesteps("logsnr", num_steps)
         return self._spaced(spacing, num_steps)
-
-    @abstractmethod
-    def _require_steps(self, num_steps: int) -> None:
-        """Refuse numbers of steps that there are no times for."""
 
     @abstractmethod
     def _spaced(self, spacing: str, num_steps: int) -> np.ndarray:

@@ -29,7 +29,7 @@ ODE_SAMPLER, ODE_SPACING, ODE_STEPS = "dpmpp_2m", "logsnr", 400
 
 def converged_ode(schedule: Schedule, steps: int = ODE_STEPS) -> SamplerTable:
     """The sampler whose run stands for the converged solution of the teacher's ODE, wherever one is compared with or planned for."""
-    return make_sampler(schedule, ODE_SAMPLER, steps, ODE_SPACING)
+    return make_sampler(schedule, ODE_SAMPLER, min(steps, schedule.most_steps), ODE_SPACING)
 
 
 @dataclasses.dataclass(frozen=True)
