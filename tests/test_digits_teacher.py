@@ -1,6 +1,6 @@
-"""The teacher that ships: it loads, and what it draws is what was asked for.
+"""The digits teachers that ship: they load, and what they draw is what was asked for.
 
-TC_TEACHER_SAMPLES=1000 pytest tests/test_digits_teacher.py runs the check at the size that the card reports (4 minutes on 2 cores).
+TC_TEACHER_SAMPLES=1000 pytest tests/test_digits_teacher.py checks the size that the cards report (4 minutes each on 2 cores).
 """
 
 from __future__ import annotations
@@ -9,40 +9,45 @@ import os
 
 import pytest
 import torch
-from conftest import vp_sampler
 from sklearn.svm import SVC
 
 from data.digits import load_digits
+from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.models.checkpoints import ROOT, TeacherSpec, load_teacher
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample
 
 SAMPLES = int(os.environ.get("TC_TEACHER_SAMPLES", "200"))
-PATH = "data/digits_dit.safetensors"
+PATHS = {"data/digits_dit.safetensors": "ddim", "data/digits_sit.safetensors": "euler"}  # and the sampler that their cards name
+
+
+@pytest.fixture(scope="module", params=PATHS)
+def path(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def teacher() -> DiT:
-    return load_teacher(TeacherSpec(PATH))
+def teacher(path: str) -> DiT:
+    return load_teacher(TeacherSpec(path))
 
 
-def test_it_is_small_deep_and_described(teacher: DiT) -> None:
-    assert (ROOT / PATH).stat().st_size <= 12e6
+def test_it_is_small_deep_and_described(teacher: DiT, path: str) -> None:
+    assert (ROOT / path).stat().st_size <= 9e6
     assert teacher.config.depth >= 12
     assert teacher.config.num_tokens >= 64
-    card = (ROOT / "data" / "digits_dit.md").read_text(encoding="utf-8")
+    card = (ROOT / path).with_suffix(".md").read_text(encoding="utf-8")
     assert model_signature(teacher).teacher in card
 
 
-def test_its_guided_samples_are_recognised(teacher: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_guided_samples_are_recognised(teacher: DiT, path: str) -> None:
     images, labels = load_digits(teacher.config.input_size)
     half = len(images) // 2
     judge = SVC(C=10.0)  # held out, it must itself be good enough to judge
     flat = images.flatten(1).numpy()
     assert judge.fit(flat[:half], labels[:half]).score(flat[half:], labels[half:]) > 0.93
     judge.fit(flat, labels)
-    plan = full_plan(model_signature(teacher), vp_sampler("ddim", 50), Guidance(1.5, 1))
+    plan = full_plan(model_signature(teacher), make_sampler(teacher.schedule, PATHS[path], 50), Guidance(1.5, 1))
     asked = torch.arange(SAMPLES) % 10
     threads = torch.get_num_threads()
     torch.set_num_threads(min(2, os.cpu_count() or 1))

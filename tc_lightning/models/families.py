@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.dit import DiT
+from tc_lightning.models.sit import SiT
 
-FAMILIES: dict[str, type[DiT]] = {network.family: network for network in (DiT,)}
+FAMILIES: dict[str, type[DiT]] = {network.family: network for network in (DiT, SiT)}
 
 
 def family_of(name: str) -> type[DiT]:
