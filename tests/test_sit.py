@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CONFIG, EVERY_MODE, make_teacher
+from safetensors.torch import save_file
 
 from export.compiler.compile import export_artefact
 from export.runtime.manifest import read_manifest
@@ -17,6 +19,7 @@ from tc_lightning.diffusion.flow import Flow
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, save_teacher, teacher_digest
+from tc_lightning.models.checkpoints.digest import digest, plain
 from tc_lightning.models.dit import DiT
 from tc_lightning.models.families import family_of
 from tc_lightning.models.sit import SiT
@@ -95,6 +98,17 @@ def test_its_own_file_tells_the_family(file: Path, sit: SiT) -> None:
         load_teacher(TeacherSpec(str(file), family="dit"))
     with pytest.raises(TeacherError, match="unknown family 'mdt': choose one of dit, sit"):
         load_teacher(TeacherSpec(str(file), family="mdt"))
+
+
+@pytest.mark.parametrize("family", ["mdt", ["sit"], None])
+def test_a_file_of_a_family_that_nobody_knows_is_refused(family: object, tmp_path: Path, sit: SiT) -> None:
+    told, state = (
+        json.dumps(dataclasses.asdict(CONFIG) | {"family": family}),
+        {name: plain(value) for name, value in sit.state_dict().items()},
+    )
+    save_file(state, tmp_path / "odd.safetensors", {"dit_config": told, "sha256": digest(told, state)})
+    with pytest.raises(TeacherError, match="family = .* which this version does not understand"):
+        load_teacher(TeacherSpec(str(tmp_path / "odd.safetensors")))
 
 
 def test_a_release_is_what_the_configuration_says(tmp_path: Path, sit: SiT) -> None:

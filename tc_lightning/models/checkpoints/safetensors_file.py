@@ -37,7 +37,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], DiTConfig | None, s
 def _parse_config(text: str, path: Path) -> tuple[DiTConfig, str]:
     raw = parse_json(text, path)
     family = raw.pop(FAMILY, DiT.family)
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise TeacherError(f"{path}: its metadata has family = {family!r}, which this version does not understand.")
     defaults = dataclasses.asdict(DiTConfig())
     for key, value in raw.items():
