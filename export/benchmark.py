@@ -38,6 +38,7 @@ from export.compiler.parity import relative_l2
 from export.runtime.manifest import write_manifest
 from export.runtime.programs import lower
 from export.runtime.sampler import CachedSampler
+from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.models.checkpoints import load_teacher
 from tc_lightning.models.content_predictor import selector_for
@@ -184,7 +185,11 @@ def _subjects(args: argparse.Namespace) -> Iterator[tuple[str, Network, dict[str
         return
     for name in args.presets:
         model = randomise_(DiT(preset(name, input_size=args.input_size)), seed=0, std=0.02).eval().requires_grad_(False)
-        yield name, model, benchmark_plans(model_signature(model, NO_DIGEST), args.steps, args.full_steps)
+        yield (
+            name,
+            model,
+            benchmark_plans(model_signature(model, NO_DIGEST), make_sampler(model.schedule, "ddim", args.steps), args.full_steps),
+        )
 
 
 def _export(model: Network, plan: CachePlan, folder: Path, precision: str, args: argparse.Namespace) -> Exported:

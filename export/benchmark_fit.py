@@ -90,7 +90,7 @@ class FitBench:
 
     def fewer(self, spacing: str) -> CachePlan:
         """Full compute with fewer steps, as published."""
-        plan = full_plan(self.plan.model, make_sampler("dpmpp_2m", self.steps, spacing), self.plan.guidance)
+        plan = full_plan(self.plan.model, make_sampler(self.model.schedule, "dpmpp_2m", self.steps, spacing), self.plan.guidance)
         return dataclasses.replace(plan, reference=self.plan.reference)
 
     def row(self, where: str, plan: CachePlan, scale: float, labels: Labels | None = None) -> Row:

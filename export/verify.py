@@ -31,9 +31,11 @@ from export.runtime.programs import lower
 from export.runtime.sampler import CachedSampler
 from export.torch_device import torch_device
 from tc_lightning.diffusion.samplers import SAMPLERS
+from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.measure.psnr import psnr
 from tc_lightning.models.content_predictor import ContentPredictor, Selector
-from tc_lightning.models.dit import DiT, DiTConfig
+from tc_lightning.models.dit import DiTConfig
+from tc_lightning.models.families import family_of
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import full_step_macs, macs_speedup, plan_macs
@@ -86,7 +88,7 @@ def verify(
     )
     with tqdm(total=images, desc="cached and full", unit="image", disable=quiet) as bar:
         fidelity = measure(sampler, images, min(batch, -(-images // 2)), seed, on_batch=bar.update)
-    rivals = _baselines(plan) | _fitted_baseline(model, plan, quiet)
+    rivals = _baselines(plan, model.schedule) | _fitted_baseline(model, plan, quiet)
     baselines = {name: _baseline_psnr(model, rival, fidelity.full, seed, batch, name, quiet) for name, rival in rivals.items()}
     return {
         "artefact": str(path),
@@ -112,7 +114,7 @@ def verify(
 def rebuild_teacher(sampler: CachedSampler) -> Network:
     """The teacher in torch, from the artefact's weights."""
     with torch.device("meta"):
-        model = DiT(DiTConfig(**sampler.manifest["dit_config"]))
+        model = family_of(sampler.manifest["model"]["family"])(DiTConfig(**sampler.manifest["dit_config"]))
     _fill(model, sampler)
     return model
 
@@ -139,12 +141,12 @@ def _fill(module: nn.Module, sampler: CachedSampler, stem: str = "") -> None:
     module.eval().requires_grad_(False)
 
 
-def _baselines(plan: CachePlan) -> dict[str, CachePlan]:
+def _baselines(plan: CachePlan, schedule: Schedule) -> dict[str, CachePlan]:
     """What one would do without this package, at the plan's MACs or up to one full step above them: rounding is in their favour."""
     step, budget, table = full_step_macs(plan.model), plan_macs(plan), plan.reference
     baselines = {}
     if table.name in SAMPLERS:  # a table of one's own making is for its own number of steps
-        fewer = fewer_steps_plan(plan.model, table.name, table.spacing, plan.guidance, math.ceil(budget / step) * step, table)
+        fewer = fewer_steps_plan(plan.model, schedule, table.name, table.spacing, plan.guidance, math.ceil(budget / step) * step, table)
         baselines[f"{table.name}, {fewer.num_steps} steps"] = fewer
     speedup = len(table) * step / (budget + step)
     if speedup > 1.0:  # a plan that saves less than a step leaves nothing to reuse

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tc_lightning.diffusion.linear_betas import LinearBetas
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan.cache_plan import CachePlan
@@ -30,6 +31,7 @@ MOST_WORKERS = 4  # each needs up to 1.3 GB
 CONFIG = DiTConfig(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=4, num_heads=2, num_classes=5)
 SIGNATURE = ModelSignature("dit", 4, 16, 32, 2, 128, 2, 4, 8, 8, 5, "0" * 64)
 FULL = (compute(0, 4),)
+VP = LinearBetas()
 Steps = tuple[tuple[Segment, ...], ...]
 
 # Every mode, every order, token sets that change from step to step, and forecasts that lack past values at first.
@@ -55,6 +57,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     return min(MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
+def vp_sampler(name: str, num_steps: int, spacing: str = "uniform") -> SamplerTable:
+    """A sampler of a DiT's schedule."""
+    return make_sampler(VP, name, num_steps, spacing)
+
+
 def make_teacher(seed: int = 0, **changes: Any) -> DiT:
     """A frozen teacher whose blocks matter: weights of 0.2 make gates and branches of order 1."""
     return randomise_(DiT(dataclasses.replace(CONFIG, **changes)), seed, std=0.2).eval().requires_grad_(False)
@@ -73,7 +80,7 @@ def make_plan(
 ) -> CachePlan:
     """A plan; guidance 1.5 on three channels unless told otherwise; `modes`: b both, 0 to 2 forecast, c cond, one a step."""
     signature = model if isinstance(model, ModelSignature) else model_signature(model)
-    table = make_sampler(sampler, len(steps), spacing)
+    table = vp_sampler(sampler, len(steps), spacing)
     guidance = guidance or Guidance(1.5, min(3, signature.in_channels))
     return CachePlan(signature, table, guidance, steps, reference or table, provenance, eps_scale, tuple(map(guidance_mode, modes)))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+from conftest import VP, vp_sampler
 
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.measure.calibration import Calibration
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.plan.cache_plan import CachePlan
@@ -28,7 +28,7 @@ def some_scores(signature: ModelSignature, sampler: SamplerTable) -> Scores:
 def xl_context(num_steps: int = 50, drift_TG2: np.ndarray | None = None) -> PlanningContext:
     """A context in which nothing can be measured but a given drift."""
     num_steps = num_steps if drift_TG2 is None else len(drift_TG2)
-    sampler = make_sampler("ddim", num_steps)
+    sampler = vp_sampler("ddim", num_steps)
 
     def evaluate(plan: CachePlan, images: int | None) -> float:
         assert "eps_scale" in plan.provenance["arguments"], "a recipe without a free parameter has nothing to compare"
@@ -39,7 +39,7 @@ def xl_context(num_steps: int = 50, drift_TG2: np.ndarray | None = None) -> Plan
         T, G = drift_TG2.shape[:2]
         return Calibration(drift_TG2[:, :, None], np.zeros((T, G, G, 3)), np.ones(T), XL.teacher, sampler_digest(sampler))
 
-    return PlanningContext(XL, sampler, Guidance(1.5, 3), some_scores(XL, sampler), evaluate, sampler, calibrate=given)
+    return PlanningContext(XL, VP, sampler, Guidance(1.5, 3), some_scores(XL, sampler), evaluate, sampler, calibrate=given)
 
 
 def published(policy: Policy, num_steps: int = 50) -> CachePlan:

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG, SIGNATURE, make_plan
+from conftest import CONFIG, SIGNATURE, make_plan, vp_sampler
 
 from tc_lightning.cli import main
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, RunError
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.checkpoints import save_teacher
@@ -30,7 +29,7 @@ from tc_lightning.runs.folder import find_run
 
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"
 STEPS, L, N = 8, 4, 16
-SAMPLER = make_sampler("ddim", STEPS)
+SAMPLER = vp_sampler("ddim", STEPS)
 LAYOUT = Layout(SIGNATURE, SAMPLER, Guidance(1.5, 3), full=4, block_share=0.5)
 
 

@@ -5,19 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EVERY_MODE, make_plan
+from conftest import EVERY_MODE, make_plan, vp_sampler
 from test_commands import call, is_one_paragraph, make_run
 
 from export.bench.timing import in_turns, operator_ms, torch_latents
 from export.runtime.sampler import CachedSampler
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.rollout.sampling import full_plan, noise_for, sample
 
 
 @pytest.mark.parametrize(("sampler", "guidance"), [("ddim", Guidance(1.5, 3)), ("dpmpp_2m", Guidance()), ("dpmpp_3m", Guidance())])
 def test_the_torch_baseline_is_full_compute(teacher, sampler, guidance):
-    reference = make_sampler(sampler, 6)
+    reference = vp_sampler(sampler, 6)
     labels = torch.tensor([0, 3])
     x = noise_for(0, range(2), teacher)
     for plan in (make_plan(teacher, EVERY_MODE, guidance, sampler), make_plan(teacher, EVERY_MODE, guidance, reference=reference)):

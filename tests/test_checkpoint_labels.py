@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import vp_sampler
 from teacher_files import NO_NULL, TINY, UNCONDITIONAL, same, weights
 
 from export.compiler.compile import export_artefact
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TeacherError
 from tc_lightning.learn.distiller import TokenCacheDistiller
 from tc_lightning.learn.teacher import TeacherModule
@@ -22,7 +22,7 @@ from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for,
 
 
 def full_run(model: DiT, scale: float) -> CachePlan:
-    return full_plan(model_signature(model), make_sampler("ddim", 3), Guidance(scale, 3))
+    return full_plan(model_signature(model), vp_sampler("ddim", 3), Guidance(scale, 3))
 
 
 @pytest.mark.parametrize("config", [NO_NULL, UNCONDITIONAL])

@@ -16,8 +16,9 @@ from export.verify import verify
 from tc_lightning.cli import main
 from tc_lightning.learn.checkpointing import newest_valid_checkpoint
 from tc_lightning.measure.scores import Scores
-from tc_lightning.models.checkpoints import save_teacher
+from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, save_teacher
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
+from tc_lightning.models.sit import SiT
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.runs.folder import find_run, read_run
 
@@ -40,6 +41,7 @@ model:
   init_args:
     policy: {init_args: {evaluations: 3, front: [], fit_images: 2, judge_images: 2, final_images: 2, pool_images: 0}}
 """
+FLOWS = ("digits_flow.yaml", "sit_xl2_256.yaml")
 SHORT = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.accelerator", "cpu"]
 
 
@@ -51,18 +53,20 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tiny.yaml").write_text(OVERLAY, encoding="utf-8")
     (tmp_path / "search.yaml").write_text(SEARCH, encoding="utf-8")
     save_teacher(randomise_(DiT(TINY), seed=0), tmp_path / "tiny.safetensors")
+    save_teacher(randomise_(SiT(TINY), seed=0), tmp_path / "tiny_sit.safetensors")
     return tmp_path
 
 
 def distil(config: str, *extra: str) -> list[str]:
     """Arguments that shrink a distillation config to seconds."""
     search = ["-c", "search.yaml"] if "PlannerPolicy" in (CONFIGS / config).read_text(encoding="utf-8") else []
-    return ["fit", "-c", str(CONFIGS / config), "-c", "tiny.yaml", *search, *SHORT, *extra]
+    flow = ["--model.init_args.teacher.weights", "tiny_sit.safetensors"] if config in FLOWS else []
+    return ["fit", "-c", str(CONFIGS / config), "-c", "tiny.yaml", *search, *SHORT, *flow, *extra]
 
 
 TOKENS, ROUTER = {"importance_TLN": "importance.png"}, {"router_TL2": "router.png"}
 LEARNED = {"digits.yaml": TOKENS | ROUTER, "digits_router.yaml": ROUTER, "digits_l2c.yaml": ROUTER, "dit_xl2_256.yaml": TOKENS}
-LEARNED |= {"photos.yaml": TOKENS | ROUTER}
+LEARNED |= {"photos.yaml": TOKENS | ROUTER, "digits_flow.yaml": TOKENS, "sit_xl2_256.yaml": TOKENS}
 
 
 @pytest.mark.parametrize("config", LEARNED)
@@ -114,9 +118,11 @@ def teacher_arguments(config: str) -> list[str]:
     return ["fit", "-c", str(CONFIGS / config), *shape, *SHORT, "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
 
 
-def test_digits_teacher_trains_and_shows_samples(workplace: Path) -> None:
-    main(teacher_arguments("digits_teacher.yaml"))
-    folder = Path("runs/digits_teacher/version_0")
+@pytest.mark.parametrize("config", ["digits_teacher.yaml", "digits_flow_teacher.yaml"])
+def test_digits_teachers_train_and_show_samples(config: str, workplace: Path) -> None:
+    main(teacher_arguments(config))
+    folder = Path("runs") / Path(config).stem / "version_0"
+    assert type(load_teacher(TeacherSpec(str(folder / "teacher.safetensors")))) is (SiT if "flow" in config else DiT)
     assert (folder / "teacher.safetensors").exists()
     assert Image.open(folder / "samples" / "step-000002.png").size[0] > 16 * 8
 

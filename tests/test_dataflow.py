@@ -4,9 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_modes, random_steps
+from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_modes, random_steps, vp_sampler
 
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import (
     block_macs,
@@ -231,7 +230,7 @@ def test_speedup():
 
 def test_speedup_is_against_the_reference():
     full, fixed = full_step_macs(SIGNATURE), fixed_macs(SIGNATURE)
-    plan = dataclasses.replace(skipping({0, 3}, 6, 1), reference=make_sampler("ddim", 50))
+    plan = dataclasses.replace(skipping({0, 3}, 6, 1), reference=vp_sampler("ddim", 50))
     assert macs_speedup(plan) == pytest.approx(50 * full / (2 * full + 4 * fixed))
 
 

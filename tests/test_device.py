@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FULL, make_plan, make_teacher
+from conftest import FULL, VP, make_plan, make_teacher
 from content_plans import content_plan, make_selector
 
 from export import verify as verify_module
@@ -45,7 +45,7 @@ def test_figures_of_a_report_do_not_depend_on_the_device(tmp_path: Path) -> None
     model = make_teacher()
     selector = make_selector(model)
     plan = content_plan(model, selector)
-    key = TargetKey(plan.model, plan.sampler, plan.guidance, seed=3, images=20, ode_steps=20)
+    key = TargetKey(plan.model, VP, plan.sampler, plan.guidance, seed=3, images=20, ode_steps=20)
     reference = full_plan(plan.model, plan.sampler, plan.guidance)
     found = {}
     for device in ("cpu", "cuda"):

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
+from conftest import vp_sampler
 
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan.cache_plan import CachePlan
@@ -17,7 +17,7 @@ from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for,
 
 CONFIG = DiTConfig(input_size=4, patch_size=2, in_channels=2, hidden_size=16, depth=3, num_heads=2, num_classes=5, learn_sigma=False)
 GUIDANCE = Guidance(1.5, 2)
-SAMPLER = make_sampler("ddim", 4)
+SAMPLER = vp_sampler("ddim", 4)
 IMAGES = BATCH + 3
 
 
@@ -67,7 +67,7 @@ def test_mistakes_are_not_taken_for_divergence(model: DiT, evaluator: RolloutEva
     with pytest.raises(PlanError, match="another model"):
         evaluator(caching_plan(model, {"family": "other"}))
     with pytest.raises(TokenCacheError, match="ddpm"):
-        evaluator(full_plan(model_signature(model), make_sampler("ddpm", 4), GUIDANCE))
+        evaluator(full_plan(model_signature(model), vp_sampler("ddpm", 4), GUIDANCE))
     with pytest.raises(TokenCacheError, match="out of range"):
         RolloutEvaluator(model, x_T, labels + 5, x_0)
     with pytest.raises(TokenCacheError, match="same images"):

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps
+from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps, vp_sampler
 from PIL import Image
 
 from export.bench.plans import benchmark_plans
 from export.compiler.explain import explain, plan_figure, values_held
 from export.runtime.programs import lower
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.plan.dataflow import assign_slots
@@ -50,13 +49,13 @@ def test_listing_names_programs_that_share_a_graph():
 
 
 def test_listing_names_the_reference():
-    plan = make_plan(SIGNATURE, (FULL, SKIP), reference=make_sampler("dpmpp_2m", 50))
+    plan = make_plan(SIGNATURE, (FULL, SKIP), reference=vp_sampler("dpmpp_2m", 50))
     assert explain(plan, lower(plan, "cpu")).splitlines()[0].endswith(": 2 steps, 1 full, with ddim in place of 50 of dpmpp_2m")
 
 
 def test_a_plan_without_a_cache_says_so(tmp_path):
-    fitted = dataclasses.replace(make_sampler("dpmpp_2m", 2), name="dpmpp_2m-fitted")
-    plan = dataclasses.replace(make_plan(SIGNATURE, (FULL, FULL), reference=make_sampler("ddim", 5)), sampler=fitted)
+    fitted = dataclasses.replace(vp_sampler("dpmpp_2m", 2), name="dpmpp_2m-fitted")
+    plan = dataclasses.replace(make_plan(SIGNATURE, (FULL, FULL), reference=vp_sampler("ddim", 5)), sampler=fitted)
     lowered = lower(plan, "cpu")
     listing = explain(plan, lowered)
     assert "no cache: 2 full steps with a fitted sampler (dpmpp_2m-fitted) in place of 5 of ddim" in listing
@@ -88,7 +87,7 @@ def test_picture(tmp_path: Path):
 
 def test_benchmark_plans():
     """Equally many full steps, and the MACs that their names promise."""
-    plans = benchmark_plans(SIGNATURE, 50, 18)
+    plans = benchmark_plans(SIGNATURE, vp_sampler("ddim", 50), 18)
     assert [len(plan.full_steps) for plan in plans.values()] == [18, 18, 18]
     skipping, third, quarter = plans.values()
     assert skipping.steps[3] == (skip(0, 4, 2),)
@@ -101,5 +100,5 @@ def test_benchmark_plans():
     assert lower(skipping, "cpu").slots == dict.fromkeys(lower(skipping, "cpu").slots, 3)
     for wrong in (4, 51):
         with pytest.raises(PlanError, match="cannot be spread"):
-            benchmark_plans(SIGNATURE, 50, wrong)
+            benchmark_plans(SIGNATURE, vp_sampler("ddim", 50), wrong)
     assert compute(0, 4) in skipping.steps[0]

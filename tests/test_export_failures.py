@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FULL, make_plan, make_teacher
+from conftest import FULL, make_plan, make_teacher, vp_sampler
 from exporting import export, snapshot
 
 from export.command import run
 from export.compiler.parity import Check, ParityError, relative_l2, require_parity
 from export.runtime.sampler import CachedSampler
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.plan.segments import skip
 
@@ -166,7 +165,7 @@ def test_plan_of_another_model_is_refused(tmp_path, teacher, plan):
 
 def test_stochastic_sampler_is_refused(tmp_path, teacher, plan):
     for change in ("sampler", "reference"):
-        noisy = dataclasses.replace(plan, **{change: make_sampler("ddpm", 8)})
+        noisy = dataclasses.replace(plan, **{change: vp_sampler("ddpm", 8)})
         with pytest.raises(TokenCacheError, match=r"ddpm adds noise .* cannot be exported: plan with ddim"):
             export(teacher, noisy, tmp_path / "artefact")
     assert list(tmp_path.iterdir()) == []

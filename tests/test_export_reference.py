@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from conftest import FULL, make_plan
+from conftest import FULL, make_plan, vp_sampler
 from exporting import export, graphs_of, torch_latents, worst_error
 
 from export.compiler.parity import ParityError, relative_l2
 from export.runtime.programs import condition_times
 from export.runtime.sampler import CachedSampler
 from export.verify import _fitted_baseline, _table, verify
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.measure.psnr import psnr
 from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.plan.segments import partial, skip
@@ -23,7 +22,7 @@ from tc_lightning.rollout.sampling import full_plan, reference_plan
 @pytest.mark.parametrize("solvers", [("dpmpp_2m", "ddim"), ("ddim", "dpmpp_3m"), ("dpmpp_3m", "dpmpp_2m")])
 def test_the_reference_has_steps_and_coefficients_of_its_own(tmp_path, teacher, solvers):
     """Other times, another number of them, and another memory of past outputs than the plan's."""
-    reference = make_sampler(solvers[1], 8, "logsnr")
+    reference = vp_sampler(solvers[1], 8, "logsnr")
     plan = make_plan(teacher, (FULL, FULL, (skip(0, 4, 1),), (partial(0, 4, (1, 5)),), FULL), sampler=solvers[0], reference=reference)
     manifest = export(teacher, plan, tmp_path / "artefact")
     assert (manifest["steps"], manifest["full_steps"], manifest["full_offset"]) == (5, 8, 5)
@@ -43,7 +42,7 @@ def test_the_reference_has_steps_and_coefficients_of_its_own(tmp_path, teacher, 
 
 def test_verify_compares_with_the_reference(tmp_path, teacher):
     """18 steps of DDIM at full compute, replaced by six of DPM-Solver++ of which three are skipped."""
-    reference, cheap = make_sampler("ddim", 18, "trailing"), (skip(0, 4, 1),)
+    reference, cheap = vp_sampler("ddim", 18, "trailing"), (skip(0, 4, 1),)
     plan = make_plan(teacher, (FULL, FULL, cheap, FULL, cheap, cheap), sampler="dpmpp_2m", spacing="logsnr", reference=reference)
     export(teacher, plan, tmp_path / "artefact")
     report = verify(tmp_path / "artefact", "cpu", images=2, batch=2, seed=3, quiet=True)
@@ -61,7 +60,7 @@ def test_verify_compares_with_the_reference(tmp_path, teacher):
 
 def test_verify_prints_the_fitted_run_that_the_plan_names(tmp_path, teacher):
     """It is run as it stands, with the coefficients that the plan holds: an exact one is an exact rival."""
-    table = make_sampler("ddim", 6)
+    table = vp_sampler("ddim", 6)
     plan = make_plan(teacher, (FULL, FULL, (skip(0, 4, 0),), FULL, FULL, FULL), fit={"target": "reference"})
     export(teacher, dataclasses.replace(plan, fewer_steps=table), tmp_path / "artefact")
     report = verify(tmp_path / "artefact", "cpu", 2, 2, seed=3, quiet=True)
@@ -75,14 +74,14 @@ def test_a_named_run_that_is_no_rival_is_not_printed(teacher, wrong):
     """One that was fitted to the ODE, or costs a whole step more: another is fitted in its place."""
     steps = (FULL, FULL, (skip(0, 4, 0),), FULL, (skip(0, 4, 0),), (skip(0, 4, 0),), (skip(0, 4, 0),))
     plan = make_plan(teacher, steps, fit={"target": "ode" if wrong == "another target" else "reference"})
-    named = make_sampler("ddim", 4 if wrong == "another target" else 6)
+    named = vp_sampler("ddim", 4 if wrong == "another target" else 6)
     found = _fitted_baseline(teacher, dataclasses.replace(plan, fewer_steps=named), quiet=True)
     assert list(found) == ["fitted, 4 steps"]
     assert next(iter(found.values())).sampler.name == "dpmpp_2m-fitted"
 
 
 def test_a_reference_at_the_plans_times_is_conditioned_once(tmp_path, teacher):
-    table = make_sampler("ddim", 4)
+    table = vp_sampler("ddim", 4)
     reference = dataclasses.replace(table, steps=tuple(dataclasses.replace(s, next_m=0.9 * s.next_m) for s in table.steps))
     plan = make_plan(teacher, (FULL, (skip(0, 4),), FULL, FULL), reference=reference)
     manifest = export(teacher, plan, tmp_path / "artefact")
@@ -113,7 +112,7 @@ def test_eps_scale_costs_no_node_and_leaves_the_reference_alone(tmp_path, teache
 def test_planted_bug_in_the_reference_is_found(tmp_path, monkeypatch, teacher):
     """Its steps looked up at the plan's times."""
     monkeypatch.setattr("export.runtime.contract.condition_times", lambda plan: (condition_times(plan)[0], 0))
-    plan = make_plan(teacher, (FULL, (skip(0, 4),), FULL), reference=make_sampler("ddim", 5, "leading"))
+    plan = make_plan(teacher, (FULL, (skip(0, 4),), FULL), reference=vp_sampler("ddim", 5, "leading"))
     with pytest.raises(ParityError, match=r"step_full, step 0 +x_next") as caught:
         export(teacher, plan, tmp_path / "artefact")
     assert "step_00" not in str(caught.value)

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_teacher
+from conftest import make_teacher, vp_sampler
 
 from export.benchmark_fit import GUIDANCE_SCALES, FitBench, table
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
@@ -24,7 +23,7 @@ from tc_lightning.rollout.evaluation import RolloutEvaluator
 from tc_lightning.rollout.sampling import full_plan, model_signature, sample
 
 MODEL = make_teacher(depth=2)
-REFERENCE = full_plan(model_signature(MODEL), make_sampler("ddim", 12), Guidance(1.5, 3))
+REFERENCE = full_plan(model_signature(MODEL), vp_sampler("ddim", 12), Guidance(1.5, 3))
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +41,14 @@ def test_it_is_full_compute_in_place_of_the_reference_run(fitted: CachePlan) -> 
 def test_it_comes_nearer_than_published_coefficients_on_images_it_did_not_see(fitted: CachePlan) -> None:
     noise = images(MODEL, list(range(100, 108)))
     evaluate = RolloutEvaluator(MODEL, *noise, sample(MODEL, REFERENCE, *noise))
-    plain = [full_plan(REFERENCE.model, make_sampler("dpmpp_2m", 5, s), REFERENCE.guidance) for s in ("logsnr", "quadratic")]
+    plain = [full_plan(REFERENCE.model, vp_sampler("dpmpp_2m", 5, s), REFERENCE.guidance) for s in ("logsnr", "quadratic")]
     assert evaluate(fitted) < min(evaluate(plan) for plan in plain)
 
 
 def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(PlanError, match="at least 2"):
         fitted_fewer_steps(MODEL, REFERENCE, 1)
-    noisy = dataclasses.replace(REFERENCE, reference=make_sampler("ddpm", 12))
+    noisy = dataclasses.replace(REFERENCE, reference=vp_sampler("ddpm", 12))
     with pytest.raises(PlanError, match="adds noise"):
         fitted_fewer_steps(MODEL, noisy, 5)
 

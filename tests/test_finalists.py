@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FULL, make_plan, make_teacher
+from conftest import FULL, VP, make_plan, make_teacher, vp_sampler
 
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.dit import DiT
@@ -97,12 +96,12 @@ def scores(model: DiT) -> Scores:
     L, N = model.config.depth, model.config.num_tokens
     importance, sensitivity = np.linspace(0, 1, STEPS * L * N).reshape(STEPS, L, N), np.ones((STEPS, L, 2))
     importance[0], sensitivity[0] = 1, 0
-    return Scores(importance, sensitivity, model_signature(model).teacher, sampler_digest(make_sampler("ddim", STEPS)))
+    return Scores(importance, sensitivity, model_signature(model).teacher, sampler_digest(vp_sampler("ddim", STEPS)))
 
 
 def context(folder: Path | None = None) -> PlanningContext:
-    table = make_sampler("ddim", STEPS)
-    what = (model_signature(TEACHER), table, GUIDANCE, scores(TEACHER), lambda plan, n: math.nan, table)
+    table = vp_sampler("ddim", STEPS)
+    what = (model_signature(TEACHER), VP, table, GUIDANCE, scores(TEACHER), lambda plan, n: math.nan, table)
     return PlanningContext(*what, model=TEACHER, folder=folder)
 
 
@@ -187,7 +186,7 @@ class TestPlanner:
 
     def test_every_plan_of_a_front_replaces_the_users_own_run(self) -> None:
         """Native steps included, on which a fitted sampler once took the place of the run that it was to reproduce."""
-        table = make_sampler("ddim", STEPS)
+        table = vp_sampler("ddim", STEPS)
         c = context()
         run = PlannerRun(policy("auto").settings, Subject(TEACHER, c.signature, GUIDANCE, c.scores, c.sampler, c.reference))
         native = Recipe("ddim", "uniform", STEPS, (0, 1, 2, 4, 6, 8, 10, 11), PrunedStep("skip", 1))

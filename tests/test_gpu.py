@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_plan, make_teacher
+from conftest import make_plan, make_teacher, vp_sampler
 
 from export.compiler.compile import export_artefact
 from export.compiler.parity import TOLERANCE, relative_l2
@@ -17,7 +17,6 @@ from export.runtime.buffers import MOST_SIZES
 from export.runtime.cuda_provider import CUDA, RuntimeUnavailableError
 from export.runtime.sampler import CachedSampler
 from export.runtime.sessions import prepare
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.models.dit import DiT
 from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.pilot import images
@@ -85,7 +84,7 @@ def test_fitting_and_refining_end_where_they_do_on_the_cpu() -> None:
     for device in ("cpu", "cuda"):
         model = make_teacher().to(device)
         plan = make_plan(model)
-        target = run_target(model, make_sampler("ddim", 6), plan.guidance, *images(model, list(range(4))), batch=4)
+        target = run_target(model, vp_sampler("ddim", 6), plan.guidance, *images(model, list(range(4))), batch=4)
         fitted = fit_sampler(model, plan, target, 4).plan
         refined = refine_sampler(model, fitted, dataclasses.replace(target, weights_B=None), 1)
         found[device] = np.array([[row.next_x, row.next_m] for row in refined.sampler.steps])

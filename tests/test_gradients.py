@@ -7,12 +7,11 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import CONFIG, EVERY_MODE, FULL, make_plan, make_teacher
+from conftest import CONFIG, EVERY_MODE, FULL, make_plan, make_teacher, vp_sampler
 from content_plans import STEPS as CONTENT
 from content_plans import content_plan, make_selector
 from torch import Tensor
 
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.guidance import Guidance
@@ -74,7 +73,7 @@ def test_a_fit_of_any_number_of_images_at_a_time_is_the_same(name: str) -> None:
     predictor.head.float()  # scores are fp32 in any precision
     selector = dataclasses.replace(SELECTOR, predictor=predictor)
     plan, noise = plan_of(teacher, name), noise_for(1, range(5), teacher).double()
-    target = run_target(teacher, make_sampler("ddim", 8), GUIDANCE, noise, torch.arange(5), batch=5)
+    target = run_target(teacher, vp_sampler("ddim", 8), GUIDANCE, noise, torch.arange(5), batch=5)
     together = fit_sampler(teacher, plan, target, 4, selector=selector, batch=5)
     for batch in (1, 2, 3):
         apart = fit_sampler(teacher, plan, target, 4, selector=selector, batch=batch)
@@ -85,7 +84,7 @@ def test_a_fit_of_any_number_of_images_at_a_time_is_the_same(name: str) -> None:
 
 def test_the_network_never_sees_more_images_than_it_is_given_room_for(teacher: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, noise = plan_of(teacher, "every mode"), noise_for(1, range(5), teacher)
-    target = run_target(teacher, make_sampler("ddim", 8), GUIDANCE, noise, torch.arange(5), batch=5)
+    target = run_target(teacher, vp_sampler("ddim", 8), GUIDANCE, noise, torch.arange(5), batch=5)
     seen, embed = [], DiT.embed
     monkeypatch.setattr(DiT, "embed", lambda self, x: seen.append(len(x)) or embed(self, x))
     monkeypatch.setattr(memory, "CPU_BYTES", 2.5 * memory.forward_bytes(plan))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, make_teacher, random_modes, random_steps
+from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, make_teacher, random_modes, random_steps, vp_sampler
 from test_export import export, graphs_of, torch_latents, worst_error
 from torch import Tensor
 
@@ -17,7 +17,6 @@ from export.runtime.programs import FULL as STEP_FULL
 from export.runtime.programs import lower
 from export.runtime.sampler import CachedSampler
 from tc_lightning.cache.semantics import Guided, Step, predict
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.models.dit import DiT
 from tc_lightning.models.network import KeyValue
@@ -133,7 +132,7 @@ def test_keys_and_values_are_updated_half_by_half():
 
 def test_a_step_of_one_half_costs_half():
     full, fixed = full_step_macs(SIGNATURE), fixed_macs(SIGNATURE)
-    plan = make_plan(SIGNATURE, (FULL, FULL, SKIP, SKIP), modes="b0cb", reference=make_sampler("ddim", 8))
+    plan = make_plan(SIGNATURE, (FULL, FULL, SKIP, SKIP), modes="b0cb", reference=vp_sampler("ddim", 8))
     assert plan_macs(plan) == full + full / 2 + fixed / 2 + fixed
     assert macs_speedup(plan) == pytest.approx(8 * full / (1.5 * full + 1.5 * fixed))
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from tc_lightning.diffusion.loss import DiffusionLoss, _discretised_gaussian_nll
-from tc_lightning.diffusion.schedule import NoiseSchedule
+from tc_lightning.diffusion.linear_betas import LinearBetas
+from tc_lightning.diffusion.loss import StepLoss, _discretised_gaussian_nll
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 
 TINY = DiTConfig(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3)
-LOSS = DiffusionLoss(NoiseSchedule())
+LOSS = StepLoss(LinearBetas())
 
 
 class Oracle(nn.Module):
@@ -72,6 +72,24 @@ def test_kl_by_hand(t):
     expected = (eps - noise).square().mean() + kl
     got = LOSS(Oracle(torch.cat([eps, v], 1).float()), x0.float(), y, torch.tensor([t]), noise.float())
     assert got.item() == pytest.approx(expected.item(), rel=2e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("t", [0, 1, 300, 999])
+def test_v_tells_what_eps_tells(t):
+    """The true v costs nothing, and the variational term of a learned variance is that of the eps it stands for."""
+    x0, y, noise = batch(1)
+    schedule = LinearBetas(predicts="v")
+    alpha, sigma = (float(value) for value in schedule.alpha_sigma(t))
+    v = alpha * noise - sigma * x0
+    times, variance = torch.tensor([t]), torch.rand(noise.shape, generator=torch.Generator().manual_seed(t))
+    loss = StepLoss(schedule)
+    assert loss(Oracle(v), x0, y, times, noise).item() < 1e-12
+    assert loss(Oracle(v + 2.0), x0, y, times, noise).item() == pytest.approx(4.0, rel=1e-5)
+    of_v, of_eps = (
+        loss(Oracle(torch.cat([v, variance], 1)), x0, y, times, noise),
+        LOSS(Oracle(torch.cat([noise, variance], 1)), x0, y, times, noise),
+    )
+    assert of_v.item() == pytest.approx(of_eps.item(), rel=1e-3, abs=1e-5)
 
 
 def test_finite_at_all_times():

@@ -5,12 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_teacher
+from conftest import make_teacher, vp_sampler
 from torch import Tensor
 
 from data.rollouts import RolloutDataset
 from tc_lightning.cache.soft_network import full_eps, mixed_branches_eps
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import RunError
 from tc_lightning.learn.objectives.base import Batch, Task
 from tc_lightning.learn.objectives.rollout import RouterRollout
@@ -28,7 +27,7 @@ SHAPE = (2, 8, 8)
 
 
 def make_task(sampler: str = "ddim") -> Task:
-    return Task(TEACHER, model_signature(TEACHER), make_sampler(sampler, T), GUIDANCE)
+    return Task(TEACHER, model_signature(TEACHER), vp_sampler(sampler, T), GUIDANCE)
 
 
 def rollouts(task: Task, indices: range = range(10, 13)) -> list[Batch]:
@@ -208,6 +207,6 @@ def test_what_cannot_be_trained_is_said() -> None:
         prepared(RouterRollout(), make_task()).loss(pairs(make_task(), [1, 2]), 0)
     silent = make_teacher(0, depth=3, in_channels=2, hidden_size=16)
     torch.nn.init.zeros_(silent.final_layer.linear.weight)
-    task = Task(silent, model_signature(silent), make_sampler("ddim", T), GUIDANCE)
+    task = Task(silent, model_signature(silent), vp_sampler("ddim", T), GUIDANCE)
     with pytest.raises(RunError, match="the teacher's blocks do nothing"):
         step_weights("none", task, noise_for(0, range(1), silent), torch.zeros(1, dtype=torch.long))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import vp_sampler
 
 from data.photos import CropDataset, PhotoCropsDataModule, load_photos
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.checkpoints import ROOT, TeacherSpec, load_teacher
 from tc_lightning.models.dit import DiT
@@ -39,7 +39,7 @@ def test_it_tells_its_noise_from_its_images(teacher: DiT) -> None:
 
 
 def test_a_guided_image_is_finite_and_follows_its_label(teacher: DiT) -> None:
-    plan = full_plan(model_signature(teacher), make_sampler("dpmpp_2m", 8, "mix:0.5"), Guidance(1.5, 3))
+    plan = full_plan(model_signature(teacher), vp_sampler("dpmpp_2m", 8, "mix:0.5"), Guidance(1.5, 3))
     x = noise_for(0, range(1), teacher).repeat(2, 1, 1, 1)
     images = sample(teacher, plan, x, torch.tensor([0, 1]))
     assert torch.isfinite(images).all()

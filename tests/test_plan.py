@@ -10,9 +10,8 @@ import sys
 from typing import Any
 
 import pytest
-from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps
+from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps, vp_sampler
 
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
@@ -45,7 +44,7 @@ def changed(*path: Any, to: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_json_round_trip_is_exact(seed):
-    other = make_plan(SIGNATURE, random_steps(seed), sampler="dpmpp_3m", spacing="logsnr", reference=make_sampler("ddim", 20))
+    other = make_plan(SIGNATURE, random_steps(seed), sampler="dpmpp_3m", spacing="logsnr", reference=vp_sampler("ddim", 20))
     scaled = make_plan(SIGNATURE, random_steps(seed), eps_scale=tuple(1 - 0.1 / (i + 3) for i in range(7)))
     for plan in (PLAN, other, scaled):
         again = CachePlan.from_json(json.loads(json.dumps(plan.to_json())))
@@ -97,7 +96,7 @@ def test_digest_feels_every_change():
         make_plan(SIGNATURE, spacing="logsnr"),
         make_plan(SIGNATURE, sampler="dpmpp_2m"),
         make_plan(SIGNATURE, policy="other"),
-        make_plan(SIGNATURE, reference=make_sampler("ddim", 9)),
+        make_plan(SIGNATURE, reference=vp_sampler("ddim", 9)),
         make_plan(SIGNATURE, eps_scale=(0.98,) * 8),
         make_plan(teacher),
     ]
@@ -117,7 +116,7 @@ def test_derived_properties():
     assert make_plan(SIGNATURE).summary.startswith("custom-")
 
 
-@pytest.mark.parametrize("reference", [make_sampler("ddim", 50), make_sampler("ddim", 8)], ids=["another", "the plan's own"])
+@pytest.mark.parametrize("reference", [vp_sampler("ddim", 50), vp_sampler("ddim", 8)], ids=["another", "the plan's own"])
 @pytest.mark.parametrize("through_json", [False, True])
 def test_a_plan_whose_sampler_is_replaced_replaces_the_same_run(reference, through_json):
     plan = make_plan(SIGNATURE, reference=reference)
@@ -138,7 +137,7 @@ def test_a_reference_is_stated_in_the_file():
 
 
 def test_what_the_plan_has_to_beat_is_kept_and_named():
-    fewer = make_sampler("dpmpp_2m", 3)
+    fewer = vp_sampler("dpmpp_2m", 3)
     plan = dataclasses.replace(PLAN, fewer_steps=fewer)
     assert CachePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     assert plan.digest != PLAN.digest
@@ -222,7 +221,7 @@ def test_only_what_was_computed_can_be_read(first, then, message):
 
 def test_number_of_steps_is_the_samplers():
     with pytest.raises(PlanError, match="2 steps, its sampler 3"):
-        CachePlan(SIGNATURE, make_sampler("ddim", 3), Guidance(), (FULL, FULL), make_sampler("ddim", 3))
+        CachePlan(SIGNATURE, vp_sampler("ddim", 3), Guidance(), (FULL, FULL), vp_sampler("ddim", 3))
 
 
 @pytest.mark.parametrize(

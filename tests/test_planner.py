@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_teacher
+from conftest import VP, make_teacher, vp_sampler
 
 from export.plan import _parse, fabric_of, policy_of
 from export.plan import main as plan_command
 from tc_lightning.cli import _user_error
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, RunError, TokenCacheError
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.dit import DiT
@@ -52,7 +51,7 @@ def model() -> DiT:
 
 @pytest.fixture(scope="module")
 def target(model: DiT) -> TargetRun:
-    return run_target(model, make_sampler("ddim", STEPS), GUIDANCE, *images(model, list(range(8))), batch=4)
+    return run_target(model, vp_sampler("ddim", STEPS), GUIDANCE, *images(model, list(range(8))), batch=4)
 
 
 def make_scores(model: DiT, steps: int = STEPS) -> Scores:
@@ -60,13 +59,13 @@ def make_scores(model: DiT, steps: int = STEPS) -> Scores:
     importance = np.linspace(0, 1, steps * L * N).reshape(steps, L, N)
     sensitivity = np.ones((steps, L, 2))
     importance[0], sensitivity[0] = 1, 0
-    return Scores(importance, sensitivity, model_signature(model).teacher, sampler_digest(make_sampler("ddim", steps)))
+    return Scores(importance, sensitivity, model_signature(model).teacher, sampler_digest(vp_sampler("ddim", steps)))
 
 
 @pytest.fixture(scope="module")
 def kitchen(model: DiT) -> Kitchen:
-    table = make_sampler("ddim", STEPS)
-    return Kitchen(model_signature(model), GUIDANCE, make_scores(model), table, table)
+    table = vp_sampler("ddim", STEPS)
+    return Kitchen(model_signature(model), VP, GUIDANCE, make_scores(model), table, table)
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def bench(model: DiT, kitchen: Kitchen, target: TargetRun) -> Bench:
 
 class TestTarget:
     def test_it_is_the_full_run_whatever_the_batch(self, model: DiT, target: TargetRun) -> None:
-        plan = full_plan(model_signature(model), make_sampler("ddim", STEPS), GUIDANCE)
+        plan = full_plan(model_signature(model), vp_sampler("ddim", STEPS), GUIDANCE)
         again = sample(model, plan, target.x_T, target.labels_B)
         assert (again - target.x_0).norm() < 1e-5 * target.x_0.norm()  # processors round differently
 
@@ -86,27 +85,23 @@ class TestTarget:
         assert torch.equal(target.at(None), target.x_0)
 
     def test_between_them_a_cubic_in_log_sigma_over_alpha_is_met(self) -> None:
-        from tc_lightning.diffusion.schedule import NoiseSchedule
-
-        schedule = NoiseSchedule()
+        schedule = VP
         times = schedule.timesteps("logsnr", 9)
 
         def path(t: float) -> torch.Tensor:
-            u = np.interp(t, np.arange(1000), schedule.log_ratio)
+            u = schedule.log_ratio(t)
             return torch.full((1, 1, 1, 1), float(schedule.alpha_sigma(t)[0] * (1 - 0.3 * u + 0.2 * u**2 - 0.05 * u**3)))
 
-        run = TargetRun(times, torch.stack([path(t) for t in times]), torch.zeros(1), path(0.0))
+        run = TargetRun(VP, times, torch.stack([path(t) for t in times]), torch.zeros(1), path(0.0))
         for t in (950.0, 333.3, 17.5, 1.0):
             assert float(run.at(t)) == pytest.approx(float(path(t)), abs=1e-5)
 
     def test_outside_its_times_nothing_runs_away(self) -> None:
-        from tc_lightning.diffusion.schedule import NoiseSchedule
-
-        schedule, image, eps = NoiseSchedule(), 0.3, -1.2
+        schedule, image, eps = VP, 0.3, -1.2
         times = schedule.timesteps("trailing", 6) - 5.0
         alpha_S, sigma_S = schedule.alpha_sigma(times)
         states = torch.tensor(alpha_S * image + sigma_S * eps, dtype=torch.float32).view(-1, 1, 1, 1, 1)
-        run = TargetRun(times, states, torch.zeros(1), torch.full((1, 1, 1, 1), image))
+        run = TargetRun(VP, times, states, torch.zeros(1), torch.full((1, 1, 1, 1), image))
         assert torch.equal(run.at(999.0), run.x_T)
         for t in (100.0, 10.0, 0.0):  # after the last one
             alpha, sigma = schedule.alpha_sigma(t)
@@ -115,26 +110,26 @@ class TestTarget:
 
 class TestFit:
     def test_a_run_fitted_to_itself_keeps_its_coefficients(self, model: DiT, target: TargetRun) -> None:
-        plan = full_plan(model_signature(model), make_sampler("ddim", STEPS), GUIDANCE)
+        plan = full_plan(model_signature(model), vp_sampler("ddim", STEPS), GUIDANCE)
         fitted = fit_sampler(model, plan, target, 4, history=0)
         assert fitted.mse_B.max() < 1e-9 * target.x_0.square().mean()
         for ours, theirs in zip(fitted.plan.sampler.steps, plan.sampler.steps, strict=True):
             assert (ours.next_x, ours.next_m) == pytest.approx((theirs.next_x, theirs.next_m), abs=1e-3)
 
     def test_the_plan_that_comes_back_is_the_run_that_was_made(self, model: DiT, target: TargetRun) -> None:
-        plan = full_plan(model_signature(model), make_sampler("dpmpp_2m", 5, "logsnr"), GUIDANCE)
+        plan = full_plan(model_signature(model), vp_sampler("dpmpp_2m", 5, "logsnr"), GUIDANCE)
         fitted = fit_sampler(model, plan, target, 4)
         again = (sample(model, fitted.plan, target.x_T, target.labels_B) - target.x_0).square().flatten(1).mean(1)
         assert torch.allclose(again, fitted.mse_B, rtol=1e-3)
         assert fitted.plan.sampler.name == "dpmpp_2m-fitted"
 
     def test_it_brings_images_that_it_did_not_see_nearer(self, model: DiT, target: TargetRun) -> None:
-        plan = full_plan(model_signature(model), make_sampler("ddim", 5), GUIDANCE)
+        plan = full_plan(model_signature(model), vp_sampler("ddim", 5), GUIDANCE)
         before = (sample(model, plan, target.x_T, target.labels_B) - target.x_0).square().flatten(1).mean(1)
         assert fit_sampler(model, plan, target, 4).mse_B[4:].mean() < 0.5 * before[4:].mean()
 
     def test_images_beyond_the_fit_do_not_matter_to_it(self, model: DiT, target: TargetRun) -> None:
-        plan = full_plan(model_signature(model), make_sampler("ddim", 5), GUIDANCE)
+        plan = full_plan(model_signature(model), vp_sampler("ddim", 5), GUIDANCE)
         other = dataclasses.replace(target, x_0=torch.cat([target.x_0[:4], -target.x_0[4:]]))
         assert fit_sampler(model, plan, target, 4).plan == fit_sampler(model, plan, other, 4).plan
 
@@ -144,12 +139,12 @@ class TestFit:
         def total(values: torch.Tensor) -> torch.Tensor:
             return values + 1 if values.ndim == 0 else 2 * values
 
-        plan = full_plan(model_signature(model), make_sampler("ddim", 5), GUIDANCE)
+        plan = full_plan(model_signature(model), vp_sampler("ddim", 5), GUIDANCE)
         with pytest.raises(TokenCacheError, match="at step 0 of a fit"):
             fit_sampler(model, plan, target, 4, ranks=Ranks(0, 2, total))
 
     def test_a_sampler_that_adds_noise_is_refused(self, model: DiT, target: TargetRun) -> None:
-        plan = full_plan(model_signature(model), make_sampler("ddpm", 5), GUIDANCE)
+        plan = full_plan(model_signature(model), vp_sampler("ddpm", 5), GUIDANCE)
         with pytest.raises(PlanError, match="cannot be fitted"):
             fit_sampler(model, plan, target, 4)
 
@@ -403,9 +398,9 @@ class TestPolicy:
     )
 
     def context(self, model: DiT, folder: Path | None = None) -> PlanningContext:
-        table = make_sampler("ddim", STEPS)
+        table = vp_sampler("ddim", STEPS)
         return PlanningContext(
-            model_signature(model), table, GUIDANCE, make_scores(model), lambda plan, n: math.nan, table, model=model, folder=folder
+            model_signature(model), VP, table, GUIDANCE, make_scores(model), lambda plan, n: math.nan, table, model=model, folder=folder
         )
 
     def test_plans_reach_their_speed_ups_and_the_first_is_chosen(self, model: DiT, tmp_path: Path) -> None:
@@ -468,7 +463,7 @@ class TestPolicy:
 
     def test_what_is_measured_at_the_end_was_not_looked_at_before(self, model: DiT) -> None:
         point = self.SMALL.plan(self.context(model)).front[0]
-        run = run_target(model, make_sampler("ddim", STEPS), GUIDANCE, *images(model, [6, 7, 8]), batch=4)
+        run = run_target(model, vp_sampler("ddim", STEPS), GUIDANCE, *images(model, [6, 7, 8]), batch=4)
         mse = (sample(model, point.plan, run.x_T, run.labels_B) - run.x_0).square().mean()
         assert point.mse == pytest.approx(float(mse), rel=1e-3)
 
@@ -489,12 +484,12 @@ class TestPolicy:
 
     def test_a_budget_of_less_than_two_steps_is_refused_before_training(self, model: DiT) -> None:
         with pytest.raises(PlanError, match="fewer than 2"):
-            PlannerPolicy(8.0).check(model_signature(model), make_sampler("ddim", STEPS))
+            PlannerPolicy(8.0).check(model_signature(model), vp_sampler("ddim", STEPS))
 
     def test_a_run_that_adds_noise_is_no_target(self, model: DiT) -> None:
         with pytest.raises(PlanError, match="adds noise"):
-            PlannerPolicy(2.0).check(model_signature(model), make_sampler("ddpm", STEPS))
-        PlannerPolicy(2.0, "ode", (2.0,)).check(model_signature(model), make_sampler("ddpm", STEPS))
+            PlannerPolicy(2.0).check(model_signature(model), vp_sampler("ddpm", STEPS))
+        PlannerPolicy(2.0, "ode", (2.0,)).check(model_signature(model), vp_sampler("ddpm", STEPS))
 
     def test_without_a_model_nothing_can_be_run(self, model: DiT) -> None:
         with pytest.raises(PlanError, match="needs the model"):
@@ -502,10 +497,10 @@ class TestPolicy:
 
 
 def test_spacings_in_between() -> None:
-    low, middle, high = (np.array([row.t for row in make_sampler("ddim", 9, s).steps]) for s in ("logsnr", "mix:0.25", "quadratic"))
+    low, middle, high = (np.array([row.t for row in vp_sampler("ddim", 9, s).steps]) for s in ("logsnr", "mix:0.25", "quadratic"))
     assert np.allclose(middle, 0.75 * low + 0.25 * high)
     with pytest.raises(TokenCacheError, match="mix:W"):
-        make_sampler("ddim", 9, "mix:2")
+        vp_sampler("ddim", 9, "mix:2")
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_teacher
+from conftest import VP, make_teacher, vp_sampler
 from jsonargparse import ArgumentParser
 from recipes import some_scores
 
 from export.compiler.compile import export_artefact
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.calibrate import calibrate
 from tc_lightning.plan.cache_plan import CachePlan
@@ -40,13 +39,13 @@ SIGNATURE = model_signature(MODEL)
 
 @pytest.fixture(scope="module")
 def context() -> PlanningContext:
-    sampler, guidance = make_sampler("ddim", T), Guidance(1.5, 1)
+    sampler, guidance = vp_sampler("ddim", T), Guidance(1.5, 1)
     full = full_plan(SIGNATURE, sampler, guidance)
     x_T, labels = noise_for(0, range(2), MODEL), torch.tensor([0, 3])
     evaluate = RolloutEvaluator(MODEL, x_T, labels, sample(MODEL, full, x_T, labels))
     calibration = calibrate(MODEL, full, x_T, labels, progress=False)
     return PlanningContext(
-        SIGNATURE, sampler, guidance, some_scores(SIGNATURE, sampler), evaluate, sampler, calibrate=lambda: calibration
+        SIGNATURE, VP, sampler, guidance, some_scores(SIGNATURE, sampler), evaluate, sampler, calibrate=lambda: calibration
     )
 
 
@@ -95,7 +94,7 @@ def test_targets_are_met_or_refused_before_planning(name: str, context: Planning
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("fewer")])
 def test_another_sampler_may_replace_the_reference(name: str, context: PlanningContext):
-    shorter = dataclasses.replace(context, sampler=make_sampler("dpmpp_2m", 8, "logsnr"), reference=context.sampler)
+    shorter = dataclasses.replace(context, sampler=vp_sampler("dpmpp_2m", 8, "logsnr"), reference=context.sampler)
     full = full_plan(SIGNATURE, shorter.sampler, context.guidance)
     calibration = calibrate(MODEL, full, noise_for(0, range(1), MODEL), torch.tensor([0]), progress=False)
     shorter = dataclasses.replace(shorter, calibrate=lambda: calibration, scores=some_scores(SIGNATURE, shorter.sampler))
@@ -120,7 +119,7 @@ def test_arguments_are_the_schema_of_a_config():
 
 
 def test_what_was_not_measured_for_the_sampler_is_not_used(context: PlanningContext):
-    other = dataclasses.replace(context, sampler=make_sampler("dpmpp_2m", T))
+    other = dataclasses.replace(context, sampler=vp_sampler("dpmpp_2m", T))
     blind = dataclasses.replace(context, calibrate=None)
     everything = np.ones_like(context.scores.importance_TLN)
     untrained = dataclasses.replace(context, scores=dataclasses.replace(context.scores, importance_TLN=everything))

@@ -7,9 +7,9 @@ import itertools
 
 import numpy as np
 import pytest
+from conftest import vp_sampler
 from recipes import XL, published, some_scores, xl_context
 
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.calibration import Calibration
 from tc_lightning.measure.scores import Scores
@@ -117,7 +117,7 @@ def test_toca_schedule_and_shares_are_those_of_its_code():
 
 
 def test_toca_takes_the_tokens_of_highest_importance():
-    plan, scores = published(ToCaPolicy()), some_scores(XL, make_sampler("ddim", 50))
+    plan, scores = published(ToCaPolicy()), some_scores(XL, vp_sampler("ddim", 50))
     for block in (0, 13):
         segment = plan.steps[2][block]
         kept = toca_tokens(XL, 50, 0.07, 2, block)

@@ -5,11 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_modes, random_steps
+from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_modes, random_steps, vp_sampler
 
 from export.runtime.programs import FULL as STEP_FULL
 from export.runtime.programs import computed_tokens, lower, merge
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.dataflow import Entry, is_updated, is_written
 from tc_lightning.plan.segments import Segment, compute, content, partial, reuse, skip
@@ -103,12 +102,12 @@ def test_step_full_always_exists():
 
 
 def test_plan_and_reference_share_step_full_if_their_coefficients_are_equal():
-    renamed = dataclasses.replace(make_sampler("ddim", 3), name="other")
+    renamed = dataclasses.replace(vp_sampler("ddim", 3), name="other")
     for reference in (None, renamed):
         lowered = lower(make_plan(SIGNATURE, (FULL,) * 3, reference=reference), "cpu")
         assert [(p.name, p.steps) for p in lowered.programs] == [(STEP_FULL, (0, 1, 2))]
     assert lower(make_plan(SIGNATURE, (FULL,) * 3, eps_scale=(1.0,) * 3), "cpu") == lowered
-    for change in ({"reference": make_sampler("ddim", 5)}, {"eps_scale": (1.0, 1.0, 0.9)}):
+    for change in ({"reference": vp_sampler("ddim", 5)}, {"eps_scale": (1.0, 1.0, 0.9)}):
         lowered = lower(make_plan(SIGNATURE, (FULL,) * 3, **change), "cpu")
         assert [(p.name, p.steps) for p in lowered.programs] == [("step_00", (0, 1, 2)), (STEP_FULL, ())]
         assert [b.program for b in lowered.bindings] == ["step_00"] * 3

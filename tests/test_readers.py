@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from conftest import SIGNATURE, make_plan, make_teacher, random_modes, random_steps
+from conftest import SIGNATURE, VP, make_plan, make_teacher, random_modes, random_steps
 from hypothesis import given
 from hypothesis import strategies as st
 from mutations import damaged, quickly
@@ -166,7 +166,7 @@ def tensor_files(tmp_path_factory) -> dict[str, tuple[Path, Any]]:
     save_teacher(model, folder / "teacher.safetensors")
     (folder / "bare.safetensors").write_bytes(save(model.state_dict()))
     plan = make_plan(model, (random_steps(0, 2, 1, 4)[0],) * 2)
-    key = TargetKey(plan.model, plan.reference, plan.guidance, 0, 2, ode_steps=2)
+    key = TargetKey(plan.model, VP, plan.reference, plan.guidance, 0, 2, ode_steps=2)
     cached_targets(model, key, folder / "targets")
     readers = {
         "scores": Scores.load,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import vp_sampler
 from torch import Tensor
 
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher
 from tc_lightning.models.dit import DiT
@@ -40,7 +40,7 @@ def model() -> DiT:
 @pytest.fixture(scope="module")
 def target(model: DiT) -> TargetRun:
     noise, _ = images(model, list(range(6)))
-    run = run_target(model, make_sampler("ddim", 12), GUIDANCE, noise, torch.arange(6), batch=3)
+    run = run_target(model, vp_sampler("ddim", 12), GUIDANCE, noise, torch.arange(6), batch=3)
     return dataclasses.replace(run, weights_B=torch.tensor([1.0, 1.0, 2.0, 2.0, 2.0, 2.0]))
 
 
@@ -48,7 +48,7 @@ def target(model: DiT) -> TargetRun:
 def fitted(model: DiT, target: TargetRun) -> CachePlan:
     """Six steps of which two skip all blocks."""
     steps = tuple((skip(0, 12, 1),) if i in (3, 4) else (compute(0, 12),) for i in range(6))
-    plan = dataclasses.replace(full_plan(model_signature(model), make_sampler("dpmpp_2m", 6, "mix:0.5"), GUIDANCE), steps=steps)
+    plan = dataclasses.replace(full_plan(model_signature(model), vp_sampler("dpmpp_2m", 6, "mix:0.5"), GUIDANCE), steps=steps)
     return fit_sampler(model, plan, target, 6).plan
 
 
@@ -176,7 +176,7 @@ class TestRefine:
 
     def test_random_signs_estimate_the_gram_matrix(self, model: DiT, target: TargetRun) -> None:
         """Its diagonal against the sum over unit vectors, which is exact."""
-        plan = full_plan(model_signature(model), make_sampler("ddim", 2), GUIDANCE)
+        plan = full_plan(model_signature(model), vp_sampler("ddim", 2), GUIDANCE)
         run = target.part(slice(0, 1))
         refiner = refine._Refiner(model, run, ALONE)
         estimate, _ = refiner.normal_equations(plan, refiner.errors(plan), refine.Passes(1, vectors=65), 64)
@@ -262,7 +262,7 @@ class TestRefine:
 
     def test_a_sampler_that_adds_noise_is_refused(self, model: DiT, target: TargetRun) -> None:
         with pytest.raises(PlanError, match="cannot be refined"):
-            refine_sampler(model, full_plan(model_signature(model), make_sampler("ddpm", 5), GUIDANCE), target, 1)
+            refine_sampler(model, full_plan(model_signature(model), vp_sampler("ddpm", 5), GUIDANCE), target, 1)
 
     @pytest.mark.parametrize("at_a_time", [None, 1, 3])
     def test_two_processes_end_where_one_does(

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import FULL, make_plan, make_teacher
+from conftest import FULL, VP, make_plan, make_teacher
 from content_plans import content_plan, make_selector
 from reports import STEPS, subject
 
@@ -23,7 +23,7 @@ from tc_lightning.rollout.targets import TargetKey, cached_targets, compute_targ
 
 def test_targets_are_what_sampling_gives_and_are_kept(teacher, tmp_path):
     plan = make_plan(teacher, (FULL,) * 4)
-    key = TargetKey(plan.model, plan.sampler, plan.guidance, seed=3, images=2, ode_steps=6)
+    key = TargetKey(plan.model, VP, plan.sampler, plan.guidance, seed=3, images=2, ode_steps=6)
     seen: list[int] = []
     targets = cached_targets(teacher, key, tmp_path, seen.append)
     assert sum(seen) == key.image_steps == 2 * (4 + 6)
@@ -101,7 +101,7 @@ def test_evaluation_images_are_of_all_classes(teacher):
     """Sixteen images of a model of 1,000 classes are not its first sixteen, and as recording draws them."""
     signature = dataclasses.replace(model_signature(teacher), num_classes=1000)
     plan = make_plan(teacher, (FULL,) * 2)
-    labels = TargetKey(signature, plan.sampler, plan.guidance, seed=7, images=16).labels
+    labels = TargetKey(signature, VP, plan.sampler, plan.guidance, seed=7, images=16).labels
     assert labels.max() > 500
     assert len(set(labels.tolist())) == 16
     asked = []

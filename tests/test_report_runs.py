@@ -29,6 +29,7 @@ POLICIES = {  # of a config those that use what it learns, and all of one
     "digits_v2.yaml": list(registry.standard_policies(2.0)),
     "digits_router.yaml": ["harmonica"],
     "digits_l2c.yaml": ["learning_to_cache"],
+    "digits_flow.yaml": ["tokencache_v1", "fora"],
 }
 
 

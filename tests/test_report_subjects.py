@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FULL, make_plan
+from conftest import FULL, VP, make_plan
 from reports import STEPS, finished_run, row, subject, teacher_file
 
 from export.report import verdict
@@ -56,7 +56,7 @@ def test_fewer_steps_round_in_their_favour(teacher):
     def judge(plan: CachePlan) -> float:  # the best spacing is logsnr, the best sampler dpmpp_2m
         return (plan.sampler.spacing != "logsnr") + 0.1 * (plan.sampler.name != "dpmpp_2m")
 
-    found = list(fewer_steps(reference, (3.0,), judge))
+    found = list(fewer_steps(VP, reference, (3.0,), judge))
     assert {s.plan.sampler.spacing for s in found} == {"logsnr"}
     assert {s.plan.num_steps for s in found[:-1]} == {4}
     assert (found[-1].plan.sampler.name, found[-1].plan.num_steps) == ("dpmpp_2m", 5)
@@ -141,7 +141,7 @@ def test_missing_policies_are_told(tmp_path):
     run = finished_run(tmp_path)
     loaded = load_run(dataclasses.replace(read_run(run), teacher=teacher_file(tmp_path)))
     reference = reference_plan(loaded.plan)
-    targets = compute_targets(loaded.model, TargetKey(reference.model, reference.sampler, reference.guidance, 1, 2, ode_steps=4))
+    targets = compute_targets(loaded.model, TargetKey(reference.model, VP, reference.sampler, reference.guidance, 1, 2, ode_steps=4))
     context = planning_context(loaded, targets)
     subjects, missing = published(context, reference, (2.0, 50.0), lambda s: {"fora": standard_policies(s)["fora"]})
     assert [(s.group, s.method) for s in subjects] == [(PUBLISHED, "fora")]

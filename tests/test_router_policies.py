@@ -3,9 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import SIGNATURE, make_teacher
+from conftest import SIGNATURE, VP, make_teacher, vp_sampler
 
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.plan.cache_plan import CachePlan
@@ -21,7 +20,7 @@ from tc_lightning.rollout.evaluation import RolloutEvaluator
 from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample
 
 T, L, N = 6, SIGNATURE.depth, SIGNATURE.tokens
-SAMPLER, GUIDANCE = make_sampler("ddim", T), Guidance(1.5, 3)
+SAMPLER, GUIDANCE = vp_sampler("ddim", T), Guidance(1.5, 3)
 ROUTER = np.random.default_rng(3).permutation(T * L * 2).reshape(T, L, 2) / (T * L * 2)
 ROUTER[0] = 1.0
 BRANCH = {branch: block_macs(SIGNATURE, N, (branch,)) for branch in ("attn", "mlp")}
@@ -29,7 +28,7 @@ BRANCH = {branch: block_macs(SIGNATURE, N, (branch,)) for branch in ("attn", "ml
 
 def context(router: np.ndarray | None = ROUTER) -> PlanningContext:
     scores = Scores(np.ones((T, L, N)), np.zeros((T, L, 2)), SIGNATURE.teacher, sampler_digest(SAMPLER), router)
-    return PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, scores, lambda plan, images: 0.25, SAMPLER)
+    return PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, scores, lambda plan, images: 0.25, SAMPLER)
 
 
 def router_plan(mask: np.ndarray, signature: ModelSignature = SIGNATURE) -> CachePlan:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_teacher
+from conftest import VP, make_teacher
 from content_plans import content_plan, make_selector
 from reports import finished_run
 
@@ -106,7 +106,7 @@ def test_a_loaded_run_holds_its_content_predictor(tmp_path: Path) -> None:
     loaded = load_run(run)
     assert loaded.selector is not None
     assert loaded.selector.digest == loaded.plan.selector == loaded.scores.selector
-    key = TargetKey(loaded.plan.model, loaded.plan.sampler, loaded.plan.guidance, 1, 2, ode_steps=4)
+    key = TargetKey(loaded.plan.model, VP, loaded.plan.sampler, loaded.plan.guidance, 1, 2, ode_steps=4)
     context = planning_context(loaded, compute_targets(loaded.model, key))
     assert 0 < context.evaluate(loaded.plan, None) < float("inf")
     with pytest.raises(PlanError, match="none was given"):

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from conftest import FULL, make_plan, make_teacher
+from conftest import FULL, make_plan, make_teacher, vp_sampler
 
 from export.compiler.compile import export_artefact
 from export.runtime.manifest import ArtefactError, _self_digest, read_manifest, sha256_of
 from export.runtime.request import outside_the_fit
 from export.runtime.sampler import CachedSampler
 from export.runtime.sessions import RuntimeUnavailableError, packed_graphs
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.costs import cache_bytes_per_image
 from tc_lightning.plan.guidance import Guidance
@@ -288,7 +287,7 @@ def test_receipt_of_full_compute(sampler):
 
 def test_full_compute_is_the_reference(tmp_path, teacher):
     """Three steps, one of them skipped, in place of six."""
-    plan = make_plan(teacher, (FULL, FULL, (skip(0, 4),)), reference=make_sampler("ddim", 6))
+    plan = make_plan(teacher, (FULL, FULL, (skip(0, 4),)), reference=vp_sampler("ddim", 6))
     export_artefact(teacher, plan, tmp_path / "artefact", "fp32", "cpu", images=1, report=lambda _: None)
     sampler, seen = CachedSampler(tmp_path / "artefact", max_batch=1), []
     full = sampler.sample([0, 1], full=True, on_step=lambda done, total: seen.append((done, total))).receipt

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import SIGNATURE, make_plan, random_steps
+from conftest import SIGNATURE, make_plan, random_steps, vp_sampler
 
 from export.bench.plans import benchmark_plans
 from export.runtime.buffers import MOST_GRAPHS
@@ -179,6 +179,6 @@ def test_the_benchmark_needs_few_graphs():
     """50 steps of DiT-S/2: the slots of a plan come round again, and so do its bindings."""
     signature = ModelSignature("dit", 12, 256, 384, 6, 1536, 2, 4, 8, 32, 1000, "0" * 64)
     counts = {}
-    for name, plan in benchmark_plans(signature, 50, 18).items():
+    for name, plan in benchmark_plans(signature, vp_sampler("ddim", 50), 18).items():
         counts[name] = len(graphed(sampling_runs(manifest_of(plan)), 10**6))
     assert max(counts.values()) <= 24 < MOST_GRAPHS, counts

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import vp_sampler
 
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import RunError
 from tc_lightning.measure.figures import importance_figure, router_figure, sensitivity_figure
 from tc_lightning.measure.scores import Scores, sampler_digest
@@ -99,8 +99,8 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_sampler_digest_depends_on_the_coefficients() -> None:
-    assert sampler_digest(make_sampler("ddim", 5)) == sampler_digest(make_sampler("ddim", 5))
-    assert sampler_digest(make_sampler("ddim", 5)) != sampler_digest(make_sampler("ddim", 6))
+    assert sampler_digest(vp_sampler("ddim", 5)) == sampler_digest(vp_sampler("ddim", 5))
+    assert sampler_digest(vp_sampler("ddim", 5)) != sampler_digest(vp_sampler("ddim", 6))
 
 
 @pytest.mark.parametrize("tokens", [16, 6])

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import SIGNATURE
+from conftest import SIGNATURE, VP, vp_sampler
 
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.plan.cache_plan import CachePlan
@@ -15,7 +14,7 @@ from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.tokencache_v2 import TokenCacheV2Policy, block_keeps, kept_segments, percentile_steps
 
 T, L, N = 10, 4, 16
-SAMPLER, GUIDANCE = make_sampler("ddim", T), Guidance(1.5, 3)
+SAMPLER, GUIDANCE = vp_sampler("ddim", T), Guidance(1.5, 3)
 
 
 def by_step(*values: float) -> np.ndarray:
@@ -72,7 +71,7 @@ def context(scores: Scores, wrong: float = 1.0) -> PlanningContext:
     def evaluate(plan: CachePlan, images: int | None) -> float:
         return wrong / sum(step_macs(SIGNATURE, segments) for segments in plan.steps)
 
-    return PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, scores, evaluate, SAMPLER)
+    return PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, scores, evaluate, SAMPLER)
 
 
 def test_plan_of_the_paper() -> None:

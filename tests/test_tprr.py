@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import VP, vp_sampler
 
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
@@ -22,7 +22,7 @@ from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for,
 CONFIG = DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=16, depth=4, num_heads=2, num_classes=5, learn_sigma=False)
 L, N, T = 4, 16, 10
 GUIDANCE = Guidance(1.5, 1)
-SAMPLER = make_sampler("ddim", T)
+SAMPLER = vp_sampler("ddim", T)
 MODEL = randomise_(DiT(CONFIG), seed=0, std=0.1).eval()
 SIGNATURE = model_signature(MODEL)
 
@@ -43,7 +43,7 @@ def evaluator() -> RolloutEvaluator:
 
 @pytest.fixture(scope="module")
 def context(evaluator: RolloutEvaluator) -> PlanningContext:
-    return PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, make_scores(), evaluator, SAMPLER)
+    return PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, make_scores(), evaluator, SAMPLER)
 
 
 def policy(target: float = 2.0, **arguments: object) -> TPRRPolicy:
@@ -178,7 +178,7 @@ def test_search_is_deterministic(choice: PlanChoice, context: PlanningContext):
 
 def test_learned_scores_decide_which_tokens_are_recomputed(evaluator: RolloutEvaluator):
     def tokens(seed: int) -> list[tuple[int, ...]]:
-        context = PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, make_scores(seed), evaluator, SAMPLER)
+        context = PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, make_scores(seed), evaluator, SAMPLER)
         plan = policy(kinds=("partial",), block_shares=(1.0,), token_shares=(0.25,), orders=(1,), max_candidates=1).plan(context).plan
         return [segment.tokens for segments in plan.steps for segment in segments if segment.mode == "partial"]
 
@@ -217,6 +217,6 @@ def test_arguments_out_of_range(wrong: dict[str, object]):
 
 
 def test_when_everything_diverges_no_plan_is_returned():
-    context = PlanningContext(SIGNATURE, SAMPLER, GUIDANCE, make_scores(), lambda plan, images: float("inf"), SAMPLER)
+    context = PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, make_scores(), lambda plan, images: float("inf"), SAMPLER)
     with pytest.raises(PlanError, match="NaN or infinite"):
         policy().plan(context)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import vp_sampler
 from datasets import Dataset
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
@@ -23,7 +24,6 @@ from data.rollouts import RolloutDataModule
 from data.shards import RECORD_BATCH, Recipe, shard_path, write_atomically
 from data.trajectories import Pair, PairDataset, TrajectorySet
 from data.trajectory_module import TrajectoryDataModule
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TokenCacheError, TrajectoryError
 from tc_lightning.models.checkpoints import teacher_digest
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
@@ -48,7 +48,7 @@ class Distiller(LightningModule):
         super().__init__()
         self.teacher = tiny_teacher(seed)
         self.teacher_digest = teacher_digest(self.teacher)
-        self.sampler, self.guidance = make_sampler("ddim", steps), GUIDANCE
+        self.sampler, self.guidance = vp_sampler("ddim", steps), GUIDANCE
         self.weight = nn.Parameter(torch.zeros(1))
         self.seen: list[list[list[int]]] = []
 
@@ -81,7 +81,7 @@ def run(data: TrajectoryDataModule, module: LightningModule | None = None, devic
 
 
 def recipe_for(teacher: DiT, seed: int = 0, sampler: str = "ddim", steps: int = STEPS) -> Recipe:
-    return Recipe(teacher_digest(teacher), make_sampler(sampler, steps), GUIDANCE, seed, (2, 8, 8), 5)
+    return Recipe(teacher_digest(teacher), vp_sampler(sampler, steps), GUIDANCE, seed, (2, 8, 8), 5)
 
 
 def record_set(root: Path, num: int = 40) -> tuple[DiT, Recipe]:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tc_lightning.diffusion.linear_betas import LinearBetas
 from tc_lightning.models.dit import DiTConfig, signature_of
 from tc_lightning.models.embedders import LabelEmbedder, TimestepEmbedder
 from tc_lightning.models.lean import attend, patch_tokens, take
@@ -58,6 +59,8 @@ class ToyBlock(Block):
 class Toy(Network):
     """A network of such blocks; all times and labels act through two gates a block and a shift at the end."""
 
+    family, schedule = "toy", LinearBetas()
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config, D = config, config.hidden_size
@@ -67,7 +70,7 @@ class Toy(Network):
         self.out = nn.Linear(D, config.patch_size**2 * config.out_channels)
 
     def signature(self, teacher: str) -> ModelSignature:
-        return signature_of(self.config, "toy", self.branches, teacher)
+        return signature_of(self.config, self.family, self.branches, teacher)
 
     def embed(self, x: Tensor) -> Tensor:
         return patch_tokens(x, self.patches.weight, None)

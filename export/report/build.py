@@ -119,7 +119,7 @@ def _with_own(plan: CachePlan, budgets: Sequence[float]) -> tuple[float, ...]:
 
 
 def _targets(loaded: LoadedRun, reference: CachePlan, seed: int, images: int, name: str) -> Targets:
-    key = TargetKey(reference.model, reference.sampler, reference.guidance, seed, images)
+    key = TargetKey(reference.model, loaded.model.schedule, reference.sampler, reference.guidance, seed, images)
     with tqdm(total=key.image_steps, desc=name, unit="step") as bar:
         return cached_targets(loaded.model, key, loaded.run.folder / "targets", bar.update)
 
@@ -131,7 +131,7 @@ def _subjects(loaded: LoadedRun, reference: CachePlan, settings: Settings, polic
     known = [Subject("reference run", REFERENCE, "reference", reference, 1.0)]
     known += planned(reference, loaded.plan, loaded.run.folder, settings.budgets, settings.most)
     with _progress("fewer steps", "plan", None) as tell:
-        known += fewer_steps(reference, settings.budgets, _judge_plan(loaded, tuning, tell))
+        known += fewer_steps(loaded.model.schedule, reference, settings.budgets, _judge_plan(loaded, tuning, tell))
         twins = list(fitted(context, reference, loaded.run.folder, settings.budgets, tell))
         known += [one for one in twins if isinstance(one, Subject)]
     with _progress("published methods", "plan", None) as tell:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tc_lightning.diffusion.samplers import SAMPLERS, make_sampler
-from tc_lightning.diffusion.schedule import SPACINGS
+from tc_lightning.diffusion.samplers import SOLVERS
+from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.errors import RunError, TokenCacheError
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import full_step_macs, plan_macs
@@ -106,13 +106,14 @@ def fitted(
                 yield Missing(FITTED, budget, str(error))
 
 
-def fewer_steps(reference: CachePlan, budgets: Sequence[float], judge: Evaluate) -> Iterator[Subject]:
-    """Full compute with fewer steps, by every deterministic sampler at its best spacing for the budget.
+def fewer_steps(schedule: Schedule, reference: CachePlan, budgets: Sequence[float], judge: Evaluate) -> Iterator[Subject]:
+    """Full compute with fewer steps, by every solver at its best spacing for the budget.
 
     Rounding is in their favour: a budget that does not pay for a whole number of steps pays for one more. The best sampler of a
     budget also comes with some steps more, for the comparison at equal time.
 
     Args:
+        schedule: the network's.
         reference: the reference run at full compute.
         budgets: speed-ups in MACs.
         judge: the error by which spacings and samplers are chosen.
@@ -122,12 +123,12 @@ def fewer_steps(reference: CachePlan, budgets: Sequence[float], judge: Evaluate)
         if count >= reference.num_steps:
             continue
         best = []
-        for name in (name for name in SAMPLERS if not make_sampler(name, 2).stochastic):
-            tried = [_with_steps(reference, name, spacing, count) for spacing in SPACINGS]
+        for name in SOLVERS:
+            tried = [_with_steps(schedule, reference, name, spacing, count) for spacing in schedule.spacings]
             best.append(min((judge(plan), j, plan) for j, plan in enumerate(tried)))
         more = min(math.ceil(count * SLOWER), reference.num_steps - 1)
         sampler = min(best, key=lambda entry: entry[0])[2].sampler
-        plans = [*(plan for _, _, plan in best), _with_steps(reference, sampler.name, sampler.spacing, more)]
+        plans = [*(plan for _, _, plan in best), _with_steps(schedule, reference, sampler.name, sampler.spacing, more)]
         yield from (_subject(reference, plan, FEWER, f"{plan.sampler.name} {plan.sampler.spacing}") for plan in plans)
 
 
@@ -200,9 +201,9 @@ def _subject(reference: CachePlan, plan: CachePlan, group: str, method: str) -> 
     return Subject(f"{method}, {plan.num_steps} steps" if group == FEWER else f"{method}, {speedup:.2f}x", group, method, plan, speedup)
 
 
-def _with_steps(reference: CachePlan, sampler: str, spacing: str, steps: int) -> CachePlan:
+def _with_steps(schedule: Schedule, reference: CachePlan, sampler: str, spacing: str, steps: int) -> CachePlan:
     budget = steps * full_step_macs(reference.model)
-    return fewer_steps_plan(reference.model, sampler, spacing, reference.guidance, budget, reference.sampler)
+    return fewer_steps_plan(reference.model, schedule, sampler, spacing, reference.guidance, budget, reference.sampler)
 
 
 def _front(folder: Path) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ class TokenCacheDistiller(LightningModule):
         teacher: which teacher to load; it stays frozen, out of the optimiser and out of the checkpoint.
         sampler: ddim, dpmpp_2m or dpmpp_3m (trajectories are recorded, which takes a sampler that adds no noise).
         num_steps: sampling steps.
-        spacing: uniform, leading, trailing, quadratic or logsnr.
+        spacing: how its times are chosen: one that the teacher's schedule has, for example uniform, logsnr or mix:0.5.
         guidance_scale: classifier-free guidance; 1 switches it off.
         guidance_channels: guided latent channels, the first ones; None for all (the original DiT release guides 3 of 4).
         policy: what turns scores into a plan; None for Two-Phase Round-Robin.
@@ -105,7 +105,7 @@ class TokenCacheDistiller(LightningModule):
         c = self.teacher.config
         self.teacher_spec, self.teacher_digest = teacher, teacher_digest(self.teacher)
         self.signature = model_signature(self.teacher, self.teacher_digest)
-        self.sampler = make_sampler(sampler, num_steps, spacing)
+        self.sampler = make_sampler(self.teacher.schedule, sampler, num_steps, spacing)
         self.guidance = Guidance(guidance_scale, c.in_channels if guidance_channels is None else guidance_channels)
         _check_guidance(self.guidance, c.in_channels)
         require_null_label(c, self.guidance)

@@ -156,6 +156,7 @@ class PlanningJob:
         calibrate = functools.partial(run_calibration, self.teacher, full, self.folder, keep=self.trainer.is_global_zero)
         context = PlanningContext(
             self.signature,
+            self.teacher.schedule,
             task.sampler,
             task.guidance,
             scores,

@@ -47,6 +47,6 @@ class SampleGrid(Callback):
         labels = classes.repeat_interleave(self.images_per_class)
         signature = model_signature(model, "in training")
         guidance = Guidance(self.guidance_scale if c.null_label else 1.0, c.in_channels)
-        plan = full_plan(signature, make_sampler("ddim", self.num_steps), guidance)
+        plan = full_plan(signature, make_sampler(model.schedule, "ddim", self.num_steps), guidance)
         x = sample(model, plan, noise_for(0, range(len(labels)), model, device), labels)
         return (x[:, : 1 if c.in_channels == 1 else 3].clamp(-1, 1) + 1).div(2).cpu()

@@ -1,4 +1,4 @@
-"""Training a DiT from scratch: what makes the teacher that ships with the package, and any other."""
+"""Training a network from scratch: what makes the teacher that ships with the package, and any other."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from tc_lightning.diffusion.loss import DiffusionLoss
-from tc_lightning.diffusion.schedule import NoiseSchedule
+from tc_lightning.diffusion.loss import Times, training_loss
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.checkpoints import save_teacher
-from tc_lightning.models.dit import DiT, DiTConfig
+from tc_lightning.models.dit import DiTConfig
+from tc_lightning.models.families import family_of
 
 
 class TeacherModule(LightningModule):
-    """Noise-prediction training with label dropout for classifier-free guidance.
+    """Training of what the network's schedule says that it predicts, with label dropout for classifier-free guidance.
 
     Args:
         dit: shape of the model.
@@ -26,9 +26,12 @@ class TeacherModule(LightningModule):
         warmup_steps: optimiser steps of linear warm-up.
         weight_decay: AdamW's weight decay.
         label_dropout: share of labels replaced by the null label.
+        family: which network (`tc_lightning.models.families`).
+        times: at which times a flow is trained: uniform or logit_normal.
 
     Raises:
-        TeacherError: if labels are to be dropped and the shape has no null label.
+        TeacherError: if labels are to be dropped and the shape has no null label, or there is no such family.
+        TokenCacheError: if its schedule is not trained at such times.
     """
 
     def __init__(
@@ -38,14 +41,16 @@ class TeacherModule(LightningModule):
         warmup_steps: int = 200,
         weight_decay: float = 0.0,
         label_dropout: float = 0.1,
+        family: str = "dit",
+        times: Times = "uniform",
     ) -> None:
         super().__init__()
         if label_dropout and not dit.null_label:
             raise TeacherError(
                 f"label_dropout is {label_dropout:g}, and the model has no null label: set it to 0, or `dit.null_label` to true."
             )
-        self.model = DiT(dit)
-        self.loss = DiffusionLoss(NoiseSchedule())
+        self.model = family_of(family)(dit)
+        self.loss = training_loss(self.model.schedule, times)
         self.lr, self.warmup_steps, self.weight_decay, self.label_dropout = lr, warmup_steps, weight_decay, label_dropout
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -53,7 +58,7 @@ class TeacherModule(LightningModule):
         x, y = batch
         self._check_images(x)
         dropped = torch.rand(len(y), device=y.device) < self.label_dropout
-        t = torch.randint(0, self.loss.schedule.num_train_steps, (len(y),), device=y.device)
+        t = self.loss.draw(len(y), y.device)
         y = torch.where(dropped, torch.full_like(y, self.model.config.num_classes), y)
         loss = self.loss(self.model, x, y, t, torch.randn_like(x))
         self.log("train/loss", loss, prog_bar=True)
@@ -70,7 +75,7 @@ class TeacherModule(LightningModule):
     def _fixed_loss(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         self._check_images(x)
-        t = torch.linspace(0, self.loss.schedule.num_train_steps - 1, len(y)).long().to(y.device)
+        t = self.loss.spread(len(y), y.device)
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(batch_idx)).to(x)
         return self.loss(self.model, x, y, t, noise)
 

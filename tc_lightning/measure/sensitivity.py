@@ -51,7 +51,7 @@ def branch_sensitivity(
         guidance: guidance scale and channels.
         x_prev_BCHW: latents of the step before.
         x_BCHW: latents of this step.
-        t_prev_B: times of the step before, in training steps.
+        t_prev_B: times of the step before, in the network's units.
         t_B: times of this step.
         labels_B: class of each image.
         probes_PBCHW: standard normal probes, P for each image; the estimate is the mean over them.

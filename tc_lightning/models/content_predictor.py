@@ -58,7 +58,7 @@ class ContentPredictor(nn.Module):
         return predictor
 
     def modulation(self, model: Network, t_B: Tensor) -> Modulation:
-        """adaLN terms of the block at times [B] in training steps."""
+        """adaLN terms of the block at times [B] in the network's units."""
         null_B = torch.full(t_B.shape, model.config.num_classes, device=t_B.device)
         return self.block.modulation(model.condition(t_B, null_B))
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tc_lightning.diffusion.linear_betas import LinearBetas
+from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.embedders import FREQUENCIES, LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from tc_lightning.models.lean import attend
@@ -225,6 +227,9 @@ class FinalLayer(nn.Module):
 class DiT(Network):
     """Diffusion transformer with class conditioning."""
 
+    family: str = "dit"
+    schedule: Schedule = LinearBetas()
+
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
@@ -240,14 +245,14 @@ class DiT(Network):
 
     def signature(self, teacher: str) -> ModelSignature:
         """See `Network`."""
-        return signature_of(self.config, "dit", self.branches, teacher)
+        return signature_of(self.config, self.family, self.branches, teacher)
 
     def embed(self, x_BCHW: Tensor) -> Tensor:
         """Latents -> tokens [B, N, D]."""
         return self.x_embedder(x_BCHW) + self.pos_embed
 
     def condition(self, t_B: Tensor, y_B: Tensor) -> Tensor:
-        """Conditioning vector c [B, D] of times (training steps) and labels."""
+        """Conditioning vector c [B, D] of times (in the schedule's units) and labels."""
         return self.t_embedder(t_B) + self.y_embedder(y_B)
 
     def modulations(self, c_BD: Tensor) -> tuple[list[Modulation], FinalModulation]:

@@ -14,7 +14,7 @@ FREQUENCIES = 256  # width of the sinusoidal timestep features
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoidal features of the diffusion time, then a two-layer MLP."""
+    """Sinusoidal features of time, then a two-layer MLP."""
 
     def __init__(self, hidden_size: int, freq_shift: float = 0.0) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t_B: Tensor) -> Tensor:
-        """Embed times (in training steps, fractional allowed), [B] -> [B, D]."""
+        """Embed times as they are given (fractions are allowed), [B] -> [B, D]."""
         features = time_features(t_B, FREQUENCIES, self.freq_shift)
         return self.mlp(features.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.plan.segments import Branches
 from tc_lightning.plan.signature import ModelSignature
 
@@ -75,6 +76,8 @@ def compose(block: Block, z_BnD: Tensor, mod: Any, take: Take, at: Tensor | None
 class Network(nn.Module, ABC):
     """A diffusion transformer: tokens in, blocks, tokens out. What depends on time and conditions alone comes from `modulations`."""
 
+    family: str  # its name in signatures and files
+    schedule: Schedule  # how it was trained: its times, and what its output predicts
     blocks: nn.ModuleList
     config: Any  # its shape; input_size, in_channels and num_classes at least
 
@@ -116,5 +119,5 @@ class Network(nn.Module, ABC):
         return self.readout(z_BND, final)
 
     def eps(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
-        """Predicted noise [B, C, H, W]: the first C channels of the output."""
+        """What the schedule says that the network predicts, [B, C, H, W]: the first C channels of the output."""
         return self(x_BCHW, t_B, y_B)[:, : self.config.in_channels]

@@ -42,7 +42,7 @@ class CachePredictor(nn.Module):
         nn.init.zeros_(self.logits.weight)
 
     def forward(self, t_B: Tensor) -> Tensor:
-        """Importances [B, L, N], in fp32 also under autocast, of every block at times [B] in training steps."""
+        """Importances [B, L, N], in fp32 also under autocast, of every block at times [B] (`Schedule.clock`)."""
         return _bounded_sigmoid(self._logits(t_B))
 
     def _logits(self, t_B: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class RouterPredictor(CachePredictor):
     differ from its neighbours.
 
     Args:
-        times_T: times of the sampling steps, in training steps.
+        times_T: times of the sampling steps (`Schedule.clock`).
         depth: blocks L.
         hidden_size: width H.
         branches: branches of a block.

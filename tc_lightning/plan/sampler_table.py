@@ -1,9 +1,9 @@
 """A sampler as a table of coefficients: plain numbers, no torch, no numpy.
 
-DDIM, DPM-Solver++ 2M and 3M, ancestral DDPM and flow-matching Euler are all linear in the latents and in the last network outputs.
-With eps the (guided) network output at step i, one step is
+DDIM, DPM-Solver++ 2M and 3M, UniPC of order 2, ancestral DDPM and flow-matching Euler are all linear in the latents and in the last
+network outputs. With eps the (guided) network output at step i, whatever it predicts, one step is
 
-    m_i     = m_x * x_i + m_eps * eps                          the quantity that the solver extrapolates (eps, x0 or v)
+    m_i     = m_x * x_i + m_eps * eps                          the quantity that the solver extrapolates (eps, x0 or a velocity)
     x_{i+1} = next_x * x_i + next_m * m_i + next_m_prev * m_{i-1} + next_m_prev2 * m_{i-2} + noise * N(0, I)
 
 and nothing else about the sampler is known anywhere downstream.
@@ -25,7 +25,7 @@ MAX_HISTORY = 2  # past outputs that a step may use
 
 @dataclasses.dataclass(frozen=True)
 class SamplerStep:
-    """Coefficients of one sampling step (see the module's equations); `t` is the diffusion time given to the network."""
+    """Coefficients of one sampling step (see the module's equations); `t` is the time that the network is given, in its own units."""
 
     t: float
     m_x: float

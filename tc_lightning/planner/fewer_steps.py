@@ -46,7 +46,7 @@ def fitted_fewer_steps(model: Network, plan: CachePlan, num_steps: int, progress
     target = run_target(model, plan.reference, plan.guidance, *noise, BATCH, progress)
     fits: list[tuple[float, int, CachePlan]] = []
     for shape in fewer_steps():
-        full = full_plan(plan.model, make_sampler(shape.solver, num_steps, shape.spacing), plan.guidance)
+        full = full_plan(plan.model, make_sampler(model.schedule, shape.solver, num_steps, shape.spacing), plan.guidance)
         with contextlib.suppress(TokenCacheError):  # with a few steps one spacing may lead to NaN where others do not
             fit = fit_sampler(model, dataclasses.replace(full, reference=plan.reference), target, FIT)
             fits.append((float(robust_mean(fit.mse_B[FIT:], target.counts_B[FIT:])), len(fits), fit.plan))

@@ -104,9 +104,7 @@ def difficulty(
         TokenCacheError: if the latents become NaN.
     """
     ends = [
-        run_target(
-            model, make_sampler("dpmpp_2m", max(FEWEST, round(share * steps)), spacing), guidance, x_PCHW, labels_P, batch, progress
-        ).x_0
-        for share, spacing in COARSE
+        run_target(model, make_sampler(model.schedule, "dpmpp_2m", count, spacing), guidance, x_PCHW, labels_P, batch, progress).x_0
+        for count, spacing in ((max(FEWEST, round(share * steps)), spacing) for share, spacing in COARSE)
     ]
     return (ends[0] - ends[1]).square().flatten(1).mean(1)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.measure.scores import Scores
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.guidance import BOTH, Guidance, GuidanceMode
@@ -68,6 +69,7 @@ class Kitchen:
 
     Args:
         signature: the model.
+        schedule: its schedule, of which samplers are made.
         guidance: guidance scale and channels.
         scores: importances and sensitivities, at the steps of `scored`.
         scored: the sampler that the scores belong to.
@@ -75,6 +77,7 @@ class Kitchen:
     """
 
     signature: ModelSignature
+    schedule: Schedule
     guidance: Guidance
     scores: Scores
     scored: SamplerTable
@@ -87,7 +90,7 @@ class Kitchen:
             PlanError: if the recipe describes none.
             TokenCacheError: if its sampler or spacing is unknown.
         """
-        sampler = make_sampler(recipe.solver, recipe.num_steps, recipe.spacing)
+        sampler = make_sampler(self.schedule, recipe.solver, recipe.num_steps, recipe.spacing)
         scores, full = self._scores_at(sampler), set(recipe.full)
         pruned = [i for i in range(recipe.num_steps) if i not in full]
         everything = (compute(0, self.signature.depth),)
@@ -101,7 +104,10 @@ class Kitchen:
         )
 
     def _scores_at(self, sampler: SamplerTable) -> Scores:
-        """The scores at the times of another sampler: those of the nearest time that was scored, step 0 apart."""
+        """The scores at the times of another sampler: those of the nearest time that was scored, step 0 apart.
+
+        Nearness is in the network's own time, along which its output changes, whichever way that runs.
+        """
         known, wanted = (np.array([row.t for row in table.steps]) for table in (self.scored, sampler))
         rows = np.maximum(np.abs(wanted[:, None] - known[None]).argmin(1), min(1, len(known) - 1))
         importance_TLN, sensitivity_TL2 = self.scores.importance_TLN[rows].copy(), self.scores.sensitivity_TL2[rows].copy()

@@ -131,7 +131,7 @@ class PlannerRun:
         parts = [part.part(self.ranks.share(len(part.indices))) for part in (fit, judge, choice, final)]
         self.fitted, self.judged, self.compared = itertools.accumulate(len(part.indices) for part in parts[:3])
         self.target = self._run_target(parts)
-        kitchen = Kitchen(subject.signature, subject.guidance, subject.scores, subject.scored, subject.reference)
+        kitchen = Kitchen(subject.signature, self.model.schedule, subject.guidance, subject.scores, subject.scored, subject.reference)
         record = None if subject.folder is None else subject.folder / TRIALS
         self.bench = Bench(self.model, kitchen, settings.price, self._seen, self.fitted, self.ranks, record)
 
@@ -269,7 +269,7 @@ class PlannerRun:
 
     def _run_target(self, parts: list[Sample]) -> TargetRun:
         settings, subject = self.settings, self.subject
-        sampler = subject.reference if settings.target == "reference" else converged_ode(settings.ode_steps)
+        sampler = subject.reference if settings.target == "reference" else converged_ode(self.model.schedule, settings.ode_steps)
         noise = images(self.model, [index for part in parts for index in part.indices])
         what = "target run" if self._shown else None
         run = self.ranks.together(lambda: run_target(self.model, sampler, subject.guidance, *noise, BATCH, what), noise[0].device)

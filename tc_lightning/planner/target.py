@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tc_lightning.diffusion.schedule import NoiseSchedule
+from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.measure.scores import sampler_digest
 from tc_lightning.models.network import Network
 from tc_lightning.plan.guidance import Guidance
@@ -28,7 +28,8 @@ class TargetRun:
     """Latents of a full-compute run, before each of its steps and at the end.
 
     Args:
-        times: diffusion times of its steps, falling, [S].
+        schedule: the network's, which says what the times mean.
+        times: times of its steps in the network's own units, noisiest first, [S].
         path_SBCHW: latents before each step.
         labels_B: class of each image.
         x_0: final latents, [B, C, H, W].
@@ -36,6 +37,7 @@ class TargetRun:
         weights_B: how much each image counts, [B]; None: all alike.
     """
 
+    schedule: Schedule
     times: np.ndarray
     path_SBCHW: Tensor
     labels_B: Tensor
@@ -56,33 +58,32 @@ class TargetRun:
     def at(self, t: float | None) -> Tensor:
         """Latents at any time, [B, C, H, W]; None for the end.
 
-        x / alpha is interpolated as a cubic in log(sigma / alpha), in which the paths are smooth; at a time of the run itself this
-        is what it passed through. Outside of its times, where a cubic would run away: before the first, the initial noise; after the
-        last, what has the final latents, and the noise that the last state then has, in the shares of that time.
+        Interpolated as a cubic where the schedule says that paths are smooth (`Schedule.smooth`: x / alpha in log(sigma / alpha), or x
+        in sigma); at a time of the run itself this is what it passed through. Outside of its times, where a cubic would run away:
+        before the first, the initial noise; after the last, what has the final latents, and the noise that the last state then has,
+        in the shares of that time.
         """
         if t is None:
             return self.x_0
-        if t >= self.times[0]:
+        (known_S, scale_S), (at, scale) = self.schedule.smooth(self.times), self.schedule.smooth(t)
+        if at >= known_S[0]:
             return self.x_T
-        schedule = NoiseSchedule()
-        if t < self.times[-1]:
-            (alpha, sigma), (alpha_S, sigma_S) = schedule.alpha_sigma(t), schedule.alpha_sigma(self.times)
+        if at < known_S[-1]:
+            (alpha, sigma), (alpha_S, sigma_S) = self.schedule.alpha_sigma(t), self.schedule.alpha_sigma(self.times)
             share = float(sigma / sigma_S[-1])
             return self.x_0 * (float(alpha) - share * float(alpha_S[-1])) + self.path_SBCHW[-1] * share
-        known_S, at = _log_ratio(self.times), float(_log_ratio(np.array([t]))[0])
         place = int(np.searchsorted(-known_S, -at))
         first = min(max(place - NEIGHBOURS // 2, 0), max(len(known_S) - NEIGHBOURS, 0))
         near = range(first, min(first + NEIGHBOURS, len(known_S)))
-        alpha_S, _ = schedule.alpha_sigma(self.times)
-        alpha, _ = schedule.alpha_sigma(t)
-        weights = _lagrange([known_S[j] for j in near], at)
-        parts = [self.path_SBCHW[j] * (w * float(alpha) / float(alpha_S[j])) for j, w in zip(near, weights, strict=True)]
+        weights = _lagrange([known_S[j] for j in near], float(at))
+        parts = [self.path_SBCHW[j] * (w * float(scale) / float(scale_S[j])) for j, w in zip(near, weights, strict=True)]
         return torch.stack(parts).sum(0)
 
     def part(self, images: slice) -> TargetRun:
         """The same of some images."""
         weights_B = None if self.weights_B is None else self.weights_B[images]
-        return TargetRun(self.times, self.path_SBCHW[:, images], self.labels_B[images], self.x_0[images], self.sampler, weights_B)
+        path_SBCHW, labels_B, x_0 = self.path_SBCHW[:, images], self.labels_B[images], self.x_0[images]
+        return TargetRun(self.schedule, self.times, path_SBCHW, labels_B, x_0, self.sampler, weights_B)
 
 
 def run_target(
@@ -115,13 +116,7 @@ def run_target(
             paths.append(torch.stack(states))
             ends.append(state.x_next)
     times = np.array([row.t for row in sampler.steps])
-    return TargetRun(times, torch.cat(paths, 1), labels_B, torch.cat(ends), sampler_digest(sampler))
-
-
-def _log_ratio(times: np.ndarray) -> np.ndarray:
-    """log(sigma / alpha), which falls along the run."""
-    schedule = NoiseSchedule()
-    return np.interp(times, np.arange(schedule.num_train_steps), schedule.log_ratio)
+    return TargetRun(model.schedule, times, torch.cat(paths, 1), labels_B, torch.cat(ends), sampler_digest(sampler))
 
 
 def _lagrange(known: Iterable[float], at: float) -> list[float]:

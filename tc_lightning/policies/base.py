@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.calibration import Calibration
 from tc_lightning.measure.scores import Scores, sampler_digest
@@ -30,6 +31,7 @@ class PlanningContext:
 
     Args:
         signature: the model.
+        schedule: its schedule, for policies that make samplers of their own.
         sampler: the sampler whose steps are to be planned.
         guidance: guidance scale and channels.
         scores: learned importance of tokens and measured sensitivity of branches.
@@ -43,6 +45,7 @@ class PlanningContext:
     """
 
     signature: ModelSignature
+    schedule: Schedule
     sampler: SamplerTable
     guidance: Guidance
     scores: Scores

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.diffusion.schedule import SPACINGS
+from tc_lightning.diffusion.samplers import make_sampler, require_solver
+from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.errors import PlanError
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import full_step_macs
@@ -17,6 +17,7 @@ from tc_lightning.policies.targeted import Offer, TargetedPolicy
 
 def fewer_steps_plan(
     signature: ModelSignature,
+    schedule: Schedule,
     sampler_name: str,
     spacing: str,
     guidance: Guidance,
@@ -27,6 +28,7 @@ def fewer_steps_plan(
 
     Args:
         signature: the model.
+        schedule: its schedule.
         sampler_name: for example `ddim`.
         spacing: for example `uniform`.
         guidance: guidance scale and channels.
@@ -41,7 +43,7 @@ def fewer_steps_plan(
     num_steps = int(macs_budget // step)
     if num_steps < 1:
         raise PlanError(f"a budget of {macs_budget:.4g} MACs does not pay for one full step of {step:.4g}: raise it.")
-    sampler = make_sampler(sampler_name, num_steps, spacing)
+    sampler = make_sampler(schedule, sampler_name, num_steps, spacing)
     provenance = {"policy": "fewer_steps", "arguments": {"macs_budget": macs_budget}}
     steps = ((compute(0, signature.depth),),) * num_steps
     return CachePlan(signature, sampler, guidance, steps, reference, provenance)
@@ -54,12 +56,12 @@ class FewerStepsPolicy(TargetedPolicy):
         sampler: a deterministic sampler, for example ddim or dpmpp_2m; it need not be the one whose run is replaced.
         target_speedup: in MACs, at least; None takes the number of steps as it is given.
         num_steps: sampling steps.
-        spacings: spacings to choose from.
+        spacings: spacings to choose from; None for those of the network's schedule, and half of quadratic, half of logsnr.
         images: held-out images on which spacings are compared.
 
     Raises:
         PlanError: if an argument is out of range, or the sampler adds noise.
-        TokenCacheError: if the sampler or a spacing is unknown.
+        TokenCacheError: if the sampler is unknown; when it plans, if the schedule has no such spacing or sampler.
     """
 
     def __init__(
@@ -67,17 +69,16 @@ class FewerStepsPolicy(TargetedPolicy):
         sampler: str = "ddim",
         target_speedup: float | None = None,
         num_steps: int = 20,
-        spacings: tuple[str, ...] = (*SPACINGS, "mix:0.5"),
+        spacings: tuple[str, ...] | None = None,
         images: int = 4,
     ) -> None:
         super().__init__(target_speedup, images)
-        if not spacings:
-            raise PlanError(f"spacings is empty: choose from {', '.join(SPACINGS)}.")
-        for spacing in spacings:
-            if make_sampler(sampler, num_steps, spacing).stochastic:
-                raise PlanError(f"{sampler} adds noise, and its trajectories cannot be compared: choose another sampler.")
+        require_solver(sampler)
+        if spacings is not None and not spacings:
+            raise PlanError("spacings is empty: name one at least, for example uniform, or leave it out.")
         self.name = f"fewer_steps_{sampler}"
-        self.sampler, self.num_steps, self.spacings = sampler, num_steps, tuple(spacings)
+        self.sampler, self.num_steps = sampler, num_steps
+        self.spacings = None if spacings is None else tuple(spacings)
 
     def least_macs(self, signature: ModelSignature, sampler: SamplerTable) -> float:
         """One step."""
@@ -85,13 +86,14 @@ class FewerStepsPolicy(TargetedPolicy):
 
     def published(self, context: PlanningContext) -> list[Offer]:
         """See `TargetedPolicy`."""
-        return self._offers(context.signature, self.num_steps)
+        return self._offers(context, self.num_steps)
 
     def within(self, context: PlanningContext, budget: float) -> list[Offer]:
         """See `TargetedPolicy`."""
-        return self._offers(context.signature, int(budget / full_step_macs(context.signature) + 1e-9))
+        return self._offers(context, int(budget / full_step_macs(context.signature) + 1e-9))
 
-    def _offers(self, signature: ModelSignature, num_steps: int) -> list[Offer]:
-        tables = [make_sampler(self.sampler, num_steps, spacing) for spacing in self.spacings]
-        steps = ((compute(0, signature.depth),),) * num_steps
+    def _offers(self, context: PlanningContext, num_steps: int) -> list[Offer]:
+        spacings = self.spacings or (*context.schedule.spacings, "mix:0.5")
+        tables = [make_sampler(context.schedule, self.sampler, num_steps, spacing) for spacing in spacings]
+        steps = ((compute(0, context.signature.depth),),) * num_steps
         return [Offer(steps, {"sampler": self.sampler, "spacing": t.spacing, "num_steps": num_steps}, t) for t in tables]

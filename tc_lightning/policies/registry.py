@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tc_lightning.diffusion.samplers import SAMPLERS, make_sampler
+from tc_lightning.diffusion.samplers import SOLVERS
 from tc_lightning.policies.base import Policy
 from tc_lightning.policies.delta_dit import DeltaDiTPolicy
 from tc_lightning.policies.dp_placement import DPPlacementPolicy
@@ -35,7 +35,7 @@ _METHODS: tuple[type[TargetedPolicy], ...] = (
 
 
 def standard_policies(target_speedup: float) -> dict[str, Policy]:
-    """Every published method, and fewer steps of every sampler that adds no noise.
+    """Every published method, and fewer steps of every solver.
 
     Which of them can plan in a given run, and why not, `Policy.unavailable` tells.
 
@@ -45,7 +45,6 @@ def standard_policies(target_speedup: float) -> dict[str, Policy]:
     Raises:
         PlanError: if the target is not above 1.
     """
-    samplers = [name for name in SAMPLERS if not make_sampler(name, 2).stochastic]
     methods: list[TargetedPolicy] = [method(target_speedup=target_speedup) for method in _METHODS]  # type: ignore[call-arg]
-    methods += [FewerStepsPolicy(name, target_speedup) for name in samplers]
+    methods += [FewerStepsPolicy(name, target_speedup) for name in SOLVERS]
     return {policy.name: policy for policy in methods}

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.models.network import Network
 from tc_lightning.plan.atomic import write_atomically
 from tc_lightning.plan.cache_plan import CachePlan
@@ -26,9 +27,9 @@ from tc_lightning.rollout.sampling import full_plan, labels_for, noise_for
 ODE_SAMPLER, ODE_SPACING, ODE_STEPS = "dpmpp_2m", "logsnr", 400
 
 
-def converged_ode(steps: int = ODE_STEPS) -> SamplerTable:
+def converged_ode(schedule: Schedule, steps: int = ODE_STEPS) -> SamplerTable:
     """The sampler whose run stands for the converged solution of the teacher's ODE, wherever one is compared with or planned for."""
-    return make_sampler(ODE_SAMPLER, steps, ODE_SPACING)
+    return make_sampler(schedule, ODE_SAMPLER, min(steps, schedule.most_steps), ODE_SPACING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class TargetKey:
 
     Args:
         model: the teacher.
+        schedule: its schedule.
         reference: sampler of the reference run.
         guidance: guidance scale and channels.
         seed: seed of the noise.
@@ -45,6 +47,7 @@ class TargetKey:
     """
 
     model: ModelSignature
+    schedule: Schedule
     reference: SamplerTable
     guidance: Guidance
     seed: int
@@ -54,7 +57,7 @@ class TargetKey:
     @property
     def plans(self) -> dict[str, CachePlan]:
         """The two full-compute plans."""
-        samplers = {"reference": self.reference, "ode": converged_ode(self.ode_steps)}
+        samplers = {"reference": self.reference, "ode": converged_ode(self.schedule, self.ode_steps)}
         return {name: full_plan(self.model, sampler, self.guidance) for name, sampler in samplers.items()}
 
     @property

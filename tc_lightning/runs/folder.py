@@ -138,15 +138,17 @@ def _run_from_json(raw: dict[str, Any], folder: Path) -> Run:
 
 
 def _teacher(raw: Any) -> TeacherSpec:
-    check_keys(raw, {"weights", "preset", "dit", "input_size"}, set(), "teacher")
-    weights, preset, size = raw["weights"], raw["preset"], raw["input_size"]
+    check_keys(raw, {"weights", "preset", "dit", "input_size"}, {"family"}, "teacher")
+    weights, preset, size, family = raw["weights"], raw["preset"], raw["input_size"], raw.get("family")
     if not is_name(weights) or not weights or "\0" in weights:
         raise RunError(f"teacher.weights is {shown(weights)}; it must be a path")
     if not (preset is None or is_name(preset)) or not (size is None or is_int(size)):
         found = f"teacher.preset is {shown(preset)} and teacher.input_size {shown(size)}"
         raise RunError(f"{found}; a name and a number were expected, or null")
+    if not (family is None or is_name(family)):
+        raise RunError(f"teacher.family is {shown(family)}; a name was expected, or null")
     dit = None if raw["dit"] is None else from_fields(DiTConfig, raw["dit"], "teacher.dit")
-    return TeacherSpec(weights, preset, dit, size)
+    return TeacherSpec(weights, preset, dit, size, family)
 
 
 def _is_file_name(value: Any) -> bool:

@@ -85,6 +85,7 @@ def planning_context(loaded: LoadedRun, targets: Targets) -> PlanningContext:
     evaluate = RolloutEvaluator(loaded.model, targets.x_T, targets.labels, targets.reference, loaded.selector)
     return PlanningContext(
         plan.model,
+        loaded.model.schedule,
         plan.sampler,
         plan.guidance,
         loaded.scores,

@@ -131,7 +131,7 @@ def planning(found: Findings, model: Network, sizes: Sizes) -> dict[str, float]:
     noise, labels = images(model, list(range(sizes.planned_images)))
     rows = sizes.planned_images * (2 if plan.guidance.doubles_batch else 1)
     full_run, trial = sizes.planned_steps * rows, len(plan.full_steps) * rows
-    reference = make_sampler("ddim", sizes.planned_steps)
+    reference = make_sampler(model.schedule, "ddim", sizes.planned_steps)
     targets: list[TargetRun] = []
     run_seconds = timed(lambda: targets.append(run_target(model, reference, plan.guidance, noise, labels, sizes.planned_images)))
     fits = [fit_sampler(model, plan, targets[0], sizes.planned_images // 2)]

@@ -14,6 +14,7 @@ from export.bench.plans import benchmark_plans
 from export.compiler.compile import write_unproved
 from export.runtime.manifest import write_manifest
 from export.runtime.programs import lower
+from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher
 from tc_lightning.models.dit import DiT, preset
 from tc_lightning.models.network import Network
@@ -27,7 +28,9 @@ NO_DIGEST = "0" * 64  # random weights need no name
 def digits(sizes: Sizes) -> tuple[Network, CachePlan]:
     """The digits teacher, and a plan whose steps take turns: full, skip everything, compute some blocks, recompute some tokens."""
     model = load_teacher(DIGITS)
-    plans = list(benchmark_plans(model_signature(model), sizes.small_steps, sizes.small_full).values())
+    plans = list(
+        benchmark_plans(model_signature(model), make_sampler(model.schedule, "ddim", sizes.small_steps), sizes.small_full).values()
+    )
     full, turns = set(plans[0].full_steps), itertools.cycle(plans)
     steps = tuple(plans[0].steps[i] if i in full else next(turns).steps[i] for i in range(plans[0].num_steps))
     return model, dataclasses.replace(plans[0], steps=steps, provenance={"policy": "acceptance"})
@@ -46,7 +49,7 @@ def random_teacher(sizes: Sizes, device: str) -> Network:
 
 def random_plans(model: Network, sizes: Sizes) -> dict[str, CachePlan]:
     """The three plans of the benchmark for it."""
-    return benchmark_plans(model_signature(model, NO_DIGEST), sizes.steps, sizes.full_steps)
+    return benchmark_plans(model_signature(model, NO_DIGEST), make_sampler(model.schedule, "ddim", sizes.steps), sizes.full_steps)
 
 
 def write_artefact(model: Network, plan: CachePlan, folder: Path, precision: str, provider: str) -> Path:

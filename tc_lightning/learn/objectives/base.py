@@ -33,8 +33,13 @@ class Task(NamedTuple):
 
     @property
     def times(self) -> Tensor:
-        """Times of the sampling steps, [T]."""
+        """Times of the sampling steps in the network's units, [T]."""
         return torch.tensor([step.t for step in self.sampler.steps])
+
+    @property
+    def clock(self) -> Tensor:
+        """The same as predictors of importance see them, [T] (`Schedule.clock`)."""
+        return torch.tensor([self.teacher.schedule.clock(step.t) for step in self.sampler.steps])
 
 
 class Loss(NamedTuple):
@@ -61,7 +66,7 @@ class Batch:
         return self.content["step"]
 
     def times(self, steps_B: Tensor) -> Tensor:
-        """Times of sampling steps, [B]."""
+        """Times of sampling steps in the network's units, [B]."""
         return self.task.times.to(steps_B.device)[steps_B]
 
     @functools.cached_property

@@ -62,7 +62,7 @@ class TokenSuperposition(Budgeted):
         super().prepare(task)
         self.predictor = CachePredictor(task.signature.depth, task.signature.tokens, self.hidden_size)
         self.times_T: Tensor
-        self.register_buffer("times_T", task.times, persistent=False)
+        self.register_buffer("times_T", task.clock, persistent=False)
 
     def loss(self, batch: Batch, batch_idx: int) -> Loss:
         """Relative distillation error plus the budget's Lagrangian."""
@@ -132,7 +132,7 @@ class RouterSuperposition(RouterObjective):
 
     def make_predictor(self, task: Task) -> RouterPredictor:
         """A network over the steps, since batches mix them, and a table."""
-        return RouterPredictor(task.times, task.signature.depth, self.hidden_size, len(task.signature.block.names))
+        return RouterPredictor(task.clock, task.signature.depth, self.hidden_size, len(task.signature.block.names))
 
     def loss(self, batch: Batch, batch_idx: int) -> Loss:
         """Weighted error plus the cost of computing."""

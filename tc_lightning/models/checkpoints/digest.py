@@ -12,15 +12,18 @@ from torch import Tensor
 from tc_lightning.models.checkpoints.state import State
 from tc_lightning.models.dit import DiT, DiTConfig
 
+FAMILY = "family"  # beside the fields of a shape
+
 
 def teacher_digest(model: DiT) -> str:
     """sha256 of the shape and of every weight in fp32, wherever the model lives."""
-    return digest(config_json(model.config), model.state_dict())
+    return digest(config_json(model.config, model.family), model.state_dict())
 
 
-def config_json(config: DiTConfig) -> str:
-    """Canonical JSON of a shape; a null label goes without saying, as it did when there was no field for it."""
-    return json.dumps({k: v for k, v in dataclasses.asdict(config).items() if (k, v) != ("null_label", True)}, sort_keys=True)
+def config_json(config: DiTConfig, family: str = DiT.family) -> str:
+    """Canonical JSON of family and shape; a DiT and a null label go without saying, as they did when there was no field for them."""
+    told = dataclasses.asdict(config) | {FAMILY: family}
+    return json.dumps({k: v for k, v in told.items() if (k, v) not in (("null_label", True), (FAMILY, DiT.family))}, sort_keys=True)
 
 
 def digest(config: str, state: State) -> str:

@@ -13,7 +13,7 @@ from tc_lightning.models.checkpoints.choice import Read, choose
 from tc_lightning.models.checkpoints.diffusers_folder import CONFIG, is_diffusers, read_diffusers
 from tc_lightning.models.checkpoints.mismatch import CONFIGURATION, LABELS, likeness, require_match
 from tc_lightning.models.checkpoints.safetensors_file import read_safetensors
-from tc_lightning.models.checkpoints.spec import TeacherSpec, locate, resolve
+from tc_lightning.models.checkpoints.spec import TeacherSpec, locate, resolve, resolve_family
 from tc_lightning.models.checkpoints.state import State
 from tc_lightning.models.checkpoints.torch_file import read_torch
 from tc_lightning.models.dit import DiT, DiTConfig
@@ -31,25 +31,27 @@ def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> DiT:
             is unknown or contradicted, its keys do not match, or a weight is not finite.
     """
     path = locate(spec.weights)
-    read, found = _read(path)
+    read, found, told = _read(path)
+    family = resolve_family(spec, told, path)
     config = resolve(spec, found, path)
     if config is None:
         like = likeness(read.state) or "for example DiT-XL/2"
         raise TeacherError(f"{path} does not tell the model's shape: set `preset` ({like}) or `dit`.")
     config, labels = _with_labels(config, read.state)
-    model = _build(config, read.state, path, f"its {CONFIG}" if is_diffusers(path) else CONFIGURATION)
+    model = _build(family, config, read.state, path, f"its {CONFIG}" if is_diffusers(path) else CONFIGURATION)
     if notes := [*read.notes, *labels]:
         tell(f"{path}: {'; '.join(notes)}")
     return model
 
 
-def _read(path: Path) -> tuple[Read, DiTConfig | None]:
+def _read(path: Path) -> tuple[Read, DiTConfig | None, str | None]:
+    """Weights; shape and family as far as the file tells them."""
     if is_diffusers(path):
-        return read_diffusers(path)
+        return *read_diffusers(path), DiT.family
     if path.suffix == ".safetensors":
-        tensors, found = read_safetensors(path)
-        return choose(tensors, path), found
-    return choose(read_torch(path), path), None
+        tensors, found, family = read_safetensors(path)
+        return choose(tensors, path), found, family
+    return choose(read_torch(path), path), None, None
 
 
 def _with_labels(config: DiTConfig, state: State) -> tuple[DiTConfig, list[str]]:
@@ -61,9 +63,9 @@ def _with_labels(config: DiTConfig, state: State) -> tuple[DiTConfig, list[str]]
     return dataclasses.replace(config, null_label=False), [note]
 
 
-def _build(config: DiTConfig, state: State, path: Path, asker: str) -> DiT:
+def _build(family: type[DiT], config: DiTConfig, state: State, path: Path, asker: str) -> DiT:
     with torch.device("meta"):
-        model = DiT(config)
+        model = family(config)
     if "pos_embed" not in state:  # a fixed table: some releases leave it out
         state["pos_embed"] = model.pos_embed.detach()
     require_match(config, state, path, asker)

@@ -9,13 +9,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tc_lightning.errors import TeacherError
-from tc_lightning.models.checkpoints.digest import digest
+from tc_lightning.models.checkpoints.digest import FAMILY, digest
 from tc_lightning.models.checkpoints.state import fits, parse_json
-from tc_lightning.models.dit import DiTConfig
+from tc_lightning.models.dit import DiT, DiTConfig
+from tc_lightning.models.families import FAMILIES
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], DiTConfig | None]:
-    """Tensors, and the shape if `save_teacher` wrote the file; then its digest is checked too.
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], DiTConfig | None, str | None]:
+    """Tensors, and shape and family if `save_teacher` wrote the file; then its digest is checked too.
 
     Raises:
         TeacherError: if the file is damaged, or its shape is not understood.
@@ -27,16 +28,19 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], DiTConfig | None]:
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise TeacherError(f"{path} is damaged or not a safetensors file ({error}). Copy or create it again.") from error
     if "dit_config" not in metadata:
-        return raw, None
+        return raw, None, None
     if metadata.get("sha256") != digest(metadata["dit_config"], raw):
         raise TeacherError(f"{path} is damaged: its content does not have the sha256 it was written with. Copy or create it again.")
-    return raw, _parse_config(metadata["dit_config"], path)
+    return raw, *_parse_config(metadata["dit_config"], path)
 
 
-def _parse_config(text: str, path: Path) -> DiTConfig:
+def _parse_config(text: str, path: Path) -> tuple[DiTConfig, str]:
     raw = parse_json(text, path)
+    family = raw.pop(FAMILY, DiT.family)
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise TeacherError(f"{path}: its metadata has family = {family!r}, which this version does not understand.")
     defaults = dataclasses.asdict(DiTConfig())
     for key, value in raw.items():
         if key not in defaults or not fits(value, defaults[key]):
             raise TeacherError(f"{path}: the shape in its metadata has {key} = {value!r}, which this version does not understand.")
-    return DiTConfig(**raw)
+    return DiTConfig(**raw), family

@@ -14,12 +14,12 @@ from tc_lightning.models.dit import DiT
 
 
 def save_teacher(model: DiT, path: Path) -> None:
-    """Write the model as `.safetensors` with its shape and digest; an interrupted write leaves the old file in place.
+    """Write the model as `.safetensors` with its family, shape and digest; an interrupted write leaves the old file in place.
 
     Raises:
         TeacherError: if the file cannot be written.
     """
-    config = config_json(model.config)
+    config = config_json(model.config, model.family)
     state = {name: plain(tensor) for name, tensor in model.state_dict().items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tc_lightning.errors import TeacherError
-from tc_lightning.models.dit import DiTConfig, preset
+from tc_lightning.models.dit import DiT, DiTConfig, preset
+from tc_lightning.models.families import family_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -22,12 +23,15 @@ class TeacherSpec:
         preset: shape by name, for example `DiT-XL/2`, for files that do not tell their own.
         dit: shape in full, in place of `preset`.
         input_size: height and width of the latents, where they are not the preset's 32.
+        family: which networks these are weights of (`tc_lightning.models.families`), where the file does not tell: several share
+            names and shapes. None: what the file tells, or else dit.
     """
 
     weights: str
     preset: str | None = None
     dit: DiTConfig | None = None
     input_size: int | None = None
+    family: str | None = None
 
 
 def locate(weights: str) -> Path:
@@ -60,6 +64,18 @@ def resolve(spec: TeacherSpec, found: DiTConfig | None, path: Path) -> DiTConfig
     if clashes:
         raise TeacherError(f"the shape in {path} contradicts the configuration ({'; '.join(clashes)}): correct or remove the latter.")
     return found
+
+
+def resolve_family(spec: TeacherSpec, found: str | None, path: Path) -> type[DiT]:
+    """The family: what the checkpoint says or what the user says; DiT if neither speaks.
+
+    Raises:
+        TeacherError: if they disagree, or there is no such family.
+    """
+    asked = None if spec.family is None else family_of(spec.family).family
+    if None not in (asked, found) and asked != found:
+        raise TeacherError(f"{path} holds a {found}, and `family` is {asked}: correct or remove the latter.")
+    return family_of(asked or found or DiT.family)
 
 
 def _asked(spec: TeacherSpec) -> dict[str, Any]:
