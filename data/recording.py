@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from data.shards import RECORD_BATCH, Recipe, is_recorded, shard_path, shards, write_atomically
 from tc_lightning.errors import TrajectoryError
-from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan
-from tc_lightning.sampling import full_plan, labels_for, model_signature, noise_for, sample_steps
+from tc_lightning.models.network import Network
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.rollout.sampling import full_plan, labels_for, model_signature, noise_for, sample_steps
 
 
 def prepare(root: Path, recipe: Recipe, num_samples: int) -> None:
@@ -59,7 +59,7 @@ def prepare(root: Path, recipe: Recipe, num_samples: int) -> None:
 
 
 def record(
-    root: Path, recipe: Recipe, teacher: DiT, num_samples: int, device: torch.device, rank: int = 0, world_size: int = 1
+    root: Path, recipe: Recipe, teacher: Network, num_samples: int, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> None:
     """Record this process's share of the shards that are missing: numbers rank, rank + world_size, ...
 
@@ -116,7 +116,7 @@ def _switches() -> list[tuple[Any, str, Any]]:
 
 
 def _compute_shard(
-    recipe: Recipe, number: int, teacher: DiT, plan: CachePlan, device: torch.device, bar: tqdm
+    recipe: Recipe, number: int, teacher: Network, plan: CachePlan, device: torch.device, bar: tqdm
 ) -> dict[str, np.ndarray]:
     """Rows of a shard, ordered by index, then step."""
     indices = range(number * RECORD_BATCH, (number + 1) * RECORD_BATCH)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from data.trajectory_module import TrajectoryDataModule
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.noise import drawn_labels, initial_noise
+from tc_lightning.rollout.noise import drawn_labels, initial_noise
 
 
 class Rollout(TypedDict):

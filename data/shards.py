@@ -17,10 +17,10 @@ from typing import Any
 
 from datasets import Array3D, Features, Value
 
-from tc_lightning import atomic
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import TrajectoryError
-from tc_lightning.plan import Guidance
+from tc_lightning.plan import atomic
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.sampler_table import SamplerTable
 
 FORMAT_VERSION = 1
 RECORD_BATCH = 16  # part of the format: another size gives other bytes

@@ -15,16 +15,16 @@ from torch.utils.data.distributed import DistributedSampler
 from data.recording import prepare, record
 from data.shards import Recipe
 from data.trajectories import Endpoints, Pair, PairDataset, TrajectorySet
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import TokenCacheError, TrajectoryError
-from tc_lightning.models.dit import DiT
-from tc_lightning.plan import Guidance
+from tc_lightning.models.network import Network
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.sampler_table import SamplerTable
 
 
 class Distiller(Protocol):
     """What the LightningModule must have."""
 
-    teacher: DiT
+    teacher: Network
     teacher_digest: str
     sampler: SamplerTable
     guidance: Guidance

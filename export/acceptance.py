@@ -19,12 +19,12 @@ import math
 import sys
 from pathlib import Path
 
-from export.acceptance_stages.benchmark_table import insert, markdown
-from export.acceptance_stages.driver import Driver
-from export.acceptance_stages.journal import Journal
-from export.acceptance_stages.outcome import exit_code, summary
-from export.acceptance_stages.stages import STAGES
-from export.acceptance_stages.worker import PLANTS
+from export.bench.acceptance.benchmark_table import insert, markdown
+from export.bench.acceptance.driver import Driver
+from export.bench.acceptance.journal import Journal
+from export.bench.acceptance.outcome import exit_code, summary
+from export.bench.acceptance.stages import STAGES
+from export.bench.acceptance.worker import PLANTS
 from export.command import run
 
 PRINTED = "-"

@@ -30,23 +30,24 @@ from typing import Any
 import onnxruntime
 import torch
 
-from export.benchmark_plans import benchmark_plans
+from export.bench.plans import benchmark_plans
+from export.bench.timing import TORCH_TYPES, compiled, in_turns, operator_ms, product_tflops, require_on_device, torch_latents
 from export.command import positive, run
-from export.compiler import write_unproved
-from export.manifest import write_manifest
-from export.parity import relative_l2
-from export.programs import lower
-from export.runtime import CachedSampler
-from export.timing import TORCH_TYPES, compiled, in_turns, operator_ms, product_tflops, require_on_device, torch_latents
-from tc_lightning.content_predictor import selector_for
-from tc_lightning.costs import cache_bytes_per_image, plan_macs
+from export.compiler.compile import write_unproved
+from export.compiler.parity import relative_l2
+from export.runtime.manifest import write_manifest
+from export.runtime.programs import lower
+from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.models.checkpoints import load_teacher
+from tc_lightning.models.content_predictor import selector_for
 from tc_lightning.models.dit import DiT, preset, randomise_
-from tc_lightning.noise import drawn_labels
-from tc_lightning.plan import CachePlan
-from tc_lightning.runs import read_run
-from tc_lightning.sampling import model_signature, noise_for, reference_plan
+from tc_lightning.models.network import Network
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import cache_bytes_per_image, plan_macs
+from tc_lightning.rollout.noise import drawn_labels
+from tc_lightning.rollout.sampling import model_signature, noise_for, reference_plan
+from tc_lightning.runs.folder import read_run
 
 EAGER, COMPILED, FULL = "PyTorch", "torch.compile", "ONNX Runtime, full"
 NO_DIGEST = "0" * 64  # random weights need no name
@@ -95,7 +96,7 @@ def main() -> None:
 
 
 def benchmark(
-    name: str, model: DiT, plans: dict[str, CachePlan], batch: int, precision: str, args: argparse.Namespace
+    name: str, model: Network, plans: dict[str, CachePlan], batch: int, precision: str, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Measure one model at one batch size and precision; plain JSON values."""
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +172,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def _subjects(args: argparse.Namespace) -> Iterator[tuple[str, DiT, dict[str, CachePlan]]]:
+def _subjects(args: argparse.Namespace) -> Iterator[tuple[str, Network, dict[str, CachePlan]]]:
     """Name, model and plans of each thing to measure."""
     if args.run is not None:
         info = read_run(args.run)
@@ -186,7 +187,7 @@ def _subjects(args: argparse.Namespace) -> Iterator[tuple[str, DiT, dict[str, Ca
         yield name, model, benchmark_plans(model_signature(model, NO_DIGEST), args.steps, args.full_steps)
 
 
-def _export(model: DiT, plan: CachePlan, folder: Path, precision: str, args: argparse.Namespace) -> Exported:
+def _export(model: Network, plan: CachePlan, folder: Path, precision: str, args: argparse.Namespace) -> Exported:
     """Write and load an artefact without the proof, which would take longer than the benchmark."""
     folder.mkdir()
     selector = selector_for(plan, read_run(args.run).content if args.run else None, model.config)
@@ -199,7 +200,9 @@ def _export(model: DiT, plan: CachePlan, folder: Path, precision: str, args: arg
     return Exported(plan, folder, sampler, written - started, time.perf_counter() - written)
 
 
-def _torch_requests(model: DiT, plan: CachePlan, labels: list[int], precision: str, provider: str) -> dict[str, Callable[[], object]]:
+def _torch_requests(
+    model: Network, plan: CachePlan, labels: list[int], precision: str, provider: str
+) -> dict[str, Callable[[], object]]:
     device, dtype = _torch_device(provider), TORCH_TYPES[precision]
     model = copy.deepcopy(model).to(device, dtype)
     x, y = noise_for(0, range(len(labels)), model, device), torch.tensor(labels, device=device)
@@ -256,7 +259,7 @@ def _rows(exported: dict[str, Exported], seconds: dict[str, float], memory: dict
 
 
 def _memory(folder: Path, provider: str, batch: int, room: float) -> dict[str, float]:
-    command = [sys.executable, "-m", "export.memory_probe", str(folder.resolve()), provider, str(batch), str(room)]
+    command = [sys.executable, "-m", "export.bench.memory_probe", str(folder.resolve()), provider, str(batch), str(room)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise TokenCacheError(f"measuring memory failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")

@@ -20,17 +20,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from export.command import positive, run
-from tc_lightning.context import LoadedRun, load_run
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.evaluation import BATCH, RolloutEvaluator
-from tc_lightning.plan import CachePlan
+from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.pilot import images
 from tc_lightning.planner.refine import refine_sampler
 from tc_lightning.planner.target import TargetRun, run_target
-from tc_lightning.runs import find_run, read_run
-from tc_lightning.sampling import full_plan
+from tc_lightning.rollout.evaluation import BATCH, RolloutEvaluator
+from tc_lightning.rollout.sampling import full_plan
+from tc_lightning.runs.folder import find_run, read_run
+from tc_lightning.runs.loaded import LoadedRun, load_run
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.5, 4.0, 7.0)
 SPACINGS = ("mix:0.5", "quadratic", "logsnr")

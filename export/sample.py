@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from export.command import run
 from export.grid import difference_pixels, replacing, save_grid, to_pixels
-from export.runtime import CachedSampler, Result
+from export.runtime.sampler import CachedSampler, Result
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.psnr import psnr
+from tc_lightning.measure.psnr import psnr
 
 GAIN = 10.0  # of the difference row
 

@@ -13,15 +13,15 @@ import argparse
 from pathlib import Path
 
 from export.command import positive, run
-from export.compiler import export_artefact
-from export.explain import explain, plan_figure
-from export.programs import lower
+from export.compiler.compile import export_artefact
+from export.compiler.explain import explain, plan_figure
+from export.runtime.programs import lower
 from export.torch_device import torch_device
-from tc_lightning.content_predictor import selector_for
-from tc_lightning.costs import cache_bytes_per_image, full_step_macs, macs_speedup
 from tc_lightning.models.checkpoints import load_teacher
-from tc_lightning.plan import CachePlan
-from tc_lightning.runs import find_run, read_run
+from tc_lightning.models.content_predictor import selector_for
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import cache_bytes_per_image, full_step_macs, macs_speedup
+from tc_lightning.runs.folder import find_run, read_run
 
 FEW_IMAGES_ABOVE = 5e9  # MACs of a forward beyond which a proof on several images takes minutes on a CPU
 

@@ -23,24 +23,25 @@ from torch import nn
 from tqdm import tqdm
 
 from export.command import positive, run
-from export.fidelity import measure
-from export.manifest import ArtefactError
-from export.parity import prove, require_parity, trajectory_error
-from export.programs import lower
-from export.runtime import CachedSampler
+from export.compiler.fidelity import measure
+from export.compiler.parity import prove, require_parity, trajectory_error
+from export.compiler.weights import SELECTOR, External, read_weights
+from export.runtime.manifest import ArtefactError
+from export.runtime.programs import lower
+from export.runtime.sampler import CachedSampler
 from export.torch_device import torch_device
-from export.weights import SELECTOR, External, read_weights
-from tc_lightning.content_predictor import ContentPredictor, Selector
-from tc_lightning.costs import full_step_macs, macs_speedup, plan_macs
 from tc_lightning.diffusion.samplers import SAMPLERS
-from tc_lightning.evaluation import final_latents
+from tc_lightning.measure.psnr import psnr
+from tc_lightning.models.content_predictor import ContentPredictor, Selector
 from tc_lightning.models.dit import DiT, DiTConfig
-from tc_lightning.plan import CachePlan
+from tc_lightning.models.network import Network
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import full_step_macs, macs_speedup, plan_macs
 from tc_lightning.planner.fewer_steps import fitted_fewer_steps
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
 from tc_lightning.policies.fora import fora_plan
-from tc_lightning.psnr import psnr
-from tc_lightning.sampling import full_plan, labels_for, noise_for
+from tc_lightning.rollout.evaluation import final_latents
+from tc_lightning.rollout.sampling import full_plan, labels_for, noise_for
 
 
 def main() -> None:
@@ -108,7 +109,7 @@ def verify(
     }
 
 
-def rebuild_teacher(sampler: CachedSampler) -> DiT:
+def rebuild_teacher(sampler: CachedSampler) -> Network:
     """The teacher in torch, from the artefact's weights."""
     with torch.device("meta"):
         model = DiT(DiTConfig(**sampler.manifest["dit_config"]))
@@ -152,7 +153,7 @@ def _baselines(plan: CachePlan) -> dict[str, CachePlan]:
     return baselines
 
 
-def _fitted_baseline(model: DiT, plan: CachePlan, quiet: bool) -> dict[str, CachePlan]:
+def _fitted_baseline(model: Network, plan: CachePlan, quiet: bool) -> dict[str, CachePlan]:
     """Fewer steps with a sampler fitted as the plan's own was: the one that the plan names, or one that is fitted now.
 
     One that was fitted to something else, or is a whole step or more away from the plan in MACs, is no such run. A plan that caches
@@ -170,7 +171,7 @@ def _fitted_baseline(model: DiT, plan: CachePlan, quiet: bool) -> dict[str, Cach
     return {f"fitted, {fewer.num_steps} steps": fewer}
 
 
-def _baseline_psnr(model: DiT, plan: CachePlan, full: np.ndarray, seed: int, batch: int, name: str, quiet: bool) -> float:
+def _baseline_psnr(model: Network, plan: CachePlan, full: np.ndarray, seed: int, batch: int, name: str, quiet: bool) -> float:
     images = range(len(full))
     x_T, labels = noise_for(seed, images, model), labels_for(seed, images, plan.model.num_classes)
     with tqdm(total=len(full) * plan.num_steps, desc=name, unit="step", disable=quiet) as bar:

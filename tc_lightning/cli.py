@@ -20,13 +20,13 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.training.checkpointing import newest_valid_checkpoint
+from tc_lightning.learn.checkpointing import newest_valid_checkpoint
 
 # Sub-commands beside Lightning's: the function that takes their arguments, imported when it is asked for.
 COMMANDS = {
-    "plan": "tc_lightning.planner.command:main",
+    "plan": "export.plan:main",
     "report": "export.report.command:main",
-    "ablate": "tc_lightning.ablation.command:main",
+    "ablate": "tc_lightning.runs.ablation.command:main",
 }
 
 
@@ -102,7 +102,7 @@ def _lightning(args: list[str] | None) -> None:
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"epilog": f"Further sub-commands, each with its own --help: {', '.join(COMMANDS)}."},
-        trainer_defaults={"plugins": [{"class_path": "tc_lightning.training.checkpointing.AtomicCheckpointIO"}]},
+        trainer_defaults={"plugins": [{"class_path": "tc_lightning.learn.checkpointing.AtomicCheckpointIO"}]},
         args=args,
     )
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.diffusion.table import SamplerTable
-from tc_lightning.guidance import GuidanceMode
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature
-from tc_lightning.sampling import model_signature
-from tc_lightning.segments import Segment, compute, partial, reuse, skip
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.guidance import Guidance, GuidanceMode
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.segments import Segment, compute, partial, reuse, skip
+from tc_lightning.plan.signature import ModelSignature
+from tc_lightning.rollout.sampling import model_signature
 
 torch.set_num_threads(1)
 
@@ -110,7 +111,7 @@ def plan(teacher: DiT) -> CachePlan:
 @pytest.fixture(scope="session")
 def artefact(teacher: DiT, plan: CachePlan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The plan of every mode as an fp32 artefact. Copy it before changing a byte."""
-    from export.compiler import export_artefact
+    from export.compiler.compile import export_artefact
 
     out = tmp_path_factory.mktemp("artefacts") / "tiny"
     export_artefact(teacher, plan, out, "fp32", "cpu", images=2, report=lambda _: None)

@@ -12,21 +12,21 @@ import pytest
 import torch
 from conftest import CONFIG, SIGNATURE, make_plan
 
-from tc_lightning.ablation.layout import Layout, blocks_computed, without_predictor
-from tc_lightning.ablation.summary import QUESTIONS, Measured, all_answers, all_rows, table
-from tc_lightning.ablation.training import Training
-from tc_lightning.ablation.variants import EQUAL, Learned, RandomPredictor, Variant, all_variants, require_equal_cost
 from tc_lightning.cli import main
-from tc_lightning.content_predictor import ContentPredictor, Selector
-from tc_lightning.costs import full_step_macs, plan_macs, selector_macs
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, RunError
+from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.checkpoints import save_teacher
+from tc_lightning.models.content_predictor import ContentPredictor, Selector
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
-from tc_lightning.plan import Guidance
-from tc_lightning.runs import find_run
-from tc_lightning.scores import Scores, sampler_digest
-from tc_lightning.segments import Segment, compute, skip
+from tc_lightning.plan.costs import full_step_macs, plan_macs, selector_macs
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import Segment, compute, skip
+from tc_lightning.runs.ablation.layout import Layout, blocks_computed, without_predictor
+from tc_lightning.runs.ablation.summary import QUESTIONS, Measured, all_answers, all_rows, table
+from tc_lightning.runs.ablation.training import Training
+from tc_lightning.runs.ablation.variants import EQUAL, Learned, RandomPredictor, Variant, all_variants, require_equal_cost
+from tc_lightning.runs.folder import find_run
 
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"
 STEPS, L, N = 8, 4, 16

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import export
-from export.acceptance_stages.benchmark_table import BEGIN, END
-from export.acceptance_stages.journal import NAME, Journal, Line, Record
-from export.acceptance_stages.outcome import exit_code, summary
-from export.acceptance_stages.replays import between_steps
-from export.acceptance_stages.reporter import Findings, NotHere, Reporter, TooLate
-from export.acceptance_stages.sizes import REHEARSAL
-from export.acceptance_stages.stages import STAGES
-from export.acceptance_stages.steadiness import rise
-from export.acceptance_stages.subjects import random_teacher
+from export.bench.acceptance.benchmark_table import BEGIN, END
+from export.bench.acceptance.journal import NAME, Journal, Line, Record
+from export.bench.acceptance.outcome import exit_code, summary
+from export.bench.acceptance.replays import between_steps
+from export.bench.acceptance.reporter import Findings, NotHere, Reporter, TooLate
+from export.bench.acceptance.sizes import REHEARSAL
+from export.bench.acceptance.stages import STAGES
+from export.bench.acceptance.steadiness import rise
+from export.bench.acceptance.subjects import random_teacher
 from tc_lightning.errors import TokenCacheError
 
 SCRIPT = Path(export.__file__).with_name("acceptance.py")

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from tc_lightning.costs import full_step_macs, macs_speedup, plan_macs, step_macs
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import full_step_macs, macs_speedup, plan_macs, step_macs
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import reuse, skip
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
 from tc_lightning.policies.fora import fora_plan
-from tc_lightning.segments import reuse, skip
 
 SIGNATURE = ModelSignature("dit", 12, 64, 96, 3, 384, 2, 1, 1, 16, 10, "0" * 64)
 GUIDANCE = Guidance(1.5, 1)

@@ -8,11 +8,11 @@ import torch
 from conftest import EVERY_MODE, make_plan
 from test_commands import call, is_one_paragraph, make_run
 
-from export.runtime import CachedSampler
-from export.timing import in_turns, operator_ms, torch_latents
+from export.bench.timing import in_turns, operator_ms, torch_latents
+from export.runtime.sampler import CachedSampler
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.plan import Guidance
-from tc_lightning.sampling import full_plan, noise_for, sample
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.rollout.sampling import full_plan, noise_for, sample
 
 
 @pytest.mark.parametrize(("sampler", "guidance"), [("ddim", Guidance(1.5, 3)), ("dpmpp_2m", Guidance()), ("dpmpp_3m", Guidance())])

@@ -10,15 +10,15 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from export import cuda_provider
-from export.buffers import MOST_SIZES, Pool, ProgramError, Workspace, place
-from export.cuda_provider import Lane, RuntimeUnavailableError, Stopped, in_short, why_no_graphs
-from export.parity import to_numpy
-from export.request import Part, fill, run_part
-from export.runtime import CachedSampler
-from export.schedule import graphed, lay_out, read_first
-from export.sessions import on_device
-from export.timing import require_on_device
+from export.bench.timing import require_on_device
+from export.compiler.parity import to_numpy
+from export.runtime import cuda_provider
+from export.runtime.buffers import MOST_SIZES, Pool, ProgramError, Workspace, place
+from export.runtime.cuda_provider import Lane, RuntimeUnavailableError, Stopped, in_short, why_no_graphs
+from export.runtime.layout import graphed, lay_out, read_first
+from export.runtime.request import Part, fill, run_part
+from export.runtime.sampler import CachedSampler
+from export.runtime.sessions import on_device
 from tc_lightning.errors import TokenCacheError
 
 PART = Part(np.array([0, 3]), seed=7, first=0, scale=1.5, full=False)

@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from conftest import FULL, make_plan, make_teacher
 from torch import Tensor
 
-from tc_lightning.cache import BlockCache, Cache, Step, forecast, full_block, mixed_block, mixed_branches, run_blocks
-from tc_lightning.dataflow import Entry
+from tc_lightning.cache.semantics import Cache, Step, forecast, run_blocks
+from tc_lightning.cache.soft import BlockCache, full_block, mixed_block, mixed_branches
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.dit import DiT, Modulation
 from tc_lightning.models.network import KeyValue
-from tc_lightning.plan import CachePlan, Guidance
-from tc_lightning.sampling import full_plan, kept_tokens, model_signature, noise_for, sample, sample_steps
-from tc_lightning.segments import compute, partial, reuse, skip
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.dataflow import Entry
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import compute, partial, reuse, skip
+from tc_lightning.rollout.sampling import full_plan, kept_tokens, model_signature, noise_for, sample, sample_steps
 
 LABELS = torch.tensor([0, 3])
 EVERYTHING = tuple(range(16))

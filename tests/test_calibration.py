@@ -8,15 +8,15 @@ import torch
 from conftest import make_plan, make_teacher
 from torch import Tensor
 
-from tc_lightning.calibrate import BATCH, calibrate
-from tc_lightning.calibration import Calibration
+from tc_lightning.cache.soft_network import enter, record_caches, reused_eps
 from tc_lightning.errors import RunError, TokenCacheError
-from tc_lightning.plan import Guidance
-from tc_lightning.sampling import full_plan, model_signature, noise_for, sample_steps
-from tc_lightning.scores import sampler_digest
-from tc_lightning.segments import compute, skip
-from tc_lightning.step_effect import step_effect
-from tc_lightning.superposition import enter, record_caches, reused_eps
+from tc_lightning.measure.calibrate import BATCH, calibrate
+from tc_lightning.measure.calibration import Calibration
+from tc_lightning.measure.scores import sampler_digest
+from tc_lightning.measure.step_effect import step_effect
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import compute, skip
+from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample_steps
 
 T, L, G = 6, 2, 3
 MODEL = make_teacher(1, input_size=4, in_channels=2, hidden_size=16, depth=L)

@@ -17,16 +17,17 @@ from lightning import Trainer
 from safetensors.torch import load_file, save_file
 from test_checkpoints import diffusers_model, same
 
-from export.compiler import export_artefact
-from tc_lightning.content_predictor import ContentPredictor
+from export.compiler.compile import export_artefact
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TeacherError
+from tc_lightning.learn.distiller import TokenCacheDistiller
+from tc_lightning.learn.teacher import TeacherModule
 from tc_lightning.models.checkpoints import TeacherSpec, config_json, load_teacher, save_teacher, teacher_digest
+from tc_lightning.models.content_predictor import ContentPredictor
 from tc_lightning.models.dit import DiT, DiTConfig, preset, randomise_
-from tc_lightning.plan import CachePlan, Guidance
-from tc_lightning.sampling import full_plan, model_signature, noise_for, sample
-from tc_lightning.training.distiller import TokenCacheDistiller
-from tc_lightning.training.teacher import TeacherModule
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample
 
 TINY = DiTConfig(input_size=8, patch_size=2, in_channels=3, hidden_size=24, depth=2, num_heads=2, num_classes=5)
 NO_NULL = dataclasses.replace(TINY, null_label=False)

@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 
 from export import to_onnx
-from export.manifest import read_manifest
+from export.runtime.manifest import read_manifest
 from export.verify import verify
 from tc_lightning.cli import main
+from tc_lightning.learn.checkpointing import newest_valid_checkpoint
+from tc_lightning.measure.scores import Scores
 from tc_lightning.models.checkpoints import save_teacher
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
-from tc_lightning.plan import CachePlan
-from tc_lightning.runs import find_run, read_run
-from tc_lightning.scores import Scores
-from tc_lightning.training.checkpointing import newest_valid_checkpoint
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.runs.folder import find_run, read_run
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "lightning_configs"

@@ -10,14 +10,14 @@ import pytest
 from conftest import FULL, make_plan, make_teacher
 from test_content import content_plan, make_selector
 
-from export import clock as clock_module
-from export import weight_files
-from export.clock import ProgramClock, _key
-from export.programs import lower
-from export.runtime import CachedSampler
-from export.sessions import RuntimeUnavailableError
+from export.bench import clock as clock_module
+from export.bench.clock import ProgramClock, _key
+from export.compiler import weight_files
+from export.runtime.programs import lower
+from export.runtime.sampler import CachedSampler
+from export.runtime.sessions import RuntimeUnavailableError
+from tc_lightning.plan.segments import Segment, compute, content, partial, skip
 from tc_lightning.planner.price import ClockPrice
-from tc_lightning.segments import Segment, compute, content, partial, skip
 
 
 def test_each_program_is_timed_once_whatever_plan_it_is_in() -> None:

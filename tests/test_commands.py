@@ -12,9 +12,9 @@ from PIL import Image
 
 import export
 from tc_lightning.models.checkpoints import TeacherSpec, save_teacher
-from tc_lightning.plan import Guidance
-from tc_lightning.runs import write_run
-from tc_lightning.segments import skip
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import skip
+from tc_lightning.runs.folder import write_run
 
 SCRIPTS = Path(export.__file__).parent
 DEPLOYED = "import sys, runpy; sys.modules |= dict.fromkeys(('torch', 'lightning', 'onnx', 'safetensors')); sys.argv = sys.argv[1:]; "

@@ -15,27 +15,27 @@ import torch
 from conftest import CONFIG, FULL, SIGNATURE, Steps, make_plan, make_teacher
 from torch import Tensor
 
-from export.compiler import export_artefact, write_sharing
-from export.explain import explain
-from export.manifest import read_manifest
-from export.parity import relative_l2
-from export.programs import computed_tokens, lower
-from export.runtime import CachedSampler
-from export.symbolic import Graph, Weights
-from export.torch_functions import ANSWERS
+from export.compiler.compile import export_artefact, write_sharing
+from export.compiler.explain import explain
+from export.compiler.parity import relative_l2
+from export.compiler.symbolic import Graph, Weights
+from export.compiler.torch_functions import ANSWERS
+from export.compiler.weight_files import WeightFiles, tensors_of
+from export.runtime.manifest import read_manifest
+from export.runtime.programs import computed_tokens, lower
+from export.runtime.sampler import CachedSampler
 from export.verify import rebuild_selector
-from export.weight_files import WeightFiles, tensors_of
-from tc_lightning.cache import Step, choose_tokens, run_blocks
-from tc_lightning.content_predictor import ContentPredictor, Selector, selector_for
-from tc_lightning.costs import block_macs, plan_macs, selector_macs, step_macs
-from tc_lightning.dataflow import Entry, entries_read
+from tc_lightning.cache.semantics import Step, choose_tokens, run_blocks
 from tc_lightning.errors import PlanError, RunError
-from tc_lightning.evaluation import RolloutEvaluator
-from tc_lightning.guidance import BOTH, GuidanceMode
+from tc_lightning.models.content_predictor import ContentPredictor, Selector, selector_for
 from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan, Guidance
-from tc_lightning.sampling import noise_for, sample, sample_steps
-from tc_lightning.segments import Segment, compute, content, partial, skip
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import block_macs, plan_macs, selector_macs, step_macs
+from tc_lightning.plan.dataflow import Entry, entries_read
+from tc_lightning.plan.guidance import BOTH, Guidance, GuidanceMode
+from tc_lightning.plan.segments import Segment, compute, content, partial, skip
+from tc_lightning.rollout.evaluation import RolloutEvaluator
+from tc_lightning.rollout.sampling import noise_for, sample, sample_steps
 
 LABELS = torch.tensor([0, 3])
 # Several segments in a step, the MLP alone, more than one block in a segment, forecasts, and all tokens kept.

@@ -10,18 +10,18 @@ import pytest
 import torch
 from test_distiller import fit, make_data, make_distiller, make_teacher, make_trainer
 
-from tc_lightning.content_predictor import Selector
+from tc_lightning.cache.soft_network import enter
 from tc_lightning.errors import RunError
+from tc_lightning.learn.distiller import TokenCacheDistiller
+from tc_lightning.learn.objectives.base import Batch
+from tc_lightning.learn.objectives.content import ContentSuperposition
+from tc_lightning.measure.scores import Scores
 from tc_lightning.models.checkpoints import TeacherSpec
-from tc_lightning.plan import CachePlan
+from tc_lightning.models.content_predictor import Selector
+from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.policies.tokencache_v2 import TokenCacheV2Policy
-from tc_lightning.runs import read_run
-from tc_lightning.sampling import model_signature
-from tc_lightning.scores import Scores
-from tc_lightning.superposition import enter
-from tc_lightning.training.distiller import TokenCacheDistiller
-from tc_lightning.training.objectives.base import Batch
-from tc_lightning.training.objectives.content import ContentSuperposition
+from tc_lightning.rollout.sampling import model_signature
+from tc_lightning.runs.folder import read_run
 
 
 @pytest.fixture(scope="module")

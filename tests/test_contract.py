@@ -14,13 +14,13 @@ import pytest
 from conftest import FULL, make_plan, make_teacher
 from test_runtime import rewrite_manifest
 
-from export.compiler import export_artefact
-from export.contract import read_artefact
-from export.manifest import ArtefactError, read_manifest, sha256_of
-from export.onnx_header import read_header
-from export.runtime import CachedSampler
+from export.compiler.compile import export_artefact
+from export.runtime.contract import read_artefact
+from export.runtime.manifest import ArtefactError, read_manifest, sha256_of
+from export.runtime.onnx_header import read_header
+from export.runtime.sampler import CachedSampler
 from export.verify import rebuild_teacher
-from tc_lightning.segments import partial, skip
+from tc_lightning.plan.segments import partial, skip
 
 ALIKE = (FULL, FULL, (partial(0, 4, (1, 5)),), (partial(0, 2, (1, 5)), partial(2, 4, (2, 3))), (skip(0, 4, 1),), (skip(0, 4),))
 

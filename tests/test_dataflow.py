@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_modes, random_steps
 
-from tc_lightning.costs import (
+from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import (
     block_macs,
     cache_bytes_per_image,
     entry_shape,
@@ -17,10 +19,10 @@ from tc_lightning.costs import (
     segment_macs,
     step_macs,
 )
-from tc_lightning.dataflow import Entry, Read, StepFlow, assign_slots, lagrange_weights, trace
-from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature
-from tc_lightning.segments import compute, partial, reuse, skip
+from tc_lightning.plan.dataflow import Entry, Read, StepFlow, assign_slots, lagrange_weights
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import compute, partial, reuse, skip
+from tc_lightning.plan.signature import ModelSignature
 
 XL = ModelSignature("dit", 28, 256, 1152, 16, 4608, 2, 4, 8, 32, 1000, "0" * 64)
 SPAN = Entry("span", 0, 4)
@@ -64,7 +66,7 @@ def test_order_two_is_exact_for_quadratics_and_order_one_is_not():
 
 
 def test_reads_and_writes_of_whole_step_skipping():
-    flows = trace(skipping({0, 1, 3}, 6, 2))
+    flows = skipping({0, 1, 3}, 6, 2).flows
     assert flows[0] == StepFlow((), (SPAN,))
     assert flows[1] == StepFlow((), (SPAN,))
     assert flows[2] == StepFlow((Read(SPAN, (1, 0), (2.0, -1.0)),), ())  # two values so far: order 1
@@ -89,7 +91,7 @@ def test_reads_and_writes_of_whole_step_skipping():
     ],
 )
 def test_entries_that_each_mode_reads(segment, entries):
-    flows = trace(make_plan(SIGNATURE, (FULL, FULL, (compute(0, 1), segment, compute(3, 4)))))
+    flows = make_plan(SIGNATURE, (FULL, FULL, (compute(0, 1), segment, compute(3, 4)))).flows
     assert {read.entry.name: len(read.sources) for read in flows[2].reads} == entries
     assert {entry.name for entry in flows[1].writes} == set(entries)
     assert {entry.name for entry in flows[0].writes} == {name for name, count in entries.items() if count == 2}
@@ -99,7 +101,7 @@ def test_entries_that_each_mode_reads(segment, entries):
 def test_updates_stay_in_their_slot_and_are_what_is_read_next():
     """Full, two partial steps, full, one partial step: one slot each for keys and values, and each read finds the step before."""
     p = (partial(0, 4, (1, 2)),)
-    flows = trace(make_plan(SIGNATURE, (FULL, p, p, FULL, p)))
+    flows = make_plan(SIGNATURE, (FULL, p, p, FULL, p)).flows
     key = Entry("k", 2, 3)
     assert [next(r.sources for r in flows[i].reads if r.entry == key) for i in (1, 2, 4)] == [(0,), (1,), (3,)]
     assert [flow.updates(key) for flow in flows] == [False, True, True, False, True]
@@ -108,13 +110,13 @@ def test_updates_stay_in_their_slot_and_are_what_is_read_next():
     assert depth[key] == 1
     assert depth[SPAN] == 1
     every = (partial(0, 4, tuple(range(16))),)  # neither reads nor updates
-    assert [flow.writes for flow in trace(make_plan(SIGNATURE, (FULL, every)))] == [(), ()]
+    assert [flow.writes for flow in make_plan(SIGNATURE, (FULL, every)).flows] == [(), ()]
 
 
 def test_nothing_is_written_that_nobody_reads():
-    flows = trace(skipping({0, 1, 2, 4, 5}, 6, 0))
+    flows = skipping({0, 1, 2, 4, 5}, 6, 0).flows
     assert [flow.writes for flow in flows] == [(), (), (SPAN,), (), (), ()]
-    assert all(not flow.writes and not flow.reads for flow in trace(make_plan(SIGNATURE, (FULL,) * 4)))
+    assert all(not flow.writes and not flow.reads for flow in make_plan(SIGNATURE, (FULL,) * 4).flows)
 
 
 def test_entries_are_written_where_they_are_computed_for_all_tokens():
@@ -126,14 +128,14 @@ def test_entries_are_written_where_they_are_computed_for_all_tokens():
         (compute(0, 1), skip(1, 4)),
     ]
     last = (reuse(0, 1, ("attn",), 2), compute(1, 4))
-    flows = trace(make_plan(SIGNATURE, (FULL, *middle, last)))
+    flows = make_plan(SIGNATURE, (FULL, *middle, last)).flows
     assert next(r for r in flows[5].reads if r.entry.kind == "attn").sources == (4, 2, 0)
     assert next(r for r in flows[3].reads if r.entry.kind == "attn").sources == (2,)
 
 
 def test_a_span_is_written_only_as_a_whole():
     steps = (FULL, (compute(0, 2), skip(2, 4)), (compute(0, 1), compute(1, 4)), (skip(0, 4, 1),))
-    flows = trace(make_plan(SIGNATURE, steps))
+    flows = make_plan(SIGNATURE, steps).flows
     assert flows[3].reads == (Read(SPAN, (2, 0), lagrange_weights((2, 0), 3)),)
 
 
@@ -143,16 +145,16 @@ def test_a_span_is_written_only_as_a_whole():
 def test_eighteen_full_of_fifty_need_three_slots():
     plan = skipping({round(i * 49 / 17) for i in range(18)}, 50, 2)
     assert len(plan.full_steps) == 18
-    assert assign_slots(trace(plan))[1] == {SPAN: 3}
+    assert assign_slots(plan.flows)[1] == {SPAN: 3}
 
 
 @pytest.mark.parametrize(("order", "slots"), [(0, 1), (1, 2), (2, 3)])
 def test_whole_step_skipping_needs_order_plus_one_slots(order, slots):
-    assert assign_slots(trace(skipping(set(range(0, 20, 3)), 20, order)))[1] == {SPAN: slots}
+    assert assign_slots(skipping(set(range(0, 20, 3)), 20, order).flows)[1] == {SPAN: slots}
 
 
 def test_slots_of_a_small_plan_by_hand():
-    slots, depth = assign_slots(trace(skipping({0, 2, 4}, 6, 1)))
+    slots, depth = assign_slots(skipping({0, 2, 4}, 6, 1).flows)
     # step 1 reads 0; step 3 reads (2, 0), after which 0 is dead; step 5 reads (4, 2)
     assert slots == {(SPAN, 0): 0, (SPAN, 2): 1, (SPAN, 4): 0}
     assert depth == {SPAN: 2}
@@ -160,7 +162,7 @@ def test_slots_of_a_small_plan_by_hand():
 
 def test_a_slot_is_free_after_the_last_read():
     reads, writes = (reuse(0, 1, ("attn",)), compute(1, 4)), (reuse(0, 1, ("mlp",)), compute(1, 4))
-    slots, depth = assign_slots(trace(make_plan(SIGNATURE, (FULL, reads, writes, reads))))
+    slots, depth = assign_slots(make_plan(SIGNATURE, (FULL, reads, writes, reads)).flows)
     attn = Entry("attn", 0, 1)
     assert (slots[attn, 0], slots[attn, 2], depth[attn]) == (0, 0, 1)  # step 1 was the last to read the value of step 0
 
@@ -168,7 +170,7 @@ def test_a_slot_is_free_after_the_last_read():
 @pytest.mark.parametrize("modes", [False, True])
 @pytest.mark.parametrize("seed", range(20))
 def test_live_values_never_share_a_slot(seed, modes):
-    flows = trace(make_plan(SIGNATURE, random_steps(seed, num_steps=12), modes=random_modes(seed, 12) if modes else ""))
+    flows = make_plan(SIGNATURE, random_steps(seed, num_steps=12), modes=random_modes(seed, 12) if modes else "").flows
     slots, depth = assign_slots(flows)
     last_read = {(r.entry, s): i for i, flow in enumerate(flows) for r in flow.reads for s in r.sources}
     assert set(slots) == {(entry, i) for i, flow in enumerate(flows) for entry in flow.writes}

@@ -10,18 +10,18 @@ from conftest import FULL, make_plan, make_teacher
 from test_content import content_plan, make_selector
 
 from export import verify as verify_module
-from export.compiler import write_sharing
-from export.manifest import read_manifest
-from export.parity import ParityError, prove, trajectory_error
-from export.programs import lower
+from export.compiler.compile import write_sharing
+from export.compiler.parity import ParityError, prove, trajectory_error
+from export.compiler.weight_files import WeightFiles
 from export.report.quality import teacher_features
-from export.runtime import CachedSampler
+from export.runtime.manifest import read_manifest
+from export.runtime.programs import lower
+from export.runtime.sampler import CachedSampler
 from export.verify import verify
-from export.weight_files import WeightFiles
-from tc_lightning.calibrate import run_calibration
-from tc_lightning.evaluation import RolloutEvaluator
-from tc_lightning.sampling import device_of, full_plan
-from tc_lightning.targets import TargetKey, compute_targets
+from tc_lightning.measure.calibrate import run_calibration
+from tc_lightning.rollout.evaluation import RolloutEvaluator
+from tc_lightning.rollout.sampling import device_of, full_plan
+from tc_lightning.rollout.targets import TargetKey, compute_targets
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

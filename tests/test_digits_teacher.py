@@ -15,8 +15,8 @@ from data.digits import load_digits
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.models.checkpoints import ROOT, TeacherSpec, load_teacher
 from tc_lightning.models.dit import DiT
-from tc_lightning.plan import Guidance
-from tc_lightning.sampling import full_plan, model_signature, noise_for, sample
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample
 
 SAMPLES = int(os.environ.get("TC_TEACHER_SAMPLES", "200"))
 PATH = "data/digits_dit.safetensors"

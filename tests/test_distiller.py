@@ -18,29 +18,30 @@ from torch.utils.data import DataLoader
 
 from data.rollouts import RolloutDataModule
 from data.trajectory_module import TrajectoryDataModule
-from tc_lightning.cache import Step, run_blocks
-from tc_lightning.calibration import Calibration
-from tc_lightning.costs import macs_speedup
-from tc_lightning.dataflow import Entry
+from tc_lightning.cache.semantics import Step, run_blocks
+from tc_lightning.cache.soft_network import enter, guided_eps, mixed_eps, record_caches, reused_eps
 from tc_lightning.errors import PlanError, RunError, TeacherError
+from tc_lightning.learn.checkpointing import AtomicCheckpointIO
+from tc_lightning.learn.distiller import TokenCacheDistiller
+from tc_lightning.learn.objectives.rollout import RouterRollout
+from tc_lightning.learn.objectives.superposition import RouterSuperposition
+from tc_lightning.learn.planning import trajectory_sensitivity
+from tc_lightning.measure.calibration import Calibration
+from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.checkpoints import TeacherSpec, save_teacher
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
-from tc_lightning.plan import CachePlan
-from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
+from tc_lightning.models.predictor import INITIAL_IMPORTANCE
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import macs_speedup
+from tc_lightning.plan.dataflow import Entry
+from tc_lightning.plan.segments import compute, partial, skip
+from tc_lightning.policies.base import PlanningContext, Policy
+from tc_lightning.policies.choice import PlanChoice
 from tc_lightning.policies.dp_placement import DPPlacementPolicy
 from tc_lightning.policies.harmonica import HarmoniCaPolicy
 from tc_lightning.policies.tprr import TPRRPolicy
-from tc_lightning.predictor import INITIAL_IMPORTANCE
-from tc_lightning.runs import read_run
-from tc_lightning.sampling import full_plan, kept_tokens
-from tc_lightning.scores import Scores, sampler_digest
-from tc_lightning.segments import compute, partial, skip
-from tc_lightning.superposition import enter, guided_eps, mixed_eps, record_caches, reused_eps
-from tc_lightning.training.checkpointing import AtomicCheckpointIO
-from tc_lightning.training.distiller import TokenCacheDistiller
-from tc_lightning.training.objectives.rollout import RouterRollout
-from tc_lightning.training.objectives.superposition import RouterSuperposition
-from tc_lightning.training.planning import trajectory_sensitivity
+from tc_lightning.rollout.sampling import full_plan, kept_tokens
+from tc_lightning.runs.folder import read_run
 
 CONFIG = DiTConfig(input_size=8, in_channels=1, hidden_size=24, depth=3, num_heads=2, num_classes=3, learn_sigma=False)
 

@@ -8,11 +8,12 @@ import torch
 
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
-from tc_lightning.evaluation import BATCH, RolloutEvaluator, final_latents
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
-from tc_lightning.plan import CachePlan, Guidance
-from tc_lightning.sampling import full_plan, model_signature, noise_for, sample
-from tc_lightning.segments import compute, skip
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import compute, skip
+from tc_lightning.rollout.evaluation import BATCH, RolloutEvaluator, final_latents
+from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample
 
 CONFIG = DiTConfig(input_size=4, patch_size=2, in_channels=2, hidden_size=16, depth=3, num_heads=2, num_classes=5, learn_sigma=False)
 GUIDANCE = Guidance(1.5, 2)

@@ -8,15 +8,15 @@ import pytest
 from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps
 from PIL import Image
 
-from export.benchmark_plans import benchmark_plans
-from export.explain import explain, plan_figure, values_held
-from export.programs import lower
-from tc_lightning.costs import macs_speedup
-from tc_lightning.dataflow import assign_slots, trace
+from export.bench.plans import benchmark_plans
+from export.compiler.explain import explain, plan_figure, values_held
+from export.runtime.programs import lower
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import Guidance
-from tc_lightning.segments import compute, partial, reuse, skip
+from tc_lightning.plan.costs import macs_speedup
+from tc_lightning.plan.dataflow import assign_slots
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import compute, partial, reuse, skip
 
 SKIP = (skip(0, 4, 1),)
 
@@ -73,7 +73,7 @@ def test_values_held_by_hand():
 @pytest.mark.parametrize("seed", range(10))
 def test_no_more_is_held_than_there_is_room_for(seed):
     plan = make_plan(SIGNATURE, random_steps(seed, num_steps=12))
-    _, depth = assign_slots(trace(plan))
+    _, depth = assign_slots(plan.flows)
     assert max(values_held(plan)) <= sum(depth.values())
 
 

@@ -16,23 +16,24 @@ import pytest
 import torch
 from conftest import EVERY_MODE, FULL, make_plan, make_teacher, random_steps
 
-import export.compiler
+import export.compiler.compile
 from export.command import run
-from export.compiler import export_artefact
-from export.manifest import read_manifest, sha256_of
-from export.parity import Check, ParityError, relative_l2, require_parity
-from export.programs import condition_times, lower
-from export.runtime import CachedSampler
+from export.compiler.compile import export_artefact
+from export.compiler.parity import Check, ParityError, relative_l2, require_parity
+from export.runtime.manifest import read_manifest, sha256_of
+from export.runtime.programs import condition_times, lower
+from export.runtime.sampler import CachedSampler
 from export.verify import _fitted_baseline, _table, rebuild_teacher, verify
-from tc_lightning.costs import cache_bytes_per_image, macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.measure.psnr import psnr
 from tc_lightning.models.dit import DiT
-from tc_lightning.noise import drawn_labels
-from tc_lightning.plan import CachePlan, Guidance
-from tc_lightning.psnr import psnr
-from tc_lightning.sampling import full_plan, model_signature, noise_for, reference_plan, sample
-from tc_lightning.segments import partial, skip
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import cache_bytes_per_image, macs_speedup
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import partial, skip
+from tc_lightning.rollout.noise import drawn_labels
+from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, reference_plan, sample
 
 
 def export(model: DiT, plan: CachePlan, out: Path, precision: str = "fp32") -> dict[str, Any]:
@@ -230,7 +231,7 @@ def test_eps_scale_costs_no_node_and_leaves_the_reference_alone(tmp_path, teache
 
 def test_planted_bug_in_the_reference_is_found(tmp_path, monkeypatch, teacher):
     """Its steps looked up at the plan's times."""
-    monkeypatch.setattr("export.contract.condition_times", lambda plan: (condition_times(plan)[0], 0))
+    monkeypatch.setattr("export.runtime.contract.condition_times", lambda plan: (condition_times(plan)[0], 0))
     plan = make_plan(teacher, (FULL, (skip(0, 4),), FULL), reference=make_sampler("ddim", 5, "leading"))
     with pytest.raises(ParityError, match=r"step_full, step 0 +x_next") as caught:
         export(teacher, plan, tmp_path / "artefact")
@@ -402,7 +403,7 @@ def test_interrupted_export_leaves_the_old_artefact(tmp_path, monkeypatch, teach
 
 
 def export_module() -> Any:
-    return sys.modules["export.compiler"]
+    return sys.modules["export.compiler.compile"]
 
 
 def test_interrupted_exchange_leaves_the_old_artefact(tmp_path, monkeypatch, teacher):
@@ -460,7 +461,7 @@ def test_a_folder_that_is_no_artefact_is_never_replaced(tmp_path, teacher):
 
 def planted_scale_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of shift and scale exchanged in the final layer."""
-    from export import emit
+    from export.compiler import emit
 
     original = emit.unpack
 
@@ -481,7 +482,7 @@ def test_planted_bug_is_found(tmp_path, monkeypatch, teacher, plan):
 
 def test_planted_bug_in_one_program_is_found(tmp_path, monkeypatch, teacher):
     """Forecast weights of the wrong step: full compute is right, and so is each graph's arithmetic."""
-    from export import emit
+    from export.compiler import emit
 
     original = emit.forecast_table
     monkeypatch.setattr(emit, "forecast_table", lambda *args: np.roll(original(*args), 1, axis=0))
@@ -495,7 +496,7 @@ def test_planted_bug_in_one_program_is_found(tmp_path, monkeypatch, teacher):
 def test_command_exits_with_3(tmp_path, monkeypatch, capsys, teacher, plan):
     from export import to_onnx
     from tc_lightning.models.checkpoints import TeacherSpec, save_teacher
-    from tc_lightning.runs import write_run
+    from tc_lightning.runs.folder import write_run
 
     planted_scale_bug(monkeypatch)
     save_teacher(teacher, tmp_path / "teacher.safetensors")

@@ -11,16 +11,17 @@ import torch
 from conftest import make_teacher
 
 from export.benchmark_fit import GUIDANCE_SCALES, FitBench, table
-from tc_lightning.costs import macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
-from tc_lightning.evaluation import RolloutEvaluator
-from tc_lightning.plan import CachePlan, Guidance
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import macs_speedup
+from tc_lightning.plan.guidance import Guidance
 from tc_lightning.planner import fewer_steps as module
 from tc_lightning.planner.fewer_steps import FIT, JUDGE, fitted_fewer_steps
 from tc_lightning.planner.pilot import images
 from tc_lightning.planner.shapes import Shape
-from tc_lightning.sampling import full_plan, model_signature, sample
+from tc_lightning.rollout.evaluation import RolloutEvaluator
+from tc_lightning.rollout.sampling import full_plan, model_signature, sample
 
 MODEL = make_teacher(depth=2)
 REFERENCE = full_plan(model_signature(MODEL), make_sampler("ddim", 12), Guidance(1.5, 3))

@@ -12,11 +12,14 @@ import pytest
 import torch
 from conftest import FULL, make_plan, make_teacher
 
-from tc_lightning.costs import macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
+from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan, Guidance
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import macs_speedup
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import skip
 from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose
 from tc_lightning.planner.front import write_front
 from tc_lightning.planner.pilot import SEED
@@ -25,9 +28,7 @@ from tc_lightning.planner.recipe import Recipe
 from tc_lightning.planner.run import Choice, PlannerRun, Subject
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import PrunedStep
-from tc_lightning.sampling import labels_for, model_signature, reference_plan
-from tc_lightning.scores import Scores, sampler_digest
-from tc_lightning.segments import skip
+from tc_lightning.rollout.sampling import labels_for, model_signature, reference_plan
 
 GUIDANCE, SKIP = Guidance(1.5, 3), PrunedStep("skip", 1)
 STEPS = 12

@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import make_plan, make_teacher
 
-from export.buffers import MOST_SIZES
-from export.compiler import export_artefact
-from export.cuda_provider import CUDA, RuntimeUnavailableError
-from export.parity import TOLERANCE, relative_l2
-from export.runtime import CachedSampler
-from export.sessions import prepare
+from export.compiler.compile import export_artefact
+from export.compiler.parity import TOLERANCE, relative_l2
+from export.runtime.buffers import MOST_SIZES
+from export.runtime.cuda_provider import CUDA, RuntimeUnavailableError
+from export.runtime.sampler import CachedSampler
+from export.runtime.sessions import prepare
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.models.dit import DiT
 from tc_lightning.planner.fit import fit_sampler

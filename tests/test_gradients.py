@@ -14,16 +14,17 @@ from torch import Tensor
 
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan, Guidance
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import partial, reuse, skip
 from tc_lightning.planner import memory
 from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.gradients import advance_with, coefficients, own_coefficients, stepwise, tensors, whole
 from tc_lightning.planner.graph_size import graph_size, graph_size_on_paper
 from tc_lightning.planner.refine import _Refiner
 from tc_lightning.planner.target import run_target
-from tc_lightning.ranks import ALONE
-from tc_lightning.sampling import Rollout, noise_for
-from tc_lightning.segments import partial, reuse, skip
+from tc_lightning.rollout.ranks import ALONE
+from tc_lightning.rollout.sampling import Rollout, noise_for
 
 GUIDANCE = Guidance(1.5, 3)
 LABELS = torch.tensor([0, 3])

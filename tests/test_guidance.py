@@ -11,22 +11,22 @@ from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, make_teacher, rando
 from test_export import export, graphs_of, torch_latents, worst_error
 from torch import Tensor
 
-from export.explain import explain, plan_figure
-from export.parity import relative_l2
-from export.programs import FULL as STEP_FULL
-from export.programs import lower
-from export.runtime import CachedSampler
-from tc_lightning.cache import Guided, Step, predict
-from tc_lightning.costs import cache_bytes_per_image, fixed_macs, full_step_macs, macs_speedup, plan_macs
-from tc_lightning.dataflow import Entry, Read, assign_slots, lagrange_weights, trace
+from export.compiler.explain import explain, plan_figure
+from export.compiler.parity import relative_l2
+from export.runtime.programs import FULL as STEP_FULL
+from export.runtime.programs import lower
+from export.runtime.sampler import CachedSampler
+from tc_lightning.cache.semantics import Guided, Step, predict
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
-from tc_lightning.guidance import GuidanceMode
 from tc_lightning.models.dit import DiT
 from tc_lightning.models.network import KeyValue
-from tc_lightning.plan import CachePlan, Guidance
-from tc_lightning.sampling import noise_for, reference_plan, sample, sample_steps
-from tc_lightning.segments import compute, partial, reuse, skip
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import cache_bytes_per_image, fixed_macs, full_step_macs, macs_speedup, plan_macs
+from tc_lightning.plan.dataflow import Entry, Read, assign_slots, lagrange_weights
+from tc_lightning.plan.guidance import Guidance, GuidanceMode
+from tc_lightning.plan.segments import compute, partial, reuse, skip
+from tc_lightning.rollout.sampling import noise_for, reference_plan, sample, sample_steps
 
 SKIP = (skip(0, 4, 1),)
 DIFFERENCE = Entry("guidance", 0, 4)
@@ -98,7 +98,7 @@ def test_a_half_that_was_never_computed_cannot_be_read():
 
 
 def test_each_half_reads_what_it_wrote_itself():
-    flows = trace(make_plan(SIGNATURE, (FULL, FULL, SKIP, SKIP), modes="bcbc"))
+    flows = make_plan(SIGNATURE, (FULL, FULL, SKIP, SKIP), modes="bcbc").flows
     assert [set(flow.writes) for flow in flows] == [{COND, UNCOND}, {COND}, set(), set()]
     assert flows[2].reads == (Read(COND, (1, 0), (2.0, -1.0)), Read(UNCOND, (0,), (1.0,)))
     assert flows[3].reads == (Read(COND, (1, 0), lagrange_weights((1, 0), 3)),)
@@ -106,7 +106,7 @@ def test_each_half_reads_what_it_wrote_itself():
 
 
 def test_the_difference_is_written_with_both_halves_and_read_by_forecasts():
-    flows = trace(make_plan(SIGNATURE, (FULL,) * 6, modes="bb1b10"))
+    flows = make_plan(SIGNATURE, (FULL,) * 6, modes="bb1b10").flows
     assert [flow.writes for flow in flows] == [(DIFFERENCE,), (DIFFERENCE,), (), (DIFFERENCE,), (), ()]
     assert [flow.reads for flow in flows[:3]] == [(), (), (Read(DIFFERENCE, (1, 0), (2.0, -1.0)),)]
     assert flows[4].reads == (Read(DIFFERENCE, (3, 1), lagrange_weights((3, 1), 4)),)
@@ -117,7 +117,7 @@ def test_the_difference_is_written_with_both_halves_and_read_by_forecasts():
 
 def test_keys_and_values_are_updated_half_by_half():
     p = (partial(0, 4, (1, 2)),)
-    flows = trace(make_plan(SIGNATURE, (FULL, p, p, p), modes="bcbc"))
+    flows = make_plan(SIGNATURE, (FULL, p, p, p), modes="bcbc").flows
     cond, uncond = (Entry("k", 2, 3, half) for half in ("cond", "uncond"))
 
     def sources(i: int) -> dict[Entry, tuple[int, ...]]:
@@ -141,7 +141,7 @@ def test_a_step_of_one_half_costs_half():
 def test_cache_bytes_of_each_kind():
     """Two values of the conditional span, one of the other, two differences of 3 channels in fp32 whatever the precision."""
     plan = make_plan(SIGNATURE, (FULL, FULL, FULL, SKIP), modes="bcb1")
-    assert assign_slots(trace(plan))[1] == {COND: 2, DIFFERENCE: 2}
+    assert assign_slots(plan.flows)[1] == {COND: 2, DIFFERENCE: 2}
     assert cache_bytes_per_image(plan) == 2 * 16 * 32 * 4 + 2 * 3 * 8 * 8 * 4
     assert cache_bytes_per_image(plan, 2) == 2 * 16 * 32 * 2 + 2 * 3 * 8 * 8 * 4
     whole = make_plan(SIGNATURE, (FULL, FULL, SKIP, FULL), modes="bbbc")

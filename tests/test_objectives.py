@@ -9,17 +9,18 @@ from conftest import make_teacher
 from torch import Tensor
 
 from data.rollouts import RolloutDataset
+from tc_lightning.cache.soft_network import full_eps, mixed_branches_eps
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import RunError
-from tc_lightning.plan import CachePlan, Guidance
+from tc_lightning.learn.objectives.base import Batch, Task
+from tc_lightning.learn.objectives.rollout import RouterRollout
+from tc_lightning.learn.objectives.routers import CAP, MEASURE_SEED, WEIGHTINGS, RouterObjective, reuse_damage, step_weights
+from tc_lightning.learn.objectives.superposition import RouterSuperposition
+from tc_lightning.measure.step_effect import step_effect
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.guidance import Guidance
 from tc_lightning.policies.routers import router_steps
-from tc_lightning.sampling import full_plan, labels_for, model_signature, noise_for, sample_steps
-from tc_lightning.step_effect import step_effect
-from tc_lightning.superposition import full_eps, mixed_branches_eps
-from tc_lightning.training.objectives.base import Batch, Task
-from tc_lightning.training.objectives.rollout import RouterRollout
-from tc_lightning.training.objectives.routers import CAP, MEASURE_SEED, WEIGHTINGS, RouterObjective, reuse_damage, step_weights
-from tc_lightning.training.objectives.superposition import RouterSuperposition
+from tc_lightning.rollout.sampling import full_plan, labels_for, model_signature, noise_for, sample_steps
 
 TEACHER = make_teacher(0, depth=3, in_channels=2, hidden_size=16)
 T, L, GUIDANCE = 5, 3, Guidance(1.5, 1)

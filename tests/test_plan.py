@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps
 
-from tc_lightning.costs import macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.diffusion.table import SamplerStep, SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature
-from tc_lightning.sampling import reference_plan
-from tc_lightning.segments import Segment, compute, partial, reuse, skip
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import macs_speedup
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.sampler_table import SamplerStep, SamplerTable
+from tc_lightning.plan.segments import Segment, compute, partial, reuse, skip
+from tc_lightning.plan.signature import ModelSignature
+from tc_lightning.rollout.sampling import reference_plan
 
 PLAN = make_plan(SIGNATURE, policy="test", arguments={"share": 0.1, "names": ["a"]})
 
@@ -387,7 +389,7 @@ def test_plans_need_no_torch(tmp_path):
     script = (
         "import sys; from pathlib import Path\n"
         "sys.modules |= dict.fromkeys(('torch', 'lightning', 'numpy', 'onnx'))\n"
-        "from tc_lightning.plan import CachePlan; from tc_lightning.costs import macs_speedup\n"
+        "from tc_lightning.plan.cache_plan import CachePlan; from tc_lightning.plan.costs import macs_speedup\n"
         "plan = CachePlan.load(Path(sys.argv[1])); print(plan.digest, macs_speedup(plan) > 1)\n"
     )
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "plan.json"], capture_output=True, text=True, check=False)

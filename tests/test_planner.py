@@ -12,18 +12,21 @@ import pytest
 import torch
 from conftest import make_teacher
 
+from export.plan import _parse, fabric_of, policy_of
+from export.plan import main as plan_command
 from tc_lightning.cli import _user_error
-from tc_lightning.costs import macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, RunError, TokenCacheError
+from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan, Guidance
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import macs_speedup
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import skip
 from tc_lightning.planner import bench as bench_module
 from tc_lightning.planner.bench import Bench
-from tc_lightning.planner.command import _parse, fabric_of, policy_of
-from tc_lightning.planner.command import main as plan_command
 from tc_lightning.planner.fit import fit_sampler
-from tc_lightning.planner.front import FrontPoint, write_front
+from tc_lightning.planner.front import write_front
 from tc_lightning.planner.pilot import images
 from tc_lightning.planner.policy import PlannerPolicy
 from tc_lightning.planner.price import ClockPrice, SharedPrice, macs_price
@@ -33,11 +36,10 @@ from tc_lightning.planner.search import Search
 from tc_lightning.planner.shapes import Shape, at_count, fewer_steps, fill, grid, halves, neighbours, variations
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.policies.base import PlanningContext
+from tc_lightning.policies.choice import FrontPoint
 from tc_lightning.policies.pruned_steps import PrunedStep
-from tc_lightning.ranks import ALONE, Ranks
-from tc_lightning.sampling import full_plan, model_signature, sample
-from tc_lightning.scores import Scores, sampler_digest
-from tc_lightning.segments import skip
+from tc_lightning.rollout.ranks import ALONE, Ranks
+from tc_lightning.rollout.sampling import full_plan, model_signature, sample
 
 GUIDANCE = Guidance(1.5, 3)
 STEPS = 12

@@ -12,15 +12,18 @@ import torch
 from conftest import make_teacher
 from jsonargparse import ArgumentParser
 
-from export.compiler import export_artefact
-from tc_lightning.calibrate import calibrate
-from tc_lightning.calibration import Calibration
-from tc_lightning.costs import macs_speedup, plan_macs
+from export.compiler.compile import export_artefact
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.evaluation import RolloutEvaluator
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature
+from tc_lightning.measure.calibrate import calibrate
+from tc_lightning.measure.calibration import Calibration
+from tc_lightning.measure.scores import Scores, sampler_digest
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import macs_speedup, plan_macs
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.segments import BRANCHES, compute, partial, reuse, skip
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext, Policy
 from tc_lightning.policies.delta_dit import DeltaDiTPolicy
 from tc_lightning.policies.dp_placement import DPPlacementPolicy, interval_costs, place_full_steps
@@ -34,9 +37,8 @@ from tc_lightning.policies.taylorseer import TaylorSeerPolicy
 from tc_lightning.policies.toca import ToCaPolicy, toca_full_steps, toca_tokens
 from tc_lightning.policies.tokencache_v1 import TokenCacheV1Policy
 from tc_lightning.policies.whole_steps import affordable_interval, interval_steps
-from tc_lightning.sampling import full_plan, model_signature, noise_for, sample
-from tc_lightning.scores import Scores, sampler_digest
-from tc_lightning.segments import BRANCHES, compute, partial, reuse, skip
+from tc_lightning.rollout.evaluation import RolloutEvaluator
+from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample
 
 XL = ModelSignature("dit", 28, 256, 1152, 16, 4608, 2, 4, 8, 32, 1000, "0" * 64)
 

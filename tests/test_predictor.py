@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tc_lightning.predictor import INITIAL_IMPORTANCE, CachePredictor, RouterPredictor, RouterTable
+from tc_lightning.models.predictor import INITIAL_IMPORTANCE, CachePredictor, RouterPredictor, RouterTable
 
 
 def test_starts_between_computing_and_reusing() -> None:

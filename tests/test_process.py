@@ -18,12 +18,13 @@ import onnxruntime as ort
 import pytest
 from test_runtime import rewrite_manifest
 
-from export import cuda_provider, sample, sessions, verify
-from export.cuda_provider import Lane, RuntimeUnavailableError
-from export.manifest import ArtefactError, read_manifest
-from export.runtime import CachedSampler
-from export.schedule import CONDITION
-from export.symbolic import ONNXRUNTIME
+from export import sample, verify
+from export.compiler.symbolic import ONNXRUNTIME
+from export.runtime import cuda_provider, sessions
+from export.runtime.cuda_provider import Lane, RuntimeUnavailableError
+from export.runtime.layout import CONDITION
+from export.runtime.manifest import ArtefactError, read_manifest
+from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError
 
 LABELS = [0, 3, 1]
@@ -304,8 +305,8 @@ def test_everything_is_put_on_the_device_that_was_asked_for(artefact, monkeypatc
         return ort.InferenceSession(str(path), plain, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", on_the_cpu_after_all)
-    monkeypatch.setattr("export.runtime.open_session", open_on_the_cpu)
-    monkeypatch.setattr("export.runtime.prepare", lambda *given: asked.append((given[0], given[2])))
+    monkeypatch.setattr("export.runtime.sampler.open_session", open_on_the_cpu)
+    monkeypatch.setattr("export.runtime.sampler.prepare", lambda *given: asked.append((given[0], given[2])))
     manifest = read_manifest(artefact)
     assert all(program["graph"] == name for name, program in manifest["programs"].items())  # as if exported for CUDA
     sampler = CachedSampler(artefact, provider="cuda", device=3, manifest=manifest)

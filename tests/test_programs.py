@@ -7,12 +7,12 @@ import sys
 import pytest
 from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_modes, random_steps
 
-from export.programs import FULL as STEP_FULL
-from export.programs import computed_tokens, lower, merge
-from tc_lightning.dataflow import Entry, is_updated, is_written, trace
+from export.runtime.programs import FULL as STEP_FULL
+from export.runtime.programs import computed_tokens, lower, merge
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.plan import CachePlan
-from tc_lightning.segments import Segment, compute, content, partial, reuse, skip
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.dataflow import Entry, is_updated, is_written
+from tc_lightning.plan.segments import Segment, compute, content, partial, reuse, skip
 
 SPAN = Entry("span", 0, 4)
 SKIP = (skip(0, 4, 1),)
@@ -138,7 +138,7 @@ def test_schedule_delivers_the_values_that_the_plan_defines(seed, modes):
     """Run the schedule on buffers of plain labels: every read must find what the definition of a cache says it finds."""
     steps = EVERY_MODE if seed == 0 else random_steps(seed, num_steps=12)
     plan = make_plan(SIGNATURE, steps, modes=random_modes(seed, len(steps)) if modes else "")
-    lowered, flows = lower(plan, "cpu"), trace(plan)
+    lowered, flows = lower(plan, "cpu"), plan.flows
     buffers = {e.name: [None] * n for e, n in lowered.slots.items()}
     programs = {p.name: p for p in lowered.programs}
     assert len(lowered.bindings) == plan.num_steps
@@ -186,7 +186,7 @@ def test_computed_tokens():
 def test_lowering_needs_no_torch():
     script = (
         "import sys; sys.modules |= dict.fromkeys(('torch', 'onnx', 'onnxruntime', 'lightning'))\n"
-        "import export.programs, export.explain, export.benchmark_plans, tc_lightning.costs; print('fine')\n"
+        "import export.runtime.programs, export.compiler.explain, export.bench.plans, tc_lightning.plan.costs; print('fine')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout == "fine\n", done.stderr

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from export.fidelity import Fidelity
-from tc_lightning.psnr import MOST_DB, data_range, psnr, psnr_db
+from export.compiler.fidelity import Fidelity
+from tc_lightning.measure.psnr import MOST_DB, data_range, psnr, psnr_db
 
 RNG = np.random.default_rng(5)
 

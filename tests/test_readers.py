@@ -22,21 +22,21 @@ from hypothesis import strategies as st
 from mutations import damaged, quickly
 from safetensors.torch import save
 
-from export.compiler import export_artefact
-from export.contract import planned, read_artefact
-from export.manifest import ArtefactError, _self_digest
-from export.programs import lower
-from export.schedule import lay_out
-from tc_lightning.calibration import Calibration
-from tc_lightning.content_predictor import ContentPredictor, Selector
+from export.compiler.compile import export_artefact
+from export.runtime.contract import planned, read_artefact
+from export.runtime.layout import lay_out
+from export.runtime.manifest import ArtefactError, _self_digest
+from export.runtime.programs import lower
 from tc_lightning.errors import PlanError, RunError, TokenCacheError
+from tc_lightning.measure.calibration import Calibration
+from tc_lightning.measure.scores import Scores
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, save_teacher
+from tc_lightning.models.content_predictor import ContentPredictor, Selector
 from tc_lightning.models.dit import DiT, DiTConfig
-from tc_lightning.plan import CachePlan
-from tc_lightning.runs import read_run, write_run
-from tc_lightning.scores import Scores
-from tc_lightning.segments import compute, content, partial, reuse, skip
-from tc_lightning.targets import TargetKey, cached_targets
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.segments import compute, content, partial, reuse, skip
+from tc_lightning.rollout.targets import TargetKey, cached_targets
+from tc_lightning.runs.folder import read_run, write_run
 
 TINY = DiTConfig(input_size=4, patch_size=2, in_channels=1, hidden_size=8, depth=1, num_heads=1, num_classes=2)
 # What a manifest may say without the runtime going by it.

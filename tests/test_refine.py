@@ -15,16 +15,17 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher
 from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan, Guidance
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import compute, skip
 from tc_lightning.planner import gradients, refine
 from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.pilot import dealt, difficulty, images, stratified
 from tc_lightning.planner.refine import coefficients, moved, refine_sampler, solve
 from tc_lightning.planner.robust import TAIL, robust_mean, robust_weights, weighted_median
 from tc_lightning.planner.target import TargetRun, run_target
-from tc_lightning.ranks import ALONE, Ranks
-from tc_lightning.sampling import Rollout, full_plan, model_signature, sample
-from tc_lightning.segments import compute, skip
+from tc_lightning.rollout.ranks import ALONE, Ranks
+from tc_lightning.rollout.sampling import Rollout, full_plan, model_signature, sample
 
 GUIDANCE = Guidance(1.5, 1)
 SHIPPED = TeacherSpec(str(Path(__file__).parents[1] / "data" / "digits_dit.safetensors"))

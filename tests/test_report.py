@@ -15,7 +15,9 @@ from conftest import FULL, make_plan, make_teacher
 from test_commands import make_run
 from test_content import content_plan, make_selector
 
-from export import compiler, fidelity, manifest, weight_files
+from export.compiler import compile as compiler
+from export.compiler import fidelity, weight_files
+from export.compiler.weight_files import WeightFiles
 from export.report import command, quality, verdict
 from export.report.judge import Judge, find_judge
 from export.report.measure import Exported, Failed, Made, Requests, export, make_in_turns
@@ -35,20 +37,20 @@ from export.report.subjects import (
     published,
     rounded_down,
 )
-from export.runtime import Result
+from export.runtime import manifest
+from export.runtime.sampler import Result
 from export.torch_device import torch_device
-from export.weight_files import WeightFiles
 from tc_lightning.cli import main
-from tc_lightning.context import load_run, planning_context
-from tc_lightning.costs import full_step_macs, plan_macs
 from tc_lightning.errors import PlanError, RunError, TokenCacheError
-from tc_lightning.plan import CachePlan
+from tc_lightning.measure.scores import Scores, sampler_digest
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import full_step_macs, plan_macs
+from tc_lightning.plan.segments import compute, partial, skip
 from tc_lightning.policies.registry import standard_policies
-from tc_lightning.runs import read_run
-from tc_lightning.sampling import full_plan, labels_for, model_signature, noise_for, reference_plan, sample
-from tc_lightning.scores import Scores, sampler_digest
-from tc_lightning.segments import compute, partial, skip
-from tc_lightning.targets import TargetKey, cached_targets, compute_targets
+from tc_lightning.rollout.sampling import full_plan, labels_for, model_signature, noise_for, reference_plan, sample
+from tc_lightning.rollout.targets import TargetKey, cached_targets, compute_targets
+from tc_lightning.runs.folder import read_run
+from tc_lightning.runs.loaded import load_run, planning_context
 
 STEPS = tuple(FULL if i in (0, 1, 2, 4, 7) else (skip(0, 4, 1),) for i in range(10))
 RNG = np.random.default_rng(0)
@@ -603,7 +605,7 @@ def test_plan_maps_show_every_mode(teacher, tmp_path):
 
 def test_plan_maps_tell_the_halves_of_guidance(teacher):
     from export.report.figures import HALVES, LIGHT, plan_maps
-    from tc_lightning.guidance import GuidanceMode
+    from tc_lightning.plan.guidance import GuidanceMode
 
     both = make_plan(teacher, (FULL,) * 3)
     fewer = dataclasses.replace(both, guidance_modes=(GuidanceMode(), GuidanceMode("forecast", 0), GuidanceMode("cond")))

@@ -11,15 +11,16 @@ import pytest
 from test_cli import distil, workplace  # noqa: F401 (a fixture)
 from test_distiller import fit, make_teacher
 
-from tc_lightning.calibrate import NAME
-from tc_lightning.calibration import Calibration
 from tc_lightning.cli import main
-from tc_lightning.plan import CachePlan
+from tc_lightning.measure.calibrate import NAME
+from tc_lightning.measure.calibration import Calibration
+from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.policies import registry
-from tc_lightning.policies.base import PlanChoice, PlanningContext
+from tc_lightning.policies.base import PlanningContext
+from tc_lightning.policies.choice import PlanChoice
 from tc_lightning.policies.dp_placement import DPPlacementPolicy
 from tc_lightning.policies.fora import FORAPolicy
-from tc_lightning.runs import find_run
+from tc_lightning.runs.folder import find_run
 
 SMALL = ["--images", "2", "--batch", "2", "--budgets", "1.5", "--front", "1"]
 REACHED = {"digits_v2.yaml": "1.15", "digits_l2c.yaml": "1.2", "digits_router.yaml": "1.2"}  # by so small a teacher

@@ -5,18 +5,20 @@ import pytest
 import torch
 from conftest import SIGNATURE, make_teacher
 
-from tc_lightning.costs import block_macs, full_step_macs, plan_macs, step_macs
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
-from tc_lightning.evaluation import RolloutEvaluator
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature
+from tc_lightning.measure.scores import Scores, sampler_digest
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import block_macs, full_step_macs, plan_macs, step_macs
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import compute, reuse
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.harmonica import HarmoniCaPolicy
 from tc_lightning.policies.learning_to_cache import LearningToCachePolicy
 from tc_lightning.policies.routers import RouterPolicy, lowest_within_budget, router_steps
-from tc_lightning.sampling import full_plan, model_signature, noise_for, sample
-from tc_lightning.scores import Scores, sampler_digest
-from tc_lightning.segments import compute, reuse
+from tc_lightning.rollout.evaluation import RolloutEvaluator
+from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample
 
 T, L, N = 6, SIGNATURE.depth, SIGNATURE.tokens
 SAMPLER, GUIDANCE = make_sampler("ddim", T), Guidance(1.5, 3)

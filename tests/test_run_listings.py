@@ -10,7 +10,7 @@ import pytest
 from tc_lightning.errors import RunError
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, save_teacher, teacher_digest
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
-from tc_lightning.runs import read_run, write_run
+from tc_lightning.runs.folder import read_run, write_run
 
 TINY = DiTConfig(input_size=4, patch_size=2, in_channels=1, hidden_size=8, depth=1, num_heads=1, num_classes=2)
 

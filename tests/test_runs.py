@@ -13,16 +13,16 @@ from conftest import make_teacher
 from test_content import content_plan, make_selector
 from test_report import finished_run
 
-from tc_lightning.calibrate import IMAGES, NAME, SEED, calibrate, run_calibration
-from tc_lightning.calibration import Calibration
-from tc_lightning.context import load_run, planning_context
 from tc_lightning.errors import PlanError, RunError
+from tc_lightning.measure.calibrate import IMAGES, NAME, SEED, calibrate, run_calibration
+from tc_lightning.measure.calibration import Calibration
+from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.checkpoints import TeacherSpec, save_teacher
-from tc_lightning.plan import CachePlan
-from tc_lightning.runs import ABLATION, CONTENT, FIT, find_run, read_run, write_run
-from tc_lightning.sampling import labels_for, noise_for
-from tc_lightning.scores import Scores, sampler_digest
-from tc_lightning.targets import TargetKey, compute_targets
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.rollout.sampling import labels_for, noise_for
+from tc_lightning.rollout.targets import TargetKey, compute_targets
+from tc_lightning.runs.folder import ABLATION, CONTENT, FIT, find_run, read_run, write_run
+from tc_lightning.runs.loaded import load_run, planning_context
 
 
 def empty_run(root: Path, name: str, age: int, **more: str) -> Path:

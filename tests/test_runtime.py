@@ -14,16 +14,16 @@ import onnxruntime as ort
 import pytest
 from conftest import FULL, make_plan, make_teacher
 
-from export.compiler import export_artefact
-from export.manifest import ArtefactError, _self_digest, read_manifest, sha256_of
-from export.request import outside_the_fit
-from export.runtime import CachedSampler
-from export.sessions import RuntimeUnavailableError, packed_graphs
-from tc_lightning.costs import cache_bytes_per_image
+from export.compiler.compile import export_artefact
+from export.runtime.manifest import ArtefactError, _self_digest, read_manifest, sha256_of
+from export.runtime.request import outside_the_fit
+from export.runtime.sampler import CachedSampler
+from export.runtime.sessions import RuntimeUnavailableError, packed_graphs
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.plan import Guidance
-from tc_lightning.segments import skip
+from tc_lightning.plan.costs import cache_bytes_per_image
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import skip
 
 LABELS = [0, 3, 1]
 
@@ -378,7 +378,7 @@ def test_other_sessions_of_the_process_are_left_alone(artefact, sampler):
     """A serving process has other models: a decoder, for one, loaded with options of its own, before or after."""
     ort.InferenceSession(str(artefact / "condition.onnx"), providers=["CPUExecutionProvider"])
     script = (
-        "import sys, onnxruntime as ort; from export.runtime import CachedSampler\n"
+        "import sys, onnxruntime as ort; from export.runtime.sampler import CachedSampler\n"
         "load = lambda: ort.InferenceSession(sys.argv[1] + '/condition.onnx', providers=['CPUExecutionProvider'])\n"
         "load(); CachedSampler(sys.argv[1], threads=1).sample([0]); CachedSampler(sys.argv[1], threads=2).sample([0]); load()\n"
     )
@@ -446,7 +446,7 @@ def test_runtime_needs_numpy_and_onnxruntime_alone(artefact, sampler):
     blocked = ("torch", "lightning", "onnx", "safetensors", "datasets", "sklearn", "PIL")
     script = (
         f"import sys; sys.modules |= dict.fromkeys({blocked})\n"
-        "from export.runtime import CachedSampler\n"
+        "from export.runtime.sampler import CachedSampler\n"
         "result = CachedSampler(sys.argv[1]).sample([0, 3, 1], seed=7)\n"
         "sys.stdout.buffer.write(result.latents.tobytes())\n"
     )

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from tc_lightning.diffusion.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, dpmpp_3m, make_sampler
 from tc_lightning.diffusion.schedule import SPACINGS, NoiseSchedule
-from tc_lightning.diffusion.table import SamplerStep, SamplerTable
 from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.plan.sampler_table import SamplerStep, SamplerTable
 
 SCHEDULE = NoiseSchedule()
 Eps = Callable[[Tensor, int], Tensor]
 
 
 def apply(table: SamplerTable, x: Tensor, eps: Eps, noise: Callable[[int], Tensor] | None = None) -> Tensor:
-    """The equations of `tc_lightning.diffusion.table`, and nothing else."""
+    """The equations of `tc_lightning.plan.sampler_table`, and nothing else."""
     m_prev = m_prev2 = torch.zeros_like(x)
     for i, s in enumerate(table.steps):
         m = s.m_x * x + s.m_eps * eps(x, i)

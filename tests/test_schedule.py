@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 from conftest import SIGNATURE, make_plan, random_steps
 
-from export.benchmark_plans import benchmark_plans
-from export.buffers import MOST_GRAPHS
-from export.programs import lower
-from export.schedule import PAST, Run, Spec, graphed, lay_out, read_first, sampling_runs, split_steps
-from tc_lightning.costs import entry_rows, entry_shape
-from tc_lightning.plan import CachePlan, ModelSignature
+from export.bench.plans import benchmark_plans
+from export.runtime.buffers import MOST_GRAPHS
+from export.runtime.layout import PAST, Run, Spec, graphed, lay_out, read_first, sampling_runs, split_steps
+from export.runtime.programs import lower
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import entry_rows, entry_shape
+from tc_lightning.plan.signature import ModelSignature
 
 COMMON = ["x", "step", "first_bad", "first_step", "mods", "rows", "guidance"]
 NEXT = ["x_next", "step_next", "first_bad_next"]

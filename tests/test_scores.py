@@ -7,8 +7,8 @@ import pytest
 
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import RunError
-from tc_lightning.figures import importance_figure, router_figure, sensitivity_figure
-from tc_lightning.scores import Scores, sampler_digest
+from tc_lightning.measure.figures import importance_figure, router_figure, sensitivity_figure
+from tc_lightning.measure.scores import Scores, sampler_digest
 
 
 def arrays(T: int = 5, L: int = 3, N: int = 16) -> tuple[np.ndarray, np.ndarray]:

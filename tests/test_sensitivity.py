@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tc_lightning.cache import Step, run_blocks
-from tc_lightning.dataflow import Entry
+from tc_lightning.cache.semantics import Step, run_blocks
+from tc_lightning.cache.soft_network import enter, guided_eps
+from tc_lightning.measure.sensitivity import branch_sensitivity, probes_for, token_sensitivity
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
-from tc_lightning.plan import Guidance
-from tc_lightning.segments import BRANCHES, Segment, compute, reuse
-from tc_lightning.sensitivity import branch_sensitivity, probes_for, token_sensitivity
-from tc_lightning.superposition import enter, guided_eps
+from tc_lightning.plan.dataflow import Entry
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import BRANCHES, Segment, compute, reuse
 
 CONFIG = DiTConfig(input_size=8, in_channels=2, hidden_size=24, depth=3, num_heads=2, num_classes=5, learn_sigma=True)
 GUIDANCES = [Guidance(1.0, 2), Guidance(1.5, 2), Guidance(4.0, 1)]

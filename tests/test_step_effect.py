@@ -4,13 +4,14 @@ import pytest
 import torch
 from conftest import make_plan, make_teacher
 
+from tc_lightning.cache.soft_network import enter, guided_eps
 from tc_lightning.diffusion.update import advance, coefficients
+from tc_lightning.measure.step_effect import step_effect
 from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan, Guidance
-from tc_lightning.sampling import sample_steps
-from tc_lightning.segments import compute, skip
-from tc_lightning.step_effect import step_effect
-from tc_lightning.superposition import enter, guided_eps
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import compute, skip
+from tc_lightning.rollout.sampling import sample_steps
 
 T, GUIDED = 4, Guidance(2.5, 1)
 MODEL = make_teacher(1, input_size=4, in_channels=2, hidden_size=16, depth=2).double()

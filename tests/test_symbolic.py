@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from conftest import FULL, make_plan, make_teacher
 from torch import Tensor, nn
 
-from export.compiler import export_artefact, write_unproved
-from export.programs import lower
-from export.symbolic import ExportError, Graph, Weights
-from export.torch_functions import ANSWERS
-from export.torch_shapes import lookup
-from export.traced import skeleton
-from export.weights import place_weights, write_weights
-from tc_lightning.lean import attend, put, take, time_features
+from export.compiler.compile import export_artefact, write_unproved
+from export.compiler.symbolic import ExportError, Graph, Weights
+from export.compiler.torch_functions import ANSWERS
+from export.compiler.torch_shapes import lookup
+from export.compiler.traced import skeleton
+from export.compiler.weights import place_weights, write_weights
+from export.runtime.programs import lower
 from tc_lightning.models.dit import DiT
-from tc_lightning.segments import skip
+from tc_lightning.models.lean import attend, put, take, time_features
+from tc_lightning.plan.segments import skip
 
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 INDEX = torch.tensor([2, 0])

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 from conftest import SIGNATURE
 
-from tc_lightning.costs import full_step_macs, macs_speedup, selector_macs, step_macs
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, Guidance
+from tc_lightning.measure.scores import Scores, sampler_digest
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import full_step_macs, macs_speedup, selector_macs, step_macs
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import compute, content, partial, skip
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.tokencache_v2 import TokenCacheV2Policy, block_keeps, kept_segments, percentile_steps
-from tc_lightning.scores import Scores, sampler_digest
-from tc_lightning.segments import compute, content, partial, skip
 
 T, L, N = 10, 4, 16
 SAMPLER, GUIDANCE = make_sampler("ddim", T), Guidance(1.5, 3)

@@ -11,20 +11,21 @@ import torch
 from conftest import Steps, make_plan
 from toy import make_toy
 
-from export.compiler import export_artefact
-from export.manifest import read_manifest
-from export.parity import relative_l2
-from export.runtime import CachedSampler
-from tc_lightning.calibrate import calibrate
-from tc_lightning.costs import block_macs, segment_macs
-from tc_lightning.dataflow import Entry, entries_read
+from export.compiler.compile import export_artefact
+from export.compiler.parity import relative_l2
+from export.runtime.manifest import read_manifest
+from export.runtime.sampler import CachedSampler
+from tc_lightning.cache.soft_network import full_eps, mixed_branches_eps, mixed_eps
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, Guidance
+from tc_lightning.measure.calibrate import calibrate
+from tc_lightning.measure.sensitivity import branch_sensitivity, probes_for
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import block_macs, segment_macs
+from tc_lightning.plan.dataflow import Entry, entries_read
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import compute, partial, reuse, skip
 from tc_lightning.policies.routers import router_steps
-from tc_lightning.sampling import full_plan, model_signature, noise_for, sample, sample_steps
-from tc_lightning.segments import compute, partial, reuse, skip
-from tc_lightning.sensitivity import branch_sensitivity, probes_for
-from tc_lightning.superposition import full_eps, mixed_branches_eps, mixed_eps
+from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample, sample_steps
 
 TOY, NAMES, GUIDANCE = make_toy(), ("look", "widen", "shade"), Guidance(1.5, 3)
 SIGNATURE = model_signature(TOY)

@@ -4,18 +4,20 @@ import numpy as np
 import pytest
 import torch
 
-from tc_lightning.costs import block_macs, full_step_macs, macs_speedup, plan_macs, step_macs
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
-from tc_lightning.evaluation import RolloutEvaluator
+from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
-from tc_lightning.plan import CachePlan, Guidance
-from tc_lightning.policies.base import PlanChoice, PlanningContext
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import block_macs, full_step_macs, macs_speedup, plan_macs, step_macs
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import compute, partial, reuse, skip
+from tc_lightning.policies.base import PlanningContext
+from tc_lightning.policies.choice import PlanChoice
 from tc_lightning.policies.pruned_steps import KINDS, PrunedStep, best_edges, best_window, top_tokens
 from tc_lightning.policies.tprr import Rounds, TPRRPolicy, tprr_plan
-from tc_lightning.sampling import full_plan, model_signature, noise_for, sample
-from tc_lightning.scores import Scores, sampler_digest
-from tc_lightning.segments import compute, partial, reuse, skip
+from tc_lightning.rollout.evaluation import RolloutEvaluator
+from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample
 
 CONFIG = DiTConfig(input_size=8, patch_size=2, in_channels=1, hidden_size=16, depth=4, num_heads=2, num_classes=5, learn_sigma=False)
 L, N, T = 4, 16, 10

@@ -27,9 +27,9 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TokenCacheError, TrajectoryError
 from tc_lightning.models.checkpoints import teacher_digest
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
-from tc_lightning.noise import initial_noise
-from tc_lightning.plan import Guidance
-from tc_lightning.sampling import full_plan, labels_for, model_signature, noise_for, sample_steps
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.rollout.noise import initial_noise
+from tc_lightning.rollout.sampling import full_plan, labels_for, model_signature, noise_for, sample_steps
 
 CPU = torch.device("cpu")
 STEPS = 4

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tc_lightning.lean import attend, patch_tokens, take
 from tc_lightning.models.dit import DiTConfig, signature_of
 from tc_lightning.models.embedders import LabelEmbedder, TimestepEmbedder
+from tc_lightning.models.lean import attend, patch_tokens, take
 from tc_lightning.models.network import Block, KeyValue, Network, See
-from tc_lightning.plan import ModelSignature
+from tc_lightning.plan.signature import ModelSignature
 
 
 class Terms(NamedTuple):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from export.compiler.weight_files import WeightFiles
 from export.report import measure
 from export.report.judge import Judge, find_judge
 from export.report.page import page
@@ -35,13 +36,12 @@ from export.report.subjects import (
     rounded_down,
 )
 from export.report.verdict import compare, headline, sentences
-from export.weight_files import WeightFiles
-from tc_lightning.context import LoadedRun, planning_context
-from tc_lightning.costs import macs_speedup
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.evaluation import RolloutEvaluator
-from tc_lightning.plan import CachePlan
-from tc_lightning.targets import TargetKey, Targets, cached_targets
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import macs_speedup
+from tc_lightning.rollout.evaluation import RolloutEvaluator
+from tc_lightning.rollout.targets import TargetKey, Targets, cached_targets
+from tc_lightning.runs.loaded import LoadedRun, planning_context
 
 FORMAT_VERSION = 1
 PLANNING_IMAGES = 4

@@ -20,11 +20,11 @@ from export import command
 from export.folders import replacing_folder
 from export.report.build import NOTICE, Settings, build_report
 from export.torch_device import torch_device
-from tc_lightning.context import load_run
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.policies.base import Policy
 from tc_lightning.policies.registry import standard_policies
-from tc_lightning.runs import find_run, read_run
+from tc_lightning.runs.folder import find_run, read_run
+from tc_lightning.runs.loaded import load_run
 
 SEED = 6_180_339_887  # far from the seeds that people choose for training
 DEFAULT_IMAGES, DEFAULT_BATCH, DEFAULT_FRONT = 16, 8, 9

@@ -20,8 +20,8 @@ from PIL import Image
 from export.grid import difference_pixels, to_pixels
 from export.report.rows import TARGETS, Row, by_group
 from export.report.subjects import FEWER, PLANNED, PUBLISHED
-from tc_lightning.plan import CachePlan
-from tc_lightning.segments import MODES
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.segments import MODES
 
 GAIN, GAP, SMALLEST = 10.0, 1, 64
 MARKERS = "osv^D<>Pphd8"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from export.report.quality import visible
 from tc_lightning.errors import TokenCacheError, first_line
-from tc_lightning.plan import ModelSignature
+from tc_lightning.plan.signature import ModelSignature
 
 # Real images of teachers that ship, by the sha256 of their weights; for any other teacher the user names some with --real.
 SHIPPED = {"8db424b0b628ee0bb22d8504d4f47ff15e5dd8e5d69754b5741fd645599e5f9a": "data.digits:load_digits"}

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from export.compiler import write_sharing
-from export.manifest import read_manifest
-from export.parity import prove, require_parity, trajectory_error
-from export.programs import lower
+from export.compiler.compile import write_sharing
+from export.compiler.parity import prove, require_parity, trajectory_error
+from export.compiler.weight_files import WeightFiles
 from export.report.subjects import Subject
-from export.runtime import CachedSampler
-from export.sessions import CONDITION, WEIGHTS
-from export.weight_files import WeightFiles
+from export.runtime.manifest import read_manifest
+from export.runtime.programs import lower
+from export.runtime.sampler import CachedSampler
+from export.runtime.sessions import CONDITION, WEIGHTS
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.noise import drawn_labels
+from tc_lightning.rollout.noise import drawn_labels
 
 PROOF_IMAGES = 1
 ROOM = 0.5  # of the free memory, for samplers that stay loaded between their turns
@@ -54,7 +54,7 @@ class Requests:
     """The images that are made.
 
     Args:
-        seed: seed of the noise and of the labels, which are drawn (`tc_lightning.noise.drawn_labels`).
+        seed: seed of the noise and of the labels, which are drawn (`tc_lightning.rollout.noise.drawn_labels`).
         images: how many.
         batch: images a request.
     """

@@ -12,7 +12,7 @@ from typing import Any
 from export.report.pictures import Pictures, Strip
 from export.report.rows import TARGETS
 from export.report.style import CSS
-from tc_lightning.targets import ODE_STEPS
+from tc_lightning.rollout.targets import ODE_STEPS
 
 Value = Callable[[dict[str, Any]], str]
 GROUPS = {

@@ -12,9 +12,9 @@ from export.report.quality import visible
 from export.report.rows import TARGETS, Row, by_group
 from export.report.subjects import FEWER, PLANNED, PUBLISHED
 from export.report.verdict import best, planned_for
-from tc_lightning.figures import importance_figure
-from tc_lightning.scores import Scores
-from tc_lightning.targets import Targets
+from tc_lightning.measure.figures import importance_figure
+from tc_lightning.measure.scores import Scores
+from tc_lightning.rollout.targets import Targets
 
 FOLDER = "figures"
 COLUMNS = 8  # images in a strip

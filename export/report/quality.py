@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tc_lightning.errors import TokenCacheError, first_line
-from tc_lightning.models.dit import DiT
-from tc_lightning.psnr import is_pixels
-from tc_lightning.sampling import device_of
+from tc_lightning.measure.psnr import is_pixels
+from tc_lightning.models.network import Network
+from tc_lightning.rollout.sampling import device_of
 
 FEATURE_TIME = 50.0  # of 1,000: nearly clean, which is what the final latents are
 SSIM_SIDE = 6  # the window of SSIM (sigma 1.5, 11 pixels) cannot be mirrored around smaller images
@@ -41,7 +41,7 @@ def ssim(actual_BCHW: np.ndarray, expected_BCHW: np.ndarray, span: float) -> np.
 
 
 @torch.no_grad()
-def teacher_features(model: DiT, latents_BCHW: np.ndarray, labels_B: Tensor, batch: int = 32) -> np.ndarray:
+def teacher_features(model: Network, latents_BCHW: np.ndarray, labels_B: Tensor, batch: int = 32) -> np.ndarray:
     """Tokens after the teacher's middle block at a small time and the image's class, averaged over tokens, [B, D] float64."""
     device, parts = device_of(model), []
     for x, y in zip(torch.from_numpy(latents_BCHW).split(batch), labels_B.split(batch), strict=True):

@@ -14,9 +14,9 @@ from export.report.judge import Judge
 from export.report.measure import Exported, Made
 from export.report.quality import InceptionFID, frechet_distance, ssim, teacher_features, visible
 from export.report.subjects import Subject
-from tc_lightning.models.dit import DiT
-from tc_lightning.psnr import data_range, psnr, squared_errors
-from tc_lightning.targets import Targets
+from tc_lightning.measure.psnr import data_range, psnr, squared_errors
+from tc_lightning.models.network import Network
+from tc_lightning.rollout.targets import Targets
 
 TARGETS = {"ode": "converged ODE", "reference": "reference run"}
 
@@ -65,7 +65,7 @@ class Ruler:
         TokenCacheError: if the Inception weights cannot be used.
     """
 
-    def __init__(self, model: DiT, targets: Targets, judge: Judge | None, inception: Path | None) -> None:
+    def __init__(self, model: Network, targets: Targets, judge: Judge | None, inception: Path | None) -> None:
         self.model, self.targets, self.judge = model, targets, judge
         self.reference = targets.reference.numpy()
         self.span = data_range(self.reference)

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tc_lightning.costs import full_step_macs, plan_macs
 from tc_lightning.diffusion.samplers import SAMPLERS, make_sampler
 from tc_lightning.diffusion.schedule import SPACINGS
 from tc_lightning.errors import RunError, TokenCacheError
-from tc_lightning.plan import CachePlan
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import full_step_macs, plan_macs
 from tc_lightning.planner.fewer_steps import NAME as FITTED
 from tc_lightning.planner.fewer_steps import fitted_fewer_steps
-from tc_lightning.planner.front import FOLDER, NAME
+from tc_lightning.planner.front import NAME
 from tc_lightning.policies.base import PlanningContext, Policy
+from tc_lightning.policies.choice import FOLDER
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
 
 REFERENCE, PLANNED, PUBLISHED, FEWER = "reference", "planned", "published", "fewer steps"

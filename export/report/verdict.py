@@ -8,8 +8,8 @@ from typing import Any
 
 from export.report.rows import TARGETS, Row, by_group
 from export.report.subjects import FEWER, PLANNED, PUBLISHED, ROUNDING
-from tc_lightning.costs import full_step_macs, plan_macs
-from tc_lightning.diffusion.table import FITTED
+from tc_lightning.plan.costs import full_step_macs, plan_macs
+from tc_lightning.plan.sampler_table import FITTED
 
 SAME_TIME = 1.03  # an alternative may take this much longer on the clock and still count as equally fast
 THIRD = 1 / 3

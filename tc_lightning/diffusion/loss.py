@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tc_lightning.diffusion.schedule import NoiseSchedule
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 
 
 class DiffusionLoss:
@@ -31,7 +31,7 @@ class DiffusionLoss:
         self.to_xt = ((1 - beta).sqrt() * (1 - previous) / (1 - cumprod)).float()
         self.alpha, self.sigma = cumprod.sqrt().float(), (1 - cumprod).sqrt().float()
 
-    def __call__(self, model: DiT, x0_BCHW: Tensor, y_B: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
+    def __call__(self, model: Network, x0_BCHW: Tensor, y_B: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
         """Mean loss of a batch; `t_B` are integer training steps."""
         alpha, sigma = self._at(self.alpha, t_B, x0_BCHW), self._at(self.sigma, t_B, x0_BCHW)
         xt_BCHW = alpha * x0_BCHW + sigma * noise_BCHW

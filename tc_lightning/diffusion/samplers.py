@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from tc_lightning.diffusion.schedule import NoiseSchedule
-from tc_lightning.diffusion.table import SamplerStep, SamplerTable
 from tc_lightning.errors import TokenCacheError
+from tc_lightning.plan.sampler_table import SamplerStep, SamplerTable
 
 FEW_STEPS = 15  # below it DPM-Solver++ lowers its order before the end, too
 

@@ -1,4 +1,4 @@
-"""Guidance and the sampler's update. The exporter runs them on symbolic values (`export.symbolic`)."""
+"""Guidance and the sampler's update. The exporter runs them on symbolic values (`export.compiler.symbolic`)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tc_lightning.diffusion.table import SamplerStep
+from tc_lightning.plan.sampler_table import SamplerStep
 
 
 class Coefficients(NamedTuple):
-    """Coefficients of one step (`tc_lightning.diffusion.table`): numbers, or scalars looked up in the graph.
+    """Coefficients of one step (`tc_lightning.plan.sampler_table`): numbers, or scalars looked up in the graph.
 
     `past` weighs m_{i-1} and m_{i-2}; None where a weight is known to be 0.
     """

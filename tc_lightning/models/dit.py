@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tc_lightning.errors import TeacherError
-from tc_lightning.lean import attend
 from tc_lightning.models.embedders import FREQUENCIES, LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
+from tc_lightning.models.lean import attend
 from tc_lightning.models.network import Block, KeyValue, Network, See
-from tc_lightning.plan import ModelSignature
-from tc_lightning.segments import Branches
+from tc_lightning.plan.segments import Branches
+from tc_lightning.plan.signature import ModelSignature
 
 NORM_EPS = 1e-6
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
@@ -260,10 +260,6 @@ class DiT(Network):
         grid = self.config.input_size // P
         patches = self.final_layer(z_BND, mod).reshape(-1, grid, grid, P, P, C)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, grid * P, grid * P)
-
-    def eps(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
-        """Predicted noise [B, C, H, W]: the first C channels of the output."""
-        return self(x_BCHW, t_B, y_B)[:, : self.config.in_channels]
 
     def _initialise(self) -> None:
         """Initialisation of the original release: Xavier, and zero for gates and the output (adaLN-Zero)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, nn
 
-from tc_lightning.lean import patch_tokens, time_features
+from tc_lightning.models.lean import patch_tokens, time_features
 
 FREQUENCIES = 256  # width of the sinusoidal timestep features
 

@@ -1,7 +1,7 @@
 """What a network tells the rest of the package, and the one composition of a block.
 
-A family of models is one file that defines a `Network` of `Block`s in ordinary PyTorch. Caching (`tc_lightning.cache`), its soft forms
-for training, measurements and the exporter know no more of it than is said here; names of branches are the family's own.
+A family of models is one file that defines a `Network` of `Block`s in ordinary PyTorch. Caching (`tc_lightning.cache`), its soft
+forms for training, measurements and the exporter know no more of it than is said here; names of branches are the family's own.
 
 Shape suffixes: B batch (both halves of guidance counted), C channels, H W latent height and width, N tokens, n any subset of them,
 D width.
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from tc_lightning.plan import ModelSignature
-from tc_lightning.segments import Branches
+from tc_lightning.plan.segments import Branches
+from tc_lightning.plan.signature import ModelSignature
 
 
 class KeyValue(NamedTuple):
@@ -44,7 +44,7 @@ class Block(nn.Module, ABC):
             name: which branch.
             z_BnD: the tokens to compute.
             mod: the block's terms of the conditioning.
-            at: which tokens these are (`tc_lightning.lean.take`); None for all.
+            at: which tokens these are (`tc_lightning.models.lean.take`); None for all.
             see: where given, what the tokens attend to in place of their own keys and values.
         """
 
@@ -114,3 +114,7 @@ class Network(nn.Module, ABC):
         for block, mod in zip(self.blocks, mods, strict=True):
             z_BND = block(z_BND, mod)
         return self.readout(z_BND, final)
+
+    def eps(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+        """Predicted noise [B, C, H, W]: the first C channels of the output."""
+        return self(x_BCHW, t_B, y_B)[:, : self.config.in_channels]

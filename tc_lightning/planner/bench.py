@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from tc_lightning.diffusion.table import FITTED, SamplerStep, SamplerTable
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan
+from tc_lightning.measure.scores import sampler_digest
+from tc_lightning.models.network import Network
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.sampler_table import FITTED, SamplerStep, SamplerTable
 from tc_lightning.planner.fit import FittedPlan, fit_sampler
 from tc_lightning.planner.price import Price
 from tc_lightning.planner.recipe import Kitchen, Recipe
@@ -21,8 +22,7 @@ from tc_lightning.planner.record import TrialRecord, code_digest
 from tc_lightning.planner.refine import OnPass, refine_sampler
 from tc_lightning.planner.robust import robust_mean_of_all
 from tc_lightning.planner.target import TargetRun
-from tc_lightning.ranks import Ranks
-from tc_lightning.scores import sampler_digest
+from tc_lightning.rollout.ranks import Ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Bench:
     """
 
     def __init__(
-        self, model: DiT, kitchen: Kitchen, price: Price, target: TargetRun, fitted: int, ranks: Ranks, record: Path | None = None
+        self, model: Network, kitchen: Kitchen, price: Price, target: TargetRun, fitted: int, ranks: Ranks, record: Path | None = None
     ) -> None:
         self.model, self.kitchen, self.price, self.target, self.fitted, self.ranks = model, kitchen, price, target, fitted, ranks
         self.record, self._record = record, TrialRecord(record, self._name())

@@ -7,15 +7,15 @@ import dataclasses
 
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
-from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan
+from tc_lightning.models.network import Network
+from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.pilot import images
 from tc_lightning.planner.refine import refine_sampler
 from tc_lightning.planner.robust import robust_mean
 from tc_lightning.planner.shapes import fewer_steps
 from tc_lightning.planner.target import run_target
-from tc_lightning.sampling import full_plan
+from tc_lightning.rollout.sampling import full_plan
 
 NAME = "fewer steps, fitted and refined"
 FIT, JUDGE = 10, 14  # images that spacings are fitted and compared on; the best is refined on both
@@ -23,7 +23,7 @@ REFINEMENTS = 2
 BATCH = 16
 
 
-def fitted_fewer_steps(model: DiT, plan: CachePlan, num_steps: int, progress: str | None = None) -> CachePlan:
+def fitted_fewer_steps(model: Network, plan: CachePlan, num_steps: int, progress: str | None = None) -> CachePlan:
     """Full compute with fewer steps at the spacing of least error, fitted and refined to the images of a plan's reference run.
 
     What the planner does with `cache: none`, for one number of steps, and on images as they come.

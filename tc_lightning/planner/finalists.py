@@ -16,9 +16,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from tc_lightning.costs import cache_bytes_per_image
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import cache_bytes_per_image
 from tc_lightning.planner.recipe import Kind, Recipe
 from tc_lightning.planner.robust import robust_mean
 from tc_lightning.planner.search import Search

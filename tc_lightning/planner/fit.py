@@ -1,6 +1,6 @@
 """Fitting a plan's sampler: coefficients that make up for what fewer calls and cached values change.
 
-A step of the sampler is a weighted sum of x, its m and the last ones (`tc_lightning.diffusion.table`). While a plan runs, the
+A step of the sampler is a weighted sum of x, its m and the last ones (`tc_lightning.plan.sampler_table`). While a plan runs, the
 coefficients of each step are set by least squares, so that x_next comes as near as they can bring it to where the target run is at
 that time, over all pixels of the images that are fitted on; then the step is taken with them, and the next is fitted from there. The
 images are reweighted as for a robust mean: one that has ended up elsewhere would outweigh all others. One run of the plan fits it.
@@ -19,16 +19,16 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from tc_lightning.content_predictor import Selector
-from tc_lightning.diffusion.table import FITTED, SamplerStep, SamplerTable
 from tc_lightning.errors import PlanError, TokenCacheError
-from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan
+from tc_lightning.models.content_predictor import Selector
+from tc_lightning.models.network import Network
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.sampler_table import FITTED, SamplerStep, SamplerTable
 from tc_lightning.planner.memory import images_at_a_time
 from tc_lightning.planner.robust import robust_weights
 from tc_lightning.planner.target import TargetRun
-from tc_lightning.ranks import ALONE, Ranks
-from tc_lightning.sampling import Rollout
+from tc_lightning.rollout.ranks import ALONE, Ranks
+from tc_lightning.rollout.sampling import Rollout
 
 REWEIGHTED = 2  # times that the weights of images are set anew within a step
 RIDGE = 1e-6  # of the features' own squares: the coefficients of an analytic solver are kept where the data says nothing
@@ -45,7 +45,7 @@ class FittedPlan:
 
 @torch.no_grad()
 def fit_sampler(
-    model: DiT,
+    model: Network,
     plan: CachePlan,
     target: TargetRun,
     fitted: int,

@@ -7,55 +7,15 @@ front/<digest>.json   each plan
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from tc_lightning.atomic import write_atomically
-from tc_lightning.costs import macs_speedup
-from tc_lightning.plan import CachePlan
+from tc_lightning.plan.atomic import write_atomically
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.policies.choice import FOLDER, FrontPoint, plan_file
 
-Role = Literal["planned", "fewer steps"]
-FOLDER, NAME, TRIALS = "front", "front.json", "trials.jsonl"
-
-
-@dataclasses.dataclass(frozen=True)
-class FrontPoint:
-    """The best plan of one budget.
-
-    Args:
-        plan: the plan.
-        target: what it was fitted and judged against: `reference` or `ode`.
-        mse: mean squared error of its final latents against that, on images that the search never looked at.
-        stderr: standard error of `mse` over these images.
-        chosen: whether it is the run's own plan.
-        role: `planned`, or `fewer steps`: full compute with a sampler fitted alike, which the plan of that budget has to beat.
-        budgets: speed-ups that were asked for and ended on this plan.
-    """
-
-    plan: CachePlan
-    target: str
-    mse: float
-    stderr: float
-    chosen: bool
-    role: Role = "planned"
-    budgets: tuple[float, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """A row of `front.json`; an error against the target that was not asked for is null."""
-        return {
-            "plan": _file(self.plan),
-            "summary": self.plan.summary,
-            "macs_speedup": macs_speedup(self.plan),
-            "mse_reference": self.mse if self.target == "reference" else None,
-            "mse_ode": self.mse if self.target == "ode" else None,
-            "mse_stderr": self.stderr,
-            "target": self.target,
-            "chosen": self.chosen,
-            "role": self.role,
-            "budgets": list(self.budgets),
-        }
+NAME, TRIALS = "front.json", "trials.jsonl"
 
 
 def write_front(points: tuple[FrontPoint, ...], folder: Path, own: CachePlan | None = None) -> None:
@@ -68,10 +28,10 @@ def write_front(points: tuple[FrontPoint, ...], folder: Path, own: CachePlan | N
     """
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     for point in points:
-        point.plan.save(folder / _file(point.plan))
+        point.plan.save(folder / plan_file(point.plan))
     targets = {point.target for point in points}
     others = [row for row in _known(folder / FOLDER / NAME) if row["target"] not in targets]
-    chosen = {_file(own)} if own else {_file(point.plan) for point in points if point.chosen}
+    chosen = {plan_file(own)} if own else {plan_file(point.plan) for point in points if point.chosen}
     rows = [{**row, "chosen": row["plan"] in chosen} for row in (*others, *(point.to_json() for point in points))]
     rows.sort(key=lambda row: (row["target"], row["macs_speedup"]))
     write_atomically(folder / FOLDER / NAME, (json.dumps(rows, indent=1) + "\n").encode())
@@ -88,8 +48,3 @@ def _known(path: Path) -> list[dict[str, Any]]:
         return [row | {name: kind(row[name]) for name, kind in kinds.items()} for row in rows]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-
-
-def _file(plan: CachePlan) -> str:
-    """Where a plan is in the run's folder."""
-    return f"{FOLDER}/{plan.digest[:8]}.json"

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tc_lightning.plan import CachePlan
+from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.fit import COEFFICIENTS
-from tc_lightning.sampling import Rollout, RunState
+from tc_lightning.rollout.sampling import Rollout, RunState
 
 Pullback = Callable[[Sequence[Tensor]], list[Tensor]]  # vectors v [B, C, H, W] -> J_b^T v_b of each image, [B, P]
 

@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tc_lightning.models.dit import DiT, DiTConfig
-from tc_lightning.plan import CachePlan
+from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.gradients import advance_with, as_leaves, own_coefficients, tensors
-from tc_lightning.sampling import Rollout
+from tc_lightning.rollout.sampling import Rollout
 
 
 class GraphSize(NamedTuple):

@@ -6,9 +6,9 @@ import os
 
 import torch
 
-from tc_lightning.costs import cache_bytes_per_image
-from tc_lightning.evaluation import BATCH
-from tc_lightning.plan import CachePlan
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import cache_bytes_per_image
+from tc_lightning.rollout.evaluation import BATCH
 
 CPU_BYTES = 4 << 30  # what one batch may take on a CPU
 _WIDTHS = 8  # activations of a token that a block holds at once beside those of the MLP, in widths of the network
@@ -32,7 +32,7 @@ def spare_bytes(device: torch.device, world: int = 1) -> float:
 
 
 def images_at_a_time(plan: CachePlan, device: torch.device) -> int:
-    """Images that take a plan's steps together when no gradients are wanted: 1 to `tc_lightning.evaluation.BATCH`."""
+    """Images that take a plan's steps together when no gradients are wanted: 1 to `tc_lightning.rollout.evaluation.BATCH`."""
     return max(1, min(BATCH, int(free_bytes(device) // forward_bytes(plan))))
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.guidance import Guidance
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
+from tc_lightning.plan.guidance import Guidance
 from tc_lightning.planner.target import run_target
-from tc_lightning.sampling import labels_for, noise_for
+from tc_lightning.rollout.sampling import labels_for, noise_for
 
 COARSE = ((0.28, "quadratic"), (0.4, "mix:0.5"))  # steps of the two runs over those of the run that is replaced; their spacing
 FEWEST = 4
@@ -51,7 +51,7 @@ class Sample:
         return Sample(self.indices[which], self.weights[which])
 
 
-def images(model: DiT, indices: list[int]) -> tuple[Tensor, Tensor]:
+def images(model: Network, indices: list[int]) -> tuple[Tensor, Tensor]:
     """Noise [B, C, H, W] and labels [B] of the planner's images, on the model's device."""
     device = next(model.parameters()).device
     noise = torch.cat([noise_for(SEED, range(index, index + 1), model, device) for index in indices])
@@ -87,7 +87,7 @@ def stratified(ranking: list[int], count: int) -> Sample:
 
 
 def difficulty(
-    model: DiT, guidance: Guidance, steps: int, x_PCHW: Tensor, labels_P: Tensor, batch: int, progress: str | None
+    model: Network, guidance: Guidance, steps: int, x_PCHW: Tensor, labels_P: Tensor, batch: int, progress: str | None
 ) -> Tensor:
     """Mean squared difference of two coarse runs, [P].
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import ModelSignature
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.planner.bench import Trial
 from tc_lightning.planner.fewer_steps import FIT, JUDGE, REFINEMENTS
 from tc_lightning.planner.finalists import CACHE_USES, CacheUse
 from tc_lightning.planner.price import Price, macs_price
 from tc_lightning.planner.run import Choice, PlannerRun, Settings, Subject
-from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
-from tc_lightning.targets import ODE_STEPS
+from tc_lightning.policies.base import PlanningContext, Policy
+from tc_lightning.policies.choice import PlanChoice
+from tc_lightning.rollout.targets import ODE_STEPS
 
 TARGETS = ("reference", "ode")
 

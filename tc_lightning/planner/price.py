@@ -9,10 +9,10 @@ from typing import Protocol
 
 import torch
 
-from tc_lightning.costs import full_step_macs, plan_macs
 from tc_lightning.errors import RunError
-from tc_lightning.plan import CachePlan
-from tc_lightning.ranks import Ranks
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import full_step_macs, plan_macs
+from tc_lightning.rollout.ranks import Ranks
 
 
 class Price(Protocol):

@@ -13,12 +13,13 @@ from typing import Any, Literal
 import numpy as np
 
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.diffusion.table import SamplerTable
-from tc_lightning.guidance import BOTH, Guidance, GuidanceMode
-from tc_lightning.plan import CachePlan, ModelSignature
+from tc_lightning.measure.scores import Scores
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.guidance import BOTH, Guidance, GuidanceMode
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.segments import MAX_ORDER, compute
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.pruned_steps import PrunedStep
-from tc_lightning.scores import Scores
-from tc_lightning.segments import MAX_ORDER, compute
 
 # full compute with fewer steps; the same with halves of guidance forecast; with steps that skip or prune
 Kind = Literal["full", "halves", "cache"]

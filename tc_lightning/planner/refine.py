@@ -26,18 +26,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tc_lightning.content_predictor import Selector
 from tc_lightning.errors import PlanError, TokenCacheError
-from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan
+from tc_lightning.models.content_predictor import Selector
+from tc_lightning.models.network import Network
+from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.fit import COEFFICIENTS
 from tc_lightning.planner.gradients import coefficients, stepwise, whole
 from tc_lightning.planner.graph_size import graph_size
 from tc_lightning.planner.memory import free_bytes, images_at_a_time, spare_bytes
 from tc_lightning.planner.robust import robust_mean_of_all, robust_weights
 from tc_lightning.planner.target import TargetRun
-from tc_lightning.ranks import ALONE, Ranks
-from tc_lightning.sampling import Rollout, sample
+from tc_lightning.rollout.ranks import ALONE, Ranks
+from tc_lightning.rollout.sampling import Rollout, sample
 
 PROBES = 6
 DAMPING = (1e-1, 1e-2, 1e-3)
@@ -56,7 +56,7 @@ class Passes(NamedTuple):
 
 
 def refine_sampler(
-    model: DiT,
+    model: Network,
     plan: CachePlan,
     target: TargetRun,
     iterations: int,
@@ -112,7 +112,7 @@ def refine_sampler(
 class _Refiner:
     """One target and the processes that share its images."""
 
-    def __init__(self, model: DiT, target: TargetRun, ranks: Ranks, selector: Selector | None = None) -> None:
+    def __init__(self, model: Network, target: TargetRun, ranks: Ranks, selector: Selector | None = None) -> None:
         self._model, self._target, self._ranks, self._selector = model, target, ranks, selector
 
     def passes(self, plan: CachePlan) -> Passes | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tc_lightning.ranks import Ranks
+from tc_lightning.rollout.ranks import Ranks
 
 TAIL = 20.0  # medians
 

@@ -11,25 +11,27 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.evaluation import RolloutEvaluator
-from tc_lightning.guidance import Guidance
-from tc_lightning.models.dit import DiT
-from tc_lightning.plan import CachePlan, ModelSignature
+from tc_lightning.measure.psnr import psnr_db
+from tc_lightning.measure.scores import Scores
+from tc_lightning.models.network import Network
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.planner.bench import Bench, Trial
 from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose, finalist_recipes
-from tc_lightning.planner.front import TRIALS, FrontPoint, Role
+from tc_lightning.planner.front import TRIALS
 from tc_lightning.planner.pilot import HARD, Sample, as_they_come, dealt, difficulty, images, stratified
 from tc_lightning.planner.price import Price, macs_price
 from tc_lightning.planner.recipe import Kitchen, Recipe
 from tc_lightning.planner.search import Search
 from tc_lightning.planner.shapes import grid, native
 from tc_lightning.planner.target import TargetRun, run_target
-from tc_lightning.psnr import psnr_db
-from tc_lightning.ranks import ALONE, Ranks
-from tc_lightning.scores import Scores
-from tc_lightning.targets import converged_ode
+from tc_lightning.policies.choice import FrontPoint, Role
+from tc_lightning.rollout.evaluation import RolloutEvaluator
+from tc_lightning.rollout.ranks import ALONE, Ranks
+from tc_lightning.rollout.targets import converged_ode
 
 BATCH = 16
 SEEDS = 5  # shapes of one budget that the next one starts from
@@ -76,7 +78,7 @@ class Subject:
         folder: where trials are remembered; None for nowhere.
     """
 
-    model: DiT
+    model: Network
     signature: ModelSignature
     guidance: Guidance
     scores: Scores

@@ -14,11 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tc_lightning.diffusion.schedule import NoiseSchedule
-from tc_lightning.diffusion.table import SamplerTable
-from tc_lightning.models.dit import DiT
-from tc_lightning.plan import Guidance
-from tc_lightning.sampling import full_plan, model_signature, sample_steps
-from tc_lightning.scores import sampler_digest
+from tc_lightning.measure.scores import sampler_digest
+from tc_lightning.models.network import Network
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.rollout.sampling import full_plan, model_signature, sample_steps
 
 NEIGHBOURS = 4  # states of the target run that one in between is interpolated from: a cubic
 
@@ -86,7 +86,7 @@ class TargetRun:
 
 
 def run_target(
-    model: DiT, sampler: SamplerTable, guidance: Guidance, x_BCHW: Tensor, labels_B: Tensor, batch: int, progress: str | None = None
+    model: Network, sampler: SamplerTable, guidance: Guidance, x_BCHW: Tensor, labels_B: Tensor, batch: int, progress: str | None = None
 ) -> TargetRun:
     """Compute a target run in full.
 

@@ -8,18 +8,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tc_lightning.calibration import Calibration
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature
-from tc_lightning.ranks import ALONE, Ranks
-from tc_lightning.scores import Scores, sampler_digest
+from tc_lightning.measure.calibration import Calibration
+from tc_lightning.measure.scores import Scores, sampler_digest
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.signature import ModelSignature
+from tc_lightning.policies.choice import PlanChoice
+from tc_lightning.rollout.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
-    from tc_lightning.models.dit import DiT
-    from tc_lightning.planner.front import FrontPoint
+    from tc_lightning.models.network import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class PlanningContext:
     evaluate: Callable[[CachePlan, int | None], float]
     reference: SamplerTable
     calibrate: Callable[[], Calibration] | None = None
-    model: DiT | None = None
+    model: Network | None = None
     ranks: Ranks = ALONE
     folder: Path | None = None
 
@@ -64,15 +66,6 @@ class PlanningContext:
         if calibration.sampler != sampler_digest(self.sampler):
             raise PlanError("the calibration data were measured for another sampler than the one that is planned: measure them again.")
         return calibration
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanChoice:
-    """The plan chosen, one row for each candidate that was looked at, and the best plans at other budgets, if any were looked for."""
-
-    plan: CachePlan
-    candidates: list[dict[str, Any]]
-    front: tuple[FrontPoint, ...] = ()
 
 
 class Policy(ABC):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tc_lightning.costs import segment_macs
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import ModelSignature
+from tc_lightning.plan.costs import segment_macs
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.segments import Segment, compute, skip
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.targeted import MAX_INTERVAL, Offer, Steps, TargetedPolicy, largest, reference_macs
 from tc_lightning.policies.whole_steps import interval_steps
-from tc_lightning.segments import Segment, compute, skip
 
 
 class DeltaDiTPolicy(TargetedPolicy):

@@ -13,11 +13,11 @@ import math
 
 import numpy as np
 
-from tc_lightning.calibration import MAX_GAP, Calibration
-from tc_lightning.costs import full_step_macs, step_macs
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import ModelSignature
+from tc_lightning.measure.calibration import MAX_GAP, Calibration
+from tc_lightning.plan.costs import full_step_macs, step_macs
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.targeted import Offer, TargetedPolicy
 from tc_lightning.policies.taylorseer import check_orders

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tc_lightning.costs import step_macs
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import ModelSignature
+from tc_lightning.plan.costs import step_macs
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.segments import Segment, compute, reuse
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.targeted import MAX_INTERVAL, Offer, Steps, TargetedPolicy
-from tc_lightning.segments import Segment, compute, reuse
 
 EPS_SCALE = (0.98, 0.96)
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from tc_lightning.costs import full_step_macs
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.schedule import SPACINGS
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import full_step_macs
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.segments import compute
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.targeted import Offer, TargetedPolicy
-from tc_lightning.segments import compute
 
 
 def fewer_steps_plan(

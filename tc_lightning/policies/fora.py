@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from tc_lightning.costs import full_step_macs, step_macs
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import full_step_macs, step_macs
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.targeted import Offer, TargetedPolicy, reference_macs
 from tc_lightning.policies.whole_steps import affordable_full_steps, affordable_interval, interval_steps, reused_step, whole_steps

@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tc_lightning.costs import full_step_macs, step_macs
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import ModelSignature
-from tc_lightning.scores import Scores
-from tc_lightning.segments import Segment, compute, partial, reuse, skip
+from tc_lightning.measure.scores import Scores
+from tc_lightning.plan.costs import full_step_macs, step_macs
+from tc_lightning.plan.segments import Segment, compute, partial, reuse, skip
+from tc_lightning.plan.signature import ModelSignature
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,13 @@ from abc import abstractmethod
 
 import numpy as np
 
-from tc_lightning.costs import block_macs, fixed_macs
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import ModelSignature
+from tc_lightning.plan.costs import block_macs, fixed_macs
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.segments import BRANCHES, Segment, compute, reuse
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.targeted import Offer, TargetedPolicy
-from tc_lightning.segments import BRANCHES, Segment, compute, reuse
 
 NO_ROUTER = (
     "the run has no router: train one with `model.init_args.router` (lightning_configs/digits_router.yaml shows how), or choose a "

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from tc_lightning.calibration import MAX_GAP
-from tc_lightning.costs import step_macs
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import ModelSignature
+from tc_lightning.measure.calibration import MAX_GAP
+from tc_lightning.plan.costs import step_macs
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.feb_cache import branch_step
 from tc_lightning.policies.targeted import Offer, Steps, TargetedPolicy

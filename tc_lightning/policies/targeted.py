@@ -7,13 +7,15 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tc_lightning.costs import full_step_macs, macs_speedup, plan_macs
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, ModelSignature
-from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
-from tc_lightning.scores import sampler_digest
-from tc_lightning.segments import Segment
+from tc_lightning.measure.scores import sampler_digest
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import full_step_macs, macs_speedup, plan_macs
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.segments import Segment
+from tc_lightning.plan.signature import ModelSignature
+from tc_lightning.policies.base import PlanningContext, Policy
+from tc_lightning.policies.choice import PlanChoice
 
 Steps = tuple[tuple[Segment, ...], ...]
 MAX_INTERVAL = 10  # steps from one full step to the next that a policy considers, unless told otherwise

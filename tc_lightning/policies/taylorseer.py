@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tc_lightning.costs import full_step_macs, step_macs
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import ModelSignature
+from tc_lightning.plan.costs import full_step_macs, step_macs
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.segments import MAX_ORDER
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.targeted import Offer, TargetedPolicy
 from tc_lightning.policies.whole_steps import affordable_full_steps, affordable_interval, interval_steps, reused_step, whole_steps
-from tc_lightning.segments import MAX_ORDER
 
 
 class TaylorSeerPolicy(TargetedPolicy):

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tc_lightning.costs import step_macs
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import ModelSignature
+from tc_lightning.plan.costs import step_macs
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.segments import BRANCHES, Segment, compute, partial, reuse
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import top_tokens
 from tc_lightning.policies.targeted import MAX_INTERVAL, Offer, TargetedPolicy, largest
-from tc_lightning.segments import BRANCHES, Segment, compute, partial, reuse
 
 STEP_WEIGHT, BLOCK_WEIGHT, MLP_WEIGHT = 0.4, 0.8, 2.5  # the last holds attention's part, too: there nothing is recomputed
 RATIOS = 1000  # fineness of the search for a ratio

@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tc_lightning.costs import step_macs
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import ModelSignature
+from tc_lightning.measure.scores import Scores
+from tc_lightning.plan.costs import step_macs
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.segments import Segment, compute, partial, skip
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import top_tokens
 from tc_lightning.policies.targeted import MAX_INTERVAL, Offer, TargetedPolicy, largest, reference_macs
 from tc_lightning.policies.tprr import Rounds
-from tc_lightning.scores import Scores
-from tc_lightning.segments import Segment, compute, partial, skip
 
 
 class TokenCacheV1Policy(TargetedPolicy):

@@ -21,16 +21,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tc_lightning.costs import full_step_macs, selector_runs, step_macs
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.guidance import BOTH
-from tc_lightning.plan import ModelSignature
+from tc_lightning.measure.scores import Scores
+from tc_lightning.plan.costs import full_step_macs, selector_runs, step_macs
+from tc_lightning.plan.guidance import BOTH
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.segments import MAX_ORDER, Segment, compute, content, partial, skip
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import top_tokens
 from tc_lightning.policies.targeted import Offer, Steps, TargetedPolicy, largest
-from tc_lightning.scores import Scores
-from tc_lightning.segments import MAX_ORDER, Segment, compute, content, partial, skip
 
 
 def percentile_steps(importance_TLN: np.ndarray, count: int) -> list[int]:

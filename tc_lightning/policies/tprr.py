@@ -16,15 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from tc_lightning.costs import macs_speedup
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import CachePlan, Guidance, ModelSignature
-from tc_lightning.policies.base import PlanChoice, PlanningContext, Policy
+from tc_lightning.measure.psnr import psnr_db
+from tc_lightning.measure.scores import Scores, sampler_digest
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import macs_speedup
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.segments import MAX_ORDER, Segment, compute
+from tc_lightning.plan.signature import ModelSignature
+from tc_lightning.policies.base import PlanningContext, Policy
+from tc_lightning.policies.choice import PlanChoice
 from tc_lightning.policies.pruned_steps import KINDS, PrunedStep
-from tc_lightning.psnr import psnr_db
-from tc_lightning.scores import Scores, sampler_digest
-from tc_lightning.segments import MAX_ORDER, Segment, compute
 
 BUDGET_SLACK = 0.12  # a candidate that leaves more than this share of the affordable MACs unused is not tried
 

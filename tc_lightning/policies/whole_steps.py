@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from tc_lightning.costs import full_step_macs, step_macs
-from tc_lightning.diffusion.table import SamplerTable
 from tc_lightning.errors import PlanError
-from tc_lightning.plan import ModelSignature
+from tc_lightning.plan.costs import full_step_macs, step_macs
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.segments import Segment, compute, reuse, skip
+from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.targeted import Steps
-from tc_lightning.segments import Segment, compute, reuse, skip
 
 
 def interval_steps(num_steps: int, interval: float, warmup: int = 1) -> list[int]:

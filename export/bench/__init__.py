@@ -1,0 +1,1 @@
+"""Measurements of artefacts on this machine: time, memory, fidelity, acceptance."""

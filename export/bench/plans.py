@@ -1,0 +1,56 @@
+"""The plans of the benchmark: what the three ways of saving cost, apart from any question of quality. Plain data, no torch."""
+
+from __future__ import annotations
+
+import random
+
+from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.errors import PlanError
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import Segment, compute, partial, skip
+from tc_lightning.plan.signature import ModelSignature
+
+WARMUP = 3  # full steps at the start, so that forecasts of order 2 are what they say
+
+
+def benchmark_plans(signature: ModelSignature, num_steps: int, full_steps: int) -> dict[str, CachePlan]:
+    """Three plans with equally many full steps, which differ in what the other steps do.
+
+    `skip`: nothing, order 2. `third of the blocks`: they compute a third of the blocks, half of it at each end. `quarter of the
+    tokens`: they recompute 25 % of the tokens in every block, other ones at each step.
+
+    Args:
+        signature: the model.
+        num_steps: sampling steps.
+        full_steps: how many of them compute everything: the first three, the others evenly spread.
+
+    Raises:
+        PlanError: if there are fewer than five full steps, or more than steps.
+    """
+    if not WARMUP + 2 <= full_steps <= num_steps:
+        raise PlanError(f"{full_steps} full steps of {num_steps} cannot be spread: give {WARMUP + 2} to {num_steps}.")
+    L, N = signature.depth, signature.tokens
+    third = max(2, L // 3)
+    front = third // 2
+    ends = (compute(0, front), skip(front, L - third + front, 2), compute(L - third + front, L))
+    chooser = random.Random(0)
+
+    def quarter() -> tuple[Segment, ...]:
+        return (partial(0, L, tuple(chooser.sample(range(N), N // 4)), 1),)
+
+    sampler, guidance = make_sampler("ddim", num_steps, "uniform"), Guidance(1.5, min(3, signature.in_channels))
+    rest = full_steps - WARMUP
+    full = {*range(WARMUP), *(WARMUP - 1 + round((num_steps - WARMUP) * (j + 1) / rest) for j in range(rest))}
+    kinds = {"skip": lambda: (skip(0, L, 2),), "third of the blocks": lambda: ends, "quarter of the tokens": quarter}
+    return {
+        name: CachePlan(
+            signature,
+            sampler,
+            guidance,
+            tuple((compute(0, L),) if i in full else pruned() for i in range(num_steps)),
+            sampler,
+            {"policy": f"benchmark-{name.replace(' ', '-')}"},
+        )
+        for name, pruned in kinds.items()
+    }

@@ -1,0 +1,1 @@
+"""Plan -> programs -> graphs and weights -> proof -> artefact."""

@@ -1,0 +1,239 @@
+"""What a manifest has to say, given the plan and the graphs beside it: the compiler writes it, and the runtime asks for it.
+
+Nothing that the runtime goes by is taken on trust. What follows from the plan is derived again, what graphs declare is read from them,
+and the rest is checked. Needs neither torch nor onnx nor onnxruntime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from export.runtime.layout import BYTES, CONDITION, ELEMENT_TYPES, FULL
+from export.runtime.manifest import AGAIN, NAME, PLAN, WEIGHTS, ArtefactError, read_manifest, require_files
+from export.runtime.onnx_header import Header, read_header
+from export.runtime.programs import LoweredPlan, Program, computed_tokens, condition_times, lower
+from tc_lightning.errors import PlanError
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import cache_bytes_per_image, entry_dtype, entry_rows, entry_shape, halves_share, macs_speedup
+from tc_lightning.plan.dataflow import Entry
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+_MOST = 2**53  # beyond it JSON's numbers are not integers any more
+_SHAPE = {
+    "input_size": int,
+    "patch_size": int,
+    "in_channels": int,
+    "hidden_size": int,
+    "depth": int,
+    "num_heads": int,
+    "mlp_ratio": float,
+    "num_classes": int,
+    "learn_sigma": bool,
+    "freq_shift": float,
+    "mlp_norm_eps": float,
+    "null_label": bool,
+}
+
+
+def planned(plan: CachePlan, lowered: LoweredPlan, precision: str) -> dict[str, Any]:
+    """What a manifest says that follows from plan, lowering and precision; of programs, all but what their graphs declare."""
+    return {
+        "plan_digest": plan.digest,
+        "plan_summary": plan.summary,
+        "plan_in_words": plan.in_words,
+        "fit": _fit(plan),
+        "selector": plan.selector,
+        "teacher": plan.model.teacher,
+        "model": dataclasses.asdict(plan.model),
+        "sampler": {"name": plan.sampler.name, "spacing": plan.sampler.spacing},
+        "reference": {"name": plan.reference.name, "spacing": plan.reference.spacing},
+        "guidance": dataclasses.asdict(plan.guidance),
+        "steps": plan.num_steps,
+        "full_steps": len(plan.reference),
+        "full_offset": condition_times(plan)[1],
+        "programs": {program.name: _program(program, plan) for program in lowered.programs},
+        "schedule": [dataclasses.asdict(binding) for binding in lowered.bindings],
+        "entries": {entry.name: _entry(entry, slots, plan, precision) for entry, slots in sorted(lowered.slots.items())},
+        "macs_speedup": macs_speedup(plan),
+        "cache_bytes_per_image": cache_bytes_per_image(plan, BYTES[precision]),
+    }
+
+
+def condition_declared(header: Header) -> dict[str, Any]:
+    """What a manifest says that the condition graph declares: its weights, and how many terms it writes for each step and label."""
+    terms = header.sizes.get("mods", ())[2:3]
+    return {CONDITION: {"weights": declared(header)["weights"]}, "modulations": sum(terms)}
+
+
+def declared(header: Header) -> dict[str, Any]:
+    """What a manifest says of a program that its graph declares."""
+    return {"inputs": header.inputs, "outputs": header.outputs, "weights": sorted(header.weights)}
+
+
+def _program(program: Program, plan: CachePlan) -> dict[str, Any]:
+    computed = sum(computed_tokens(s, plan.model.tokens, plan.model.block) for s in program.segments)
+    return {
+        "graph": program.graph,
+        "guidance": program.guidance.mode if plan.guidance.doubles_batch else "cond",
+        "blocks_x_tokens": computed * halves_share(program.guidance),
+    }
+
+
+def _entry(entry: Entry, slots: int, plan: CachePlan, precision: str) -> dict[str, Any]:
+    """What the runtime allocates for an entry; `rows` is for one image."""
+    shape, rows, dtype = entry_shape(plan, entry), entry_rows(plan, entry), entry_dtype(entry, precision)
+    return {"shape": shape, "rows": rows, "dtype": dtype, "slots": slots}
+
+
+def read_artefact(folder: Path, onnxruntime: str) -> dict[str, Any]:
+    """The manifest of an artefact that is whole, consistent, and for this version of ONNX Runtime, the one that is installed.
+
+    Raises:
+        ArtefactError: if it is not.
+    """
+    manifest = read_manifest(folder, check_files=False)
+    require_onnxruntime(folder, manifest, onnxruntime)
+    require_files(folder, manifest)
+    try:
+        plan = CachePlan.load(folder / PLAN)
+        graphs = {path.stem: read_header(path) for path in (folder / name for name in manifest["files"]) if path.suffix == ".onnx"}
+    except PlanError as error:
+        raise ArtefactError(f"the artefact {folder} cannot be used: {error} {AGAIN}") from error
+    except ValueError as error:
+        raise ArtefactError(f"a graph of the artefact {folder} cannot be read: {error}. {AGAIN}") from error
+    require_consistent(folder / NAME, manifest, plan, graphs)
+    return manifest
+
+
+def require_onnxruntime(folder: Path, manifest: Mapping[str, Any], found: str) -> None:
+    """Check that a version of ONNX Runtime knows what the graphs of an artefact use.
+
+    Raises:
+        ArtefactError: naming both versions.
+    """
+    needs = manifest.get("needs")
+    wanted = needs.get("onnxruntime") if isinstance(needs, dict) else None
+    if not isinstance(wanted, str) or not re.fullmatch(r"\d{1,9}(\.\d{1,9}){1,2}", wanted):
+        raise ArtefactError(f"{folder / NAME} is damaged: it does not say which onnxruntime it needs. {AGAIN}")
+    if _release(found) < _release(wanted):
+        raise ArtefactError(
+            f"the artefact {folder} needs onnxruntime >= {wanted}, found {found}: update it here "
+            f"(`pip install 'onnxruntime-gpu>={wanted}'`), or export with a version of this package that is as old."
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers that a version begins with: (1, 24, 2) of `1.24.2.dev20260101`."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def require_consistent(path: Path, manifest: dict[str, Any], plan: CachePlan, graphs: Mapping[str, Header]) -> None:
+    """Check all that is said against the plan, the graphs by file stem, and the sizes of the files.
+
+    Raises:
+        ArtefactError: naming the first thing that is not as it must be.
+    """
+    precision = manifest["precision"]
+    if not isinstance(precision, str) or precision not in PRECISIONS:
+        _fail(path, f"precision is {precision!r}, not one of {', '.join(PRECISIONS)}")
+    programs = manifest["programs"]
+    shared = any(program["graph"] != name for name, program in programs.items())
+    expected = planned(plan, lower(plan, "cpu" if shared else "cuda"), precision)
+    for program in expected["programs"].values():
+        program |= declared(_graph(path, graphs, program["graph"]))
+    expected |= condition_declared(_graph(path, graphs, CONDITION))
+    for key, value in expected.items():
+        if _canonical(manifest.get(key)) != _canonical(value):
+            _fail(path, f"{key} is not what follows from the plan and the graphs beside it")
+    for key in ("condition_values", "modulations"):
+        if not _is_int(manifest[key], 1):
+            _fail(path, f"{key} is {manifest[key]!r}; a positive integer was expected")
+    _check_shape(path, manifest["dit_config"], manifest["model"])
+    _check_weights(path, manifest["weights"], precision, manifest["files"][WEIGHTS]["bytes"])
+    for stem in {FULL, CONDITION, *(program["graph"] for program in programs.values())}:
+        _check_graph(path, stem, graphs[stem], manifest["weights"])
+    for key in ("versions", "parity", "fidelity"):
+        if not isinstance(manifest.get(key, {}), dict):
+            _fail(path, f"{key} must be an object")
+
+
+def _fit(plan: CachePlan) -> dict[str, Any] | None:
+    """What the sampler's coefficients were fitted at and on, where the plan says so."""
+    said = plan.provenance.get("fit")
+    if not isinstance(said, dict) or not isinstance(said.get("guidance"), int | float) or not isinstance(said.get("labels"), list):
+        return None
+    return {"guidance": said["guidance"], "labels": [label for label in said["labels"] if type(label) is int]}
+
+
+def _graph(path: Path, graphs: Mapping[str, Header], stem: str) -> Header:
+    if stem not in graphs:
+        _fail(path, f"the plan needs a graph {stem}.onnx, and it lists none")
+    return graphs[stem]
+
+
+def _check_shape(path: Path, config: Any, model: Mapping[str, Any]) -> None:
+    """The model's shape in full, against what the plan knows of it."""
+    if not isinstance(config, dict) or set(config) != set(_SHAPE):
+        _fail(path, f"dit_config must be an object with {', '.join(_SHAPE)}")
+    for name, kind in _SHAPE.items():
+        value = config[name]
+        if type(value) is not kind and not (kind is float and type(value) is int and abs(value) < _MOST):
+            _fail(path, f"dit_config.{name} is {value!r}; {kind.__name__} was expected")
+    if not math.isfinite(config["freq_shift"]) or not 0.0 < config["mlp_norm_eps"] < 1.0 or not 0.0 < config["mlp_ratio"] < _MOST:
+        _fail(path, "dit_config has a freq_shift, mlp_norm_eps or mlp_ratio that no model has")
+    said = {
+        "input_size": config["input_size"],
+        "patch_size": config["patch_size"],
+        "in_channels": config["in_channels"],
+        "width": config["hidden_size"],
+        "depth": config["depth"],
+        "tokens": (config["input_size"] // max(config["patch_size"], 1)) ** 2,
+        "heads": config["num_heads"],
+        "mlp_width": int(config["hidden_size"] * config["mlp_ratio"]),
+        "num_classes": config["num_classes"],
+        "out_channels": config["in_channels"] * (2 if config["learn_sigma"] else 1),
+    }
+    if clashes := [name for name, value in said.items() if value != model[name]]:
+        _fail(path, f"dit_config is not the model that the plan was made for: they differ in {', '.join(clashes)}")
+
+
+def _check_weights(path: Path, weights: Any, precision: str, size: int) -> None:
+    """Every entry is [precision, shape, offset, bytes], and lies within the file."""
+    if not isinstance(weights, dict):
+        _fail(path, "weights must be an object")
+    for name, entry in weights.items():
+        if not isinstance(entry, list) or len(entry) != 4 or entry[0] != precision or not isinstance(entry[1], list):
+            _fail(path, f"weight {name} must be [{precision}, shape, offset, bytes]")
+        dims, place = entry[1], entry[2:]
+        if not all(_is_int(value, 1) for value in dims) or not all(_is_int(value, 0) for value in place):
+            _fail(path, f"weight {name} has a shape, an offset or a size that is no such thing")
+        if math.prod(dims) * BYTES[precision] != place[1] or sum(place) > size:
+            _fail(path, f"weight {name} has {place[1]} bytes from {place[0]}: not those of its shape, or beyond the end of {WEIGHTS}")
+
+
+def _check_graph(path: Path, stem: str, header: Header, weights: Mapping[str, Any]) -> None:
+    """Every weight of a graph is where the manifest says."""
+    for name, weight in header.weights.items():
+        dtype, shape, offset, nbytes = weights.get(name, (None, (), 0, 0))
+        found = (ELEMENT_TYPES.get(dtype), tuple(shape), WEIGHTS, offset, nbytes)
+        if found != tuple(weight):
+            _fail(path, f"weight {name} is not what the graph {stem} takes it for")
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < _MOST
+
+
+def _canonical(value: Any) -> str:
+    """JSON that differs wherever values do: 1, 1.0 and true are equal to Python."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _fail(path: Path, reason: str) -> NoReturn:
+    raise ArtefactError(f"{path} is damaged: {reason}. {AGAIN}")

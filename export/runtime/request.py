@@ -1,0 +1,201 @@
+"""One request, or a part of one that is not larger than the batch: fills its buffers, runs its layout, and counts what ran.
+
+Shape suffixes: B images, C H W latent, M rows of the (doubled) batch, U distinct labels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from export.runtime.buffers import Workspace
+from export.runtime.layout import BYTES, SLOT, Layout, Run, read_first
+from export.runtime.sessions import arena_is_ours, is_int
+from tc_lightning.errors import TokenCacheError
+from tc_lightning.rollout.noise import initial_noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What is asked for: image j of the part depends on (seed, first + j) and its label alone.
+
+    Args:
+        labels_B: classes.
+        seed: seed of the request.
+        first: index of the first image.
+        scale: guidance scale.
+        full: run the reference instead of the plan.
+    """
+
+    labels_B: np.ndarray
+    seed: int
+    first: int
+    scale: float
+    full: bool
+
+
+@dataclasses.dataclass
+class Tally:
+    """What ran in a request, over all its parts; bytes are those of the largest part."""
+
+    ran: Counter[str] = dataclasses.field(default_factory=Counter)
+    guidance: Counter[str] = dataclasses.field(default_factory=Counter)
+    graphs: Counter[str] = dataclasses.field(default_factory=Counter)
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
+    cached_steps: int = 0
+    computed: float = 0  # of the whole batch: a step that computes half of it counts half
+    cache_bytes: int = 0
+    modulation_bytes: int = 0
+
+    def add(self, other: Tally) -> None:
+        """Take over what ran in a part."""
+        self.ran.update(other.ran)
+        self.guidance.update(other.guidance)
+        self.graphs.update(other.graphs)
+        for name, value in other.seconds.items():
+            self.seconds[name] += value
+        self.cached_steps += other.cached_steps
+        self.computed += other.computed
+        self.cache_bytes = max(self.cache_bytes, other.cache_bytes)
+        self.modulation_bytes = max(self.modulation_bytes, other.modulation_bytes)
+
+
+def check_request(manifest: dict[str, Any], labels: Sequence[int], seed: int, first_index: int, guidance: float | None) -> float:
+    """Check what is asked for, and return its guidance scale.
+
+    Raises:
+        TokenCacheError: if a label, the seed, the first index or the guidance cannot be used.
+    """
+    classes, plan = manifest["model"]["num_classes"], manifest["guidance"]
+    if len(labels) == 0:
+        raise TokenCacheError("no labels were given: name one class for each image.")
+    for label in labels:
+        if not is_int(label) or not 0 <= label < classes:
+            raise TokenCacheError(f"label {label!r} is not a class: this artefact has classes 0 to {classes - 1}.")
+    if not is_int(seed) or not 0 <= seed < 2**63:
+        raise TokenCacheError(f"seed {seed!r} is out of range: choose an integer, 0 to 2**63 - 1.")
+    if not is_int(first_index) or not 0 <= first_index < 2**63 - len(labels):
+        raise TokenCacheError(f"first_index {first_index!r} is out of range: choose an integer, 0 to 2**63 - 1 less the images.")
+    scale = float(plan["scale"] if guidance is None else guidance)
+    if not np.isfinite(scale):
+        raise TokenCacheError(f"guidance {scale} is not a number that can be used.")
+    if plan["scale"] == 1.0 and scale != 1.0:
+        raise TokenCacheError(
+            f"guidance {scale:g} was asked for, but this artefact was planned at scale 1 and holds no unconditional half. "
+            "Fit with model.guidance_scale set, and export again."
+        )
+    return scale
+
+
+def distinct_labels(manifest: dict[str, Any], labels_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row of each batch entry in the list of distinct labels [M], and that list [U]; the unconditional half shares one."""
+    null = manifest["model"]["num_classes"]
+    doubled = manifest["guidance"]["scale"] != 1.0
+    labels_M = np.concatenate([labels_B, np.full_like(labels_B, null)]) if doubled else labels_B
+    distinct_U, rows_M = np.unique(labels_M, return_inverse=True)
+    return rows_M, distinct_U
+
+
+def fill(workspace: Workspace, manifest: dict[str, Any], part: Part) -> None:
+    """Write everything that the layout reads before it writes it: of what was in these buffers, nothing is left to read."""
+    layout = workspace.layout
+    rows_M, distinct_U = distinct_labels(manifest, part.labels_B)
+    x = layout.buffers["x.0"].shape
+    padding = layout.buffers["labels"].shape[0] - len(distinct_U)
+    half_B = rows_M[: len(part.labels_B)]  # the conditional half, which is all that some programs compute
+    values: dict[str, Any] = {
+        "x.0": initial_noise(part.seed, range(part.first, part.first + x[0]), x[1:]),
+        "step.0": np.int64(0),
+        "first_bad.0": np.int64(manifest["full_steps" if part.full else "steps"]),
+        "rows.both": rows_M,
+        "rows.half": half_B,
+        "numbers.both": np.arange(len(rows_M)),
+        "numbers.half": np.arange(len(half_B)),
+        "offset": np.int64(manifest["full_offset"] if part.full else 0),
+        "guidance": np.float32(part.scale),
+        "labels": np.concatenate([distinct_U, np.repeat(distinct_U[-1:], padding)]),
+    }
+    values |= {f"steps.{j}": np.arange(chunk.start, chunk.stop) for j, chunk in enumerate(layout.chunks)}
+    values |= {name: np.zeros(spec.shape) for name, spec in layout.buffers.items() if name.startswith("m.")}  # before the first step
+    for name in sorted(read_first(layout.runs)):
+        workspace.fill(name, values[name])
+
+
+def run_part(
+    workspace: Workspace, manifest: dict[str, Any], on_cpu: bool, timing: bool, on_step: Callable[[int], None]
+) -> tuple[np.ndarray, Tally]:
+    """Run the layout of a workspace that is filled.
+
+    Args:
+        workspace: its buffers.
+        manifest: the artefact's.
+        on_cpu: whether each run has ended when it returns. Then latents that are not finite stop the request at once; on a device
+            they are found at the end, since to look would be to wait.
+        timing: wait for each program, to measure it.
+        on_step: called with the number of steps done, or in the device's queue, after each.
+
+    Returns:
+        Latents [B, C, H, W], and what ran.
+
+    Raises:
+        TokenCacheError: if latents become NaN or infinite.
+    """
+    runs = workspace.layout.runs
+    tally = _sized(workspace.layout)
+    for place, run in enumerate(runs):
+        started = time.perf_counter()
+        how = workspace.run(run, shrink=on_cpu and arena_is_ours() and place == len(runs) - 1)  # an idle sampler holds little
+        if timing and not on_cpu:
+            workspace.wait()
+        if timing or on_cpu:
+            tally.seconds[run.program] += time.perf_counter() - started
+        tally.ran[run.program] += 1
+        if run.step is None:
+            continue
+        tally.graphs[how] += 1
+        tally.cached_steps += run.reads_cache
+        program = manifest["programs"][run.program]
+        tally.computed += program["blocks_x_tokens"]
+        tally.guidance[program["guidance"]] += 1
+        if on_cpu:
+            _require_finite(workspace, run)
+        on_step(run.step + 1)
+    workspace.wait()
+    _require_finite(workspace, runs[-1])
+    return np.array(workspace.read(dict(runs[-1].outputs)["x_next"])), tally
+
+
+def _sized(layout: Layout) -> Tally:
+    held = {name: spec.values * BYTES[spec.dtype] for name, spec in layout.buffers.items()}
+    return Tally(cache_bytes=sum(nbytes for name, nbytes in held.items() if SLOT in name), modulation_bytes=held["mods"])
+
+
+def _require_finite(workspace: Workspace, run: Run) -> None:
+    """After a step: no latents were NaN or infinite so far."""
+    step = int(workspace.read(dict(run.outputs)["first_bad_next"]))
+    bad = next((other for other in workspace.layout.runs if other.step == step), None)
+    if bad is not None:
+        raise TokenCacheError(
+            f"latents became NaN or infinite at step {step} in program {bad.program}: "
+            "lower the guidance scale, or export with --precision fp32."
+        )
+
+
+def outside_the_fit(fit: dict[str, Any] | None, scale: float, labels: Sequence[int]) -> list[str]:
+    """In what a request leaves the range that the sampler's coefficients were fitted in; empty where none were, or it does not.
+
+    Args:
+        fit: the manifest's word of it: the guidance scale, and the classes of the images.
+        scale: the request's guidance scale.
+        labels: the request's classes.
+    """
+    if fit is None:
+        return []
+    found = [] if scale == fit["guidance"] else [f"guidance {scale:g}: fitted at {fit['guidance']:g}"]
+    unseen = sorted(set(labels) - set(fit["labels"]))
+    return [*found, *([f"{len(unseen)} of its classes: no image of them was fitted on"] if unseen else [])]

@@ -1,0 +1,316 @@
+"""Runs an artefact: numpy and onnxruntime are all it needs.
+
+    sampler = CachedSampler("artefacts/digits", provider="cpu")
+    result = sampler.sample([0, 1, 2], seed=7)
+    result.images, result.receipt
+
+Shape suffixes: B images, C H W latent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+import onnxruntime as ort
+
+from export.runtime.buffers import Pool, ProgramError
+from export.runtime.contract import read_artefact
+from export.runtime.cuda_provider import lane, why_no_graphs
+from export.runtime.layout import CONDITION, lay_out
+from export.runtime.manifest import WEIGHTS
+from export.runtime.request import Part, Tally, check_request, distinct_labels, fill, outside_the_fit, run_part
+from export.runtime.sessions import (
+    PROVIDERS,
+    RuntimeUnavailableError,
+    SharedWeights,
+    is_int,
+    nodes_per_provider,
+    open_session,
+    packed_graphs,
+    prepare,
+    session_options,
+)
+from tc_lightning.errors import TokenCacheError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a request returns.
+
+    Args:
+        latents: the model's own output, [B, C, H, W] float32.
+        images: pixels in [-1, 1], [B, 3 or 1, H, W] float32; None for a model of latents, which its own decoder turns into images.
+        receipt: what ran, in plain JSON values.
+    """
+
+    latents: np.ndarray
+    images: np.ndarray | None
+    receipt: dict[str, Any]
+
+
+class CachedSampler:
+    """An artefact, loaded and ready. Requests share no data but the weights.
+
+    Several threads may use one sampler, in the process that made it: it cannot be copied or pickled, nor used after a fork. On CUDA
+    the requests of all samplers in the process run one after the other, in a thread that is theirs. The first requests of a size
+    capture CUDA graphs; meanwhile no other thread of the process may allocate memory on the GPU, so make a request of each size
+    before serving starts.
+
+    Args:
+        path: artefact folder.
+        provider: `cpu` or `cuda`; there is no fallback from one to the other.
+        threads: threads on the CPU; None lets ONNX Runtime choose.
+        memory: room for weights on the CPU, as a multiple of their size. A program is some percent faster with a repacked copy of
+            its own; without one it reads the mapped file that all share. As many programs get one as there is room for, and
+            full compute (`full=True`) gets one besides when it is first used.
+        max_batch: images computed at a time; larger requests are split. It bounds the memory of a request.
+        preload: load the programs of the plan now, rather than at their first use. Full compute, the baseline, waits for its own.
+        cuda_graphs: on CUDA, capture each step with its buffers as a CUDA graph when it first runs, and replay it from then on. The
+            buffers of up to four sizes of request are kept for that; `release` drops them.
+        device: on CUDA, the number of the GPU.
+        profile: write ONNX Runtime's own profiles to files that begin so; `end_profiling` names them.
+        manifest: for the exporter alone, which runs an artefact to prove it before its manifest is written.
+
+    Raises:
+        ArtefactError: if a file is missing, truncated or changed, the manifest says what cannot be so, or ONNX Runtime is older than
+            the artefact needs.
+        RuntimeUnavailableError: if the provider or its device cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        provider: str = "cpu",
+        threads: int | None = None,
+        max_batch: int = 32,
+        preload: bool = True,
+        memory: float = 1.25,
+        cuda_graphs: bool = True,
+        device: int = 0,
+        profile: Path | None = None,
+        manifest: dict[str, Any] | None = None,
+    ) -> None:
+        if provider not in PROVIDERS:
+            raise RuntimeUnavailableError(f"unknown provider {provider!r}: choose one of {', '.join(PROVIDERS)}.")
+        if not is_int(max_batch) or max_batch < 1:
+            raise TokenCacheError(f"max_batch is {max_batch!r}: give 1 or more.")
+        self.path, self.provider, self.device, self.max_batch = Path(path), provider, device, max_batch
+        self.manifest = manifest or read_artefact(self.path, ort.__version__)
+        if not memory >= 1.0:
+            raise TokenCacheError(f"memory is {memory!r}: the weights themselves need 1; give 1 or more.")
+        if provider == "cuda" and any(program["graph"] != name for name, program in self.manifest["programs"].items()):
+            raise RuntimeUnavailableError(
+                f"{self.path} was exported for the CPU: programs share graphs that have no static shapes, which CUDA graphs need. "
+                "Export it again with --provider cuda."
+            )
+        prepare(provider, threads, device)
+        self._process = os.getpid()
+        self._packed = packed_graphs(self.manifest, memory) if provider == "cpu" else set()
+        self._profile, self._threads = profile, threads
+        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._loading = threading.Lock()
+        self._no_graphs = self._graphs_off(cuda_graphs)
+        self._pool = Pool(self.session, provider, keep=self._no_graphs is None, device=device)
+        self._exclusively(lambda _: self._load(preload))
+
+    def session(self, name: str) -> ort.InferenceSession:
+        """The session of `condition` or of a step program's graph, loaded on first use; the sampler keeps it until `release`."""
+        self._require_own_process()
+        name = self.graph_of(name)
+        with self._loading:
+            if name not in self._sessions:
+                self._sessions[name] = self._open(name)
+            return self._sessions[name]
+
+    def graph_of(self, name: str) -> str:
+        """The graph of `condition` or of a step program."""
+        return name if name == CONDITION else self.manifest["programs"][name]["graph"]
+
+    def end_profiling(self) -> dict[str, str]:
+        """The profile of each program that was loaded; see `profile`."""
+        self._require_own_process()
+        with self._loading:
+            return {name: session.end_profiling() for name, session in self._sessions.items()}
+
+    def release(self) -> None:
+        """Drop all sessions, buffers and CUDA graphs; they are made again when needed. Requests that run meanwhile keep theirs."""
+        self._require_own_process()
+
+        def drop(_: Callable[[], None]) -> None:
+            self._pool.clear(keep=self._no_graphs is None)
+            with self._loading:
+                self._sessions.clear()
+
+        self._exclusively(drop)
+
+    def __reduce__(self) -> NoReturn:
+        """Neither `copy` nor `pickle` can copy it.
+
+        Raises:
+            RuntimeUnavailableError: always, with what to do.
+        """
+        raise RuntimeUnavailableError(
+            "a CachedSampler cannot be copied or pickled, since its ONNX Runtime sessions belong to one process: hand on the path of "
+            f'the artefact, and make a sampler where it is needed: CachedSampler("{self.path}").'
+        )
+
+    def sample(
+        self,
+        labels: Sequence[int],
+        seed: int = 0,
+        guidance: float | None = None,
+        first_index: int = 0,
+        full: bool = False,
+        on_step: Callable[[int, int], None] | None = None,
+        timing: bool = False,
+    ) -> Result:
+        """Make one image for each label, `max_batch` of them at a time.
+
+        Args:
+            labels: classes.
+            seed: seed of the request; image i depends on (seed, first_index + i) and its label alone.
+            guidance: guidance scale; None takes the plan's.
+            first_index: index of the first image, to continue a series.
+            full: run the reference instead (the baseline): everything is computed at every step, with the reference's sampler.
+            on_step: called with (steps done, steps in all) after each step; the steps of every part count. On CUDA a step counts when
+                it is in the GPU's queue, and the call comes from another thread.
+            timing: on CUDA, wait for each program to measure it; otherwise the receipt has no times of programs there. On the CPU
+                every request is measured.
+
+        Raises:
+            TokenCacheError: if a label is out of range, guidance was not exported, or latents become NaN.
+        """
+        self._require_own_process()
+        scale = check_request(self.manifest, labels, seed, first_index, guidance)
+        started = time.perf_counter()
+        labels_B = np.asarray(labels, dtype=np.int64)
+        starts = range(0, len(labels), self.max_batch)
+        parts = [Part(labels_B[i : i + self.max_batch], seed, first_index + i, scale, full) for i in starts]
+        tally, steps = Tally(), self.manifest["full_steps" if full else "steps"]
+        nodes: dict[str, dict[str, int]] = {}
+
+        def run(check: Callable[[], None]) -> list[np.ndarray]:
+            def done(place: int, step: int) -> None:
+                check()
+                if on_step is not None:
+                    on_step(place * steps + step, len(parts) * steps)
+
+            latents = []
+            for place, part in enumerate(parts):
+                x_BCHW, ran = self._run(part, timing, functools.partial(done, place))
+                latents.append(x_BCHW)
+                tally.add(ran)
+            nodes.update({name: nodes_per_provider(self.session(name)) for name in tally.ran})  # if released meanwhile, it loads here
+            return latents
+
+        result = np.concatenate(self._exclusively(run))
+        images = np.clip(result, -1.0, 1.0) if self.manifest["model"]["in_channels"] in (1, 3) else None
+        asked = {"seed": seed, "first_index": first_index, "images": len(labels), "labels": labels_B.tolist(), "parts": len(parts)}
+        receipt = self._receipt(tally, nodes, asked, scale, full, time.perf_counter() - started)
+        return Result(result, images, receipt)
+
+    def _run(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, Tally]:
+        """Run a part of a request; once more without CUDA graphs, should they fail here."""
+        try:
+            return self._run_once(part, timing, on_step)
+        except ProgramError as error:
+            if not error.graph:
+                raise
+            self._no_graphs = f"they failed: {error}"
+            warnings.warn(f"CUDA graphs are not used any more: {error}", stacklevel=2)
+        self.release()
+        return self._run_once(part, timing, on_step)
+
+    def _run_once(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, Tally]:
+        """Run a part of a request in buffers that nobody else uses meanwhile."""
+        images, on_cpu = len(part.labels_B), self.provider == "cpu"
+        labels = len(distinct_labels(self.manifest, part.labels_B)[1]) if on_cpu else self._most_labels(images)
+        key = (images, labels, part.full)
+        workspace = self._pool.take(key, lay_out(self.manifest, images, labels, part.full))
+        try:
+            fill(workspace, self.manifest, part)
+            return run_part(workspace, self.manifest, on_cpu, timing, on_step)
+        finally:
+            workspace.wait()  # what is in the queue uses these buffers
+            self._weights.forget()  # a third of the weights is conditioning, which the steps did not read
+            self._pool.put_back(key, workspace)
+
+    def _most_labels(self, images: int) -> int:
+        """Distinct labels that so many images can have: on CUDA the shapes depend on the size of the request alone."""
+        return min(images, self.manifest["model"]["num_classes"]) + (self.manifest["guidance"]["scale"] != 1.0)
+
+    def _open(self, name: str) -> ort.InferenceSession:
+        profile = None if self._profile is None else f"{self._profile}-{name}"
+        options = session_options(self.provider, self._threads, name in self._packed, profile)
+        graphs = self._no_graphs is None and name != CONDITION
+        self._weights.give(options)
+        session = open_session(self.path / f"{name}.onnx", self.provider, options, graphs, self.device)
+        self._weights.forget()
+        return session
+
+    def _load(self, preload: bool) -> None:
+        self._weights = SharedWeights(self.path, self.manifest, self.provider, self.device)
+        if preload:
+            for name in sorted({CONDITION, *(bound["program"] for bound in self.manifest["schedule"])}):
+                self.session(name)
+
+    def _require_own_process(self) -> None:
+        """Before any lock is asked for: one that was held at the time of a fork stays held for ever."""
+        if os.getpid() != self._process:
+            raise RuntimeUnavailableError(
+                f"this CachedSampler was made in process {self._process} and is used after a fork, in process {os.getpid()}: the "
+                "threads and locks of ONNX Runtime do not survive that. Make the sampler in the process that uses it: "
+                f'CachedSampler("{self.path}").'
+            )
+
+    def _exclusively(self, call: Callable[[Callable[[], None]], T]) -> T:
+        """Run a call; on CUDA in the thread of the GPU, one at a time."""
+        return call(lambda: None) if self.provider == "cpu" else lane().run(call)
+
+    def _graphs_off(self, wanted: bool) -> str | None:
+        """Why no CUDA graphs are used; None if they are."""
+        if self.provider == "cpu":
+            return "the provider is the CPU"
+        return why_no_graphs() if wanted else "cuda_graphs=False"
+
+    def _receipt(
+        self, tally: Tally, nodes: dict[str, dict[str, int]], asked: dict[str, Any], scale: float, full: bool, seconds: float
+    ) -> dict[str, Any]:
+        m = self.manifest
+        planned = float(m["guidance"]["scale"])
+        everything = asked["parts"] * m["full_steps"] * m["model"]["depth"] * m["model"]["tokens"]
+        return {
+            "plan_digest": m["plan_digest"],
+            "plan": m.get("plan_in_words"),
+            "outside_the_fit": outside_the_fit(None if full else m.get("fit"), scale, asked["labels"]),
+            "weights_sha256": m.get("files", {}).get(WEIGHTS, {}).get("sha256"),
+            "teacher": m["teacher"],
+            "precision": m["precision"],
+            **asked,
+            "guidance": {"scale": scale, "planned": planned, "as_planned": scale == planned, "steps": dict(tally.guidance)},
+            "provider": self.provider,
+            "device": self.device,
+            "nodes_per_provider": nodes,
+            "full_compute": full,
+            "steps_per_program": {name: count for name, count in tally.ran.items() if name != CONDITION},
+            "steps_reading_cache": tally.cached_steps,
+            "cache_engaged": tally.cached_steps > 0,
+            "blocks_x_tokens_computed": tally.computed,
+            "blocks_x_tokens_share": tally.computed / everything,
+            "cache_bytes": tally.cache_bytes,
+            "modulation_bytes": tally.modulation_bytes,
+            "cuda_graphs": {name: tally.graphs[name] for name in ("captured", "replayed", "plain")} | {"off": self._no_graphs},
+            "ms_per_program": {name: 1e3 * value for name, value in tally.seconds.items()} or None,  # see `timing`
+            "ms": 1e3 * seconds,
+        }

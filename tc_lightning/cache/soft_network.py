@@ -1,0 +1,115 @@
+"""A whole network in TokenCache's soft form: every block a superposition of computing and reusing (arXiv 2409.18523).
+
+The arithmetic of a block is `tc_lightning.cache.soft.mixed_block` for tokens, and `mixed_branches` for routers; here are the
+network around it and guidance.
+
+Shape suffixes: B images (guidance doubles them inside), C H W latent, L blocks, N tokens, D width, 2 branches (0 attn,
+1 mlp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tc_lightning.cache.soft import BlockCache, BranchCache, full_block, mixed_block, mixed_branches
+from tc_lightning.diffusion.update import guide
+from tc_lightning.models.network import Network
+from tc_lightning.plan.guidance import Guidance
+
+
+def enter(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, list[Any], Any]:
+    """Tokens and adaLN terms; with guidance the conditional half of the batch comes first, then the unconditional one."""
+    if guidance.doubles_batch:
+        x_BCHW, t_B = torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B])
+        labels_B = torch.cat([labels_B, torch.full_like(labels_B, model.config.num_classes)])
+    return model.embed(x_BCHW), *model.modulations(model.condition(t_B, labels_B))
+
+
+def guided_eps(model: Network, guidance: Guidance, z_BND: Tensor, final: Any) -> Tensor:
+    """Guided eps [B, C, H, W] of the tokens after the last block, at least in fp32."""
+    C = model.config.in_channels
+    eps = model.readout(z_BND, final)[:, :C]
+    eps = eps if eps.dtype == torch.float64 else eps.float()
+    return guide(eps, guidance.scale, guidance.channels, C) if guidance.doubles_batch else eps
+
+
+class StepCaches(NamedTuple):
+    """What a full step leaves for the soft forms of the next one, block by block: of tokens, and of branches."""
+
+    blocks: list[BlockCache]
+    branches: list[BranchCache]
+
+
+def full_eps(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, StepCaches]:
+    """Guided eps [B, C, H, W] at full compute, and what the next step can reuse of it."""
+    z_BND, mods, final = enter(model, guidance, x_BCHW, t_B, labels_B)
+    caches = StepCaches([], [])
+    for block, mod in zip(model.blocks, mods, strict=True):
+        z_BND, whole, branches = full_block(block, z_BND, mod)  # type: ignore[arg-type]
+        caches.blocks.append(whole)
+        caches.branches.append(branches)
+    return guided_eps(model, guidance, z_BND, final), caches
+
+
+@torch.no_grad()
+def record_caches(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> list[BlockCache]:
+    """Run every block in full and return what `mixed_eps` reuses of it."""
+    return full_eps(model, guidance, x_BCHW, t_B, labels_B)[1].blocks
+
+
+def mixed_eps(
+    model: Network,
+    guidance: Guidance,
+    caches: Sequence[BlockCache],
+    x_BCHW: Tensor,
+    t_B: Tensor,
+    labels_B: Tensor,
+    w_BLN: Tensor,
+) -> Tensor:
+    """Guided eps [B, C, H, W] when block l computes its tokens with weight w and takes them from `caches` with weight 1 - w.
+
+    Both halves of guidance use the same weights.
+    """
+    z_BND, mods, final = enter(model, guidance, x_BCHW, t_B, labels_B)
+    w_BLN = torch.cat([w_BLN, w_BLN]) if guidance.doubles_batch else w_BLN
+    for block, mod, w_BN, cache in zip(model.blocks, mods, w_BLN.unbind(1), caches, strict=True):
+        z_BND = mixed_block(block, z_BND, mod, w_BN, cache)  # type: ignore[arg-type]
+    return guided_eps(model, guidance, z_BND, final)
+
+
+def mixed_branches_eps(
+    model: Network,
+    guidance: Guidance,
+    caches: Sequence[BranchCache],
+    x_BCHW: Tensor,
+    t_B: Tensor,
+    labels_B: Tensor,
+    w_BL2: Tensor,
+) -> tuple[Tensor, list[BranchCache]]:
+    """Guided eps [B, C, H, W] when the branches of block l are computed with the weights w[:, l] (attn, mlp) and otherwise reused.
+
+    Both halves of guidance use the same weights. The caches returned are those of the next step.
+    """
+    z_BND, mods, final = enter(model, guidance, x_BCHW, t_B, labels_B)
+    w_BL211 = (torch.cat([w_BL2, w_BL2]) if guidance.doubles_batch else w_BL2)[..., None, None]
+    mixtures = []
+    for block, mod, w_B211, cache in zip(model.blocks, mods, w_BL211.unbind(1), caches, strict=True):
+        weights = dict(zip(block.branches, w_B211.unbind(1), strict=True))  # type: ignore[arg-type]
+        z_BND, mixture = mixed_branches(block, z_BND, mod, weights, cache)  # type: ignore[arg-type]
+        mixtures.append(mixture)
+    return guided_eps(model, guidance, z_BND, final), mixtures
+
+
+@torch.no_grad()
+def reused_eps(
+    model: Network, guidance: Guidance, caches: Sequence[BlockCache], x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor
+) -> Tensor:
+    """`mixed_eps` with w = 0 everywhere: all residuals come from `caches`, and no block is run."""
+    z_BND, _, final = enter(model, guidance, x_BCHW, t_B, labels_B)
+    for cache in caches:
+        z_BND = z_BND + cache.residual
+    return guided_eps(model, guidance, z_BND, final)

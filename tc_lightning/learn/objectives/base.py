@@ -1,0 +1,154 @@
+"""What an objective is given, and what it must answer. A distiller trains one or several of them on the same batches.
+
+Shape suffixes: B images, C H W latent, T steps, L blocks, N tokens, 2 branches.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from lightning import Trainer
+from torch import Tensor, nn
+
+from tc_lightning.cache.soft_network import StepCaches, full_eps, reused_eps
+from tc_lightning.errors import RunError
+from tc_lightning.models.content_predictor import Selector
+from tc_lightning.models.network import Network
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.sampler_table import SamplerTable
+from tc_lightning.plan.signature import ModelSignature
+
+
+class Task(NamedTuple):
+    """What is distilled: a frozen teacher, sampled in one way."""
+
+    teacher: Network
+    signature: ModelSignature
+    sampler: SamplerTable
+    guidance: Guidance
+
+    @property
+    def times(self) -> Tensor:
+        """Times of the sampling steps, [T]."""
+        return torch.tensor([step.t for step in self.sampler.steps])
+
+
+class Loss(NamedTuple):
+    """A scalar to minimise, and scalars to log."""
+
+    total: Tensor
+    logs: dict[str, Tensor]
+
+
+class Batch:
+    """A batch, with what several objectives want of it computed once.
+
+    Args:
+        task: what is distilled.
+        content: neighbouring steps (`PairBatch`), or one step of rollouts (`RolloutBatch`).
+    """
+
+    def __init__(self, task: Task, content: Mapping[str, Any]) -> None:
+        self.task, self.content = task, content
+
+    @property
+    def step(self) -> Tensor:
+        """Sampling step of each image, [B]."""
+        return self.content["step"]
+
+    def times(self, steps_B: Tensor) -> Tensor:
+        """Times of sampling steps, [B]."""
+        return self.task.times.to(steps_B.device)[steps_B]
+
+    @functools.cached_property
+    @torch.no_grad()
+    def caches(self) -> StepCaches:
+        """What the step before each pair's step leaves, computed in full."""
+        b = self.content
+        return full_eps(self.task.teacher, self.task.guidance, b["x_prev"], self.times(self.step - 1), b["label"])[1]
+
+    @functools.cached_property
+    def reuse_error_B(self) -> Tensor:
+        """Mean squared error of eps with everything reused, by image."""
+        b, task = self.content, self.task
+        return self.error_B(reused_eps(task.teacher, task.guidance, self.caches.blocks, b["x"], self.times(self.step), b["label"]))
+
+    def error_B(self, eps_BCHW: Tensor) -> Tensor:
+        """Mean squared error against the recorded eps, by image."""
+        return (eps_BCHW - self.content["eps"]).square().flatten(1).mean(1)
+
+
+class Objective(nn.Module, ABC):
+    """A predictor and its loss. Its parameters are trained, and its parameters and buffers are kept in the run's checkpoints."""
+
+    batches = "pairs"  # what it is trained on: pairs of a TrajectoryDataModule, or rollouts of a RolloutDataModule
+    learns: str  # the array of `tc_lightning.measure.scores.Scores` that it fills
+
+    @abstractmethod
+    def prepare(self, task: Task) -> None:
+        """Create the predictor."""
+
+    def start(self, device: torch.device) -> None:
+        """Measure what the loss needs, with the teacher on its device, before the first step of a fit."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, batch_idx: int) -> Loss:
+        """Loss of a training batch; the mean over processes is that of one process with all their images."""
+
+    def before_step(self) -> None:
+        """Called once for each optimiser step, with the gradients in place."""
+
+    @abstractmethod
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """Figures of a batch of held-out pairs, when what was learned is taken as a plan would take it."""
+
+    def finish(self, trainer: Trainer) -> None:
+        """Called in all processes at the end of a fit, before `scores`, with the teacher on its device."""
+
+    def selector(self) -> Selector | None:
+        """The content predictor that plans may name; None if what is learned does not depend on the image."""
+        return None
+
+    @abstractmethod
+    def scores(self) -> Tensor:
+        """The array named by `learns`."""
+
+
+class Budgeted(Objective):
+    """An objective that holds the mean of w at a target, by an augmented Lagrangian: alone, an error is least at w = 1.
+
+    Args:
+        target_share: mean of w that training holds.
+        budget_rate: step of the multiplier's dual ascent, for each optimiser step.
+        budget_penalty: weight of the squared distance from `target_share`.
+
+    Raises:
+        RunError: if `target_share` is out of range.
+    """
+
+    def __init__(self, target_share: float, budget_rate: float = 0.1, budget_penalty: float = 10.0) -> None:
+        super().__init__()
+        if not 0.0 < target_share < 1.0:
+            raise RunError(f"target_share is {target_share:g}; it must lie between 0 and 1.")
+        self.target_share, self.budget_rate, self.budget_penalty = target_share, budget_rate, budget_penalty
+
+    def prepare(self, task: Task) -> None:
+        """See `Objective`."""
+        self.task = task
+        self.multiplier: Tensor
+        self.register_buffer("multiplier", torch.zeros(()))
+        self._excess = torch.zeros(())
+
+    def budget(self, mean_w: Tensor) -> Tensor:
+        """The Lagrangian's terms; `mean_w` is over all steps, so that it, and the multiplier, are the same on every rank."""
+        excess = mean_w - self.target_share
+        self._excess = excess.detach()
+        return self.multiplier * excess + 0.5 * self.budget_penalty * excess.square()
+
+    def before_step(self) -> None:
+        """Dual ascent on the budget's multiplier."""
+        self.multiplier += self.budget_rate * self._excess

@@ -1,0 +1,1 @@
+"""What is measured on a teacher: scores, sensitivities, calibration, and their figures."""

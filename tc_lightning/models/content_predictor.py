@@ -1,0 +1,164 @@
+"""The content predictor of TokenCache v2: which tokens to recompute, by what the image looks like at this step.
+
+One DiT block that starts as a copy of the teacher's first, and a linear head. Its input is (x_t, t): tokens and time embedding are the
+teacher's own, used as they are and stored with the teacher alone. It sees no label (in its place stands the null label, which
+block 0 was trained with), so that both halves of guidance recompute the same tokens.
+
+Shape suffixes: B images (one half of guidance), L blocks, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tc_lightning.errors import PlanError, RunError, TeacherError
+from tc_lightning.models.dit import NORM_EPS, DiTBlock, DiTConfig, Modulation
+from tc_lightning.models.network import Network
+from tc_lightning.models.predictor import INITIAL_IMPORTANCE, LOGIT_BOUND
+from tc_lightning.plan.atomic import write_atomically
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.tensor_files import TensorFileError, read_tensors
+
+
+class ContentPredictor(nn.Module):
+    """a(x_t, t) in [0, 1]^(L x N); 1 recomputes a token in a block, 0 reuses it.
+
+    Args:
+        config: shape of the teacher.
+
+    Raises:
+        TeacherError: if the teacher has no null label, in whose place it would see one class of all images.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        if not config.null_label:
+            raise TeacherError("a content predictor needs a null label, and the teacher has none: leave `content` out.")
+        self.block = DiTBlock(config)
+        self.head = nn.Linear(config.hidden_size, config.depth)
+        nn.init.zeros_(self.head.weight)
+        logit = math.log(INITIAL_IMPORTANCE / (1 - INITIAL_IMPORTANCE))
+        nn.init.constant_(self.head.bias, LOGIT_BOUND * math.atanh(logit / LOGIT_BOUND))
+
+    @classmethod
+    def from_teacher(cls, model: Network) -> ContentPredictor:
+        """A predictor whose block is a trainable copy of the teacher's first, and whose scores are `INITIAL_IMPORTANCE` everywhere."""
+        predictor = cls(model.config)
+        predictor.block.load_state_dict(model.blocks[0].state_dict())
+        return predictor
+
+    def modulation(self, model: Network, t_B: Tensor) -> Modulation:
+        """adaLN terms of the block at times [B] in training steps."""
+        null_B = torch.full(t_B.shape, model.config.num_classes, device=t_B.device)
+        return self.block.modulation(model.condition(t_B, null_B))
+
+    def forward(self, z_BND: Tensor, mod: Modulation) -> Tensor:
+        """Scores [B, L, N], in fp32 also under autocast, from the teacher's tokens of x_t."""
+        h_BND = F.layer_norm(self.block(z_BND, mod).float(), z_BND.shape[-1:], eps=NORM_EPS)
+        with torch.autocast(z_BND.device.type, enabled=False):
+            logits_BNL = self.head(h_BND)
+        return torch.sigmoid(LOGIT_BOUND * torch.tanh(logits_BNL / LOGIT_BOUND)).transpose(1, 2)
+
+    def scores(self, model: Network, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """Scores [B, L, N] of latents at times [B]."""
+        return self(model.embed(x_BCHW), self.modulation(model, t_B))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Selector:
+    """A frozen content predictor, and the digest by which plans name it.
+
+    The two are apart because an artefact may hold the predictor rounded to its own precision.
+    """
+
+    predictor: ContentPredictor
+    digest: str
+
+    @classmethod
+    def of(cls, predictor: ContentPredictor) -> Selector:
+        """A frozen copy of the predictor as it is."""
+        return cls(copy.deepcopy(predictor).eval().requires_grad_(False), selector_digest(predictor.state_dict()))
+
+    def scorer(self, model: Network, t_B: Tensor) -> Callable[[Tensor], Tensor]:
+        """From tokens of x_t [B, N, D] to scores [B, L, N], at times [B]."""
+        return lambda z_BND: self.predictor(z_BND, self.predictor.modulation(model, t_B))
+
+    def to(self, device: torch.device | str) -> Selector:
+        """The same on a device."""
+        return Selector(copy.deepcopy(self.predictor).to(device), self.digest)
+
+    def save(self, path: Path) -> None:
+        """Write `.safetensors` atomically; shape and digest are in its metadata."""
+        from safetensors.torch import save
+
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.predictor.state_dict().items()}
+        write_atomically(path, save(state, {"digest": self.digest}))
+
+    @classmethod
+    def load(cls, path: Path, config: DiTConfig) -> Selector:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            config: shape of the teacher.
+
+        Raises:
+            RunError: if the file is missing, damaged, or of a predictor for another teacher.
+        """
+        try:
+            state, metadata = read_tensors(path, "pt")
+        except TensorFileError as error:
+            raise RunError(f"cannot read the content predictor {path}: {error}. Make it again with `lightning fit`.") from error
+        predictor = ContentPredictor(config)
+        expected = {name: tensor.shape for name, tensor in predictor.state_dict().items()}
+        if {name: tensor.shape for name, tensor in state.items()} != expected:
+            raise RunError(f"{path} does not hold a content predictor of this teacher's shape: make it again with `lightning fit`.")
+        if selector_digest(state) != metadata.get("digest"):
+            raise RunError(f"{path} is damaged: its contents do not match its digest. Make it again with `lightning fit`.")
+        predictor.load_state_dict(state)
+        return cls.of(predictor)
+
+
+def selector_for(plan: CachePlan, path: Path | None, config: DiTConfig) -> Selector | None:
+    """The content predictor that a plan needs, from the file of its run; None if it needs none.
+
+    Raises:
+        PlanError: if the run has none, or has another one.
+        RunError: if the file is missing or damaged.
+    """
+    selector = Selector.load(path, config) if plan.selector and path is not None else None
+    require_selector(plan, selector)
+    return selector
+
+
+def selector_digest(state: Mapping[str, Tensor]) -> str:
+    """sha256 of names, shapes and values in fp32."""
+    hasher = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        hasher.update(json.dumps([name, list(tensor.shape)]).encode())
+        hasher.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def require_selector(plan: CachePlan, selector: Selector | None) -> None:
+    """Check that the plan's content predictor is at hand, if it needs one.
+
+    Raises:
+        PlanError: if it is missing, or is another one.
+    """
+    if plan.selector and (selector is None or selector.digest != plan.selector):
+        found = "none was given" if selector is None else f"{selector.digest[:8]} was given"
+        raise PlanError(
+            f"the plan {plan.digest[:8]} chooses tokens with the content predictor {plan.selector[:8]}, but {found}: "
+            "load the `content.safetensors` of the run that made the plan."
+        )

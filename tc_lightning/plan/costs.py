@@ -1,0 +1,109 @@
+"""Multiply-accumulates and cache bytes of a plan: derived, never stored, and the same for every consumer."""
+
+from __future__ import annotations
+
+import math
+
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.dataflow import Entry, assign_slots
+from tc_lightning.plan.guidance import Guidance, GuidanceMode
+from tc_lightning.plan.segments import Segment
+from tc_lightning.plan.signature import ModelSignature
+
+TIME_FEATURES = 256  # width of the sinusoidal timestep features
+
+
+def block_macs(model: ModelSignature, tokens: int, branches: tuple[str, ...] | None = None) -> int:
+    """MACs of one block for one sample when `tokens` tokens are computed in `branches` (None: all); attention is over all tokens."""
+    computed = model.block.names if branches is None else branches
+    attention = tokens * 4 * model.width**2 + 2 * tokens * model.tokens * model.width
+    mlp = tokens * 2 * model.width * model.mlp_width
+    return sum(attention if name in model.block.attending else mlp for name in computed)
+
+
+def fixed_macs(model: ModelSignature) -> int:
+    """MACs of one forward outside the blocks' branches, for one sample: embeddings, all adaLN terms, final layer."""
+    patch = model.patch_size**2
+    ends = model.tokens * model.width * patch * (model.in_channels + model.out_channels)
+    conditioning = TIME_FEATURES * model.width + model.width**2 * (1 + 6 * model.depth + 2)
+    return ends + conditioning
+
+
+def segment_macs(model: ModelSignature, segment: Segment) -> int:
+    """MACs of a segment for one sample. Forecasts are elementwise and count as none."""
+    depth = segment.stop - segment.start
+    if segment.mode == "compute":
+        return depth * block_macs(model, model.tokens)
+    if segment.mode == "partial":
+        return depth * block_macs(model, segment.keep, segment.branches)
+    if segment.mode == "reuse":
+        return depth * block_macs(model, model.tokens, tuple(filter(segment.computes, model.block.names)))
+    return 0
+
+
+def selector_macs(model: ModelSignature) -> int:
+    """MACs of the content predictor for one image: a block over all tokens, and L scores for each. Its adaLN terms are constants."""
+    return block_macs(model, model.tokens) + model.tokens * model.width * model.depth
+
+
+def step_macs(model: ModelSignature, segments: tuple[Segment, ...], selector_runs: float = 1) -> float:
+    """MACs of one step for one sample; the content predictor, where segments need one, runs so many times for it."""
+    chosen = any(s.is_content for s in segments)
+    return fixed_macs(model) + sum(segment_macs(model, s) for s in segments) + chosen * selector_runs * selector_macs(model)
+
+
+def full_step_macs(model: ModelSignature) -> int:
+    """MACs of a full forward for one sample."""
+    return fixed_macs(model) + model.depth * block_macs(model, model.tokens)
+
+
+def halves_share(mode: GuidanceMode) -> float:
+    """Share of the guided batch that a step computes: 1, or a half."""
+    return 0.5 if mode.single else 1
+
+
+def selector_runs(guidance: Guidance, mode: GuidanceMode) -> float:
+    """Runs of the content predictor for one sample: it runs once for both halves of guidance."""
+    return 0.5 if guidance.doubles_batch and not mode.single else 1
+
+
+def plan_macs(plan: CachePlan) -> float:
+    """MACs of the whole plan for one sample (one half of guidance): the mean of the halves, where a step computes only one."""
+    modes = [plan.guidance_mode(i) for i in range(plan.num_steps)]
+    return sum(
+        halves_share(mode) * step_macs(plan.model, segments, selector_runs(plan.guidance, mode))
+        for mode, segments in zip(modes, plan.steps, strict=True)
+    )
+
+
+def macs_speedup(plan: CachePlan) -> float:
+    """MACs of the reference run, at full compute, over those of the plan."""
+    return len(plan.reference) * full_step_macs(plan.model) / plan_macs(plan)
+
+
+def entry_shape(plan: CachePlan, entry: Entry) -> tuple[int, ...]:
+    """Shape of a cache entry for one sample: [N, D], or [guided channels, H, W] of the difference of the halves of guidance."""
+    if entry.kind == "guidance":
+        return (plan.guidance.channels, plan.model.input_size, plan.model.input_size)
+    return (plan.model.tokens, plan.model.width)
+
+
+def entry_rows(plan: CachePlan, entry: Entry) -> int:
+    """Samples of an entry for one image: two where it holds both halves of guidance."""
+    return 2 if plan.guidance.doubles_batch and not entry.half and entry.kind != "guidance" else 1
+
+
+def entry_dtype(entry: Entry, working: str) -> str:
+    """Precision that an entry is kept in: the working one, but for the difference of the halves, which is of latents."""
+    return "fp32" if entry.kind == "guidance" else working
+
+
+def entry_bytes(plan: CachePlan, entry: Entry, bytes_per_value: int) -> int:
+    """Bytes of one value of an entry for one sample, at so many bytes a value in the working precision."""
+    return math.prod(entry_shape(plan, entry)) * (4 if entry.kind == "guidance" else bytes_per_value)
+
+
+def cache_bytes_per_image(plan: CachePlan, bytes_per_value: int = 4) -> int:
+    """Bytes of cache for one image, at so many bytes a value in the working precision."""
+    _, depth = assign_slots(plan.flows)
+    return sum(slots * entry_rows(plan, entry) * entry_bytes(plan, entry, bytes_per_value) for entry, slots in depth.items())
