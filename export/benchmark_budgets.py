@@ -24,15 +24,15 @@ from tqdm import tqdm
 from export.command import positive, run
 from export.report.rows import TARGETS
 from export.report.subjects import front_rows
-from tc_lightning.atomic import write_atomically
-from tc_lightning.context import LoadedRun, load_run
-from tc_lightning.costs import macs_speedup
 from tc_lightning.errors import RunError
-from tc_lightning.evaluation import final_latents
-from tc_lightning.plan import CachePlan
-from tc_lightning.runs import find_run, read_run
-from tc_lightning.sampling import full_plan
-from tc_lightning.targets import TargetKey, Targets, cached_targets
+from tc_lightning.plan.atomic import write_atomically
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import macs_speedup
+from tc_lightning.rollout.evaluation import final_latents
+from tc_lightning.rollout.sampling import full_plan
+from tc_lightning.rollout.targets import TargetKey, Targets, cached_targets
+from tc_lightning.runs.folder import find_run, read_run
+from tc_lightning.runs.loaded import LoadedRun, load_run
 
 SEED = 4_669_201_609  # of images that neither training, nor planning, nor a report has looked at
 

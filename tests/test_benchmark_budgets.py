@@ -13,14 +13,14 @@ from test_commands import call, is_one_paragraph
 from test_report import finished_run
 
 from export.benchmark_budgets import budgets, compared
-from tc_lightning.costs import macs_speedup
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import RunError
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher
-from tc_lightning.plan import CachePlan
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.planner.front import FrontPoint, write_front
-from tc_lightning.sampling import full_plan, sample
-from tc_lightning.targets import TargetKey, compute_targets
+from tc_lightning.rollout.sampling import full_plan, sample
+from tc_lightning.rollout.targets import TargetKey, compute_targets
 
 
 def planned_run(folder: Path) -> tuple[Path, CachePlan, CachePlan]:
