@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,12 +20,14 @@ from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import skip
-from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose
+from tc_lightning.planner import bench
+from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose, worth_refining
 from tc_lightning.planner.front import write_front
 from tc_lightning.planner.pilot import SEED
 from tc_lightning.planner.policy import PlannerPolicy
-from tc_lightning.planner.recipe import Recipe
+from tc_lightning.planner.recipe import Kind, Recipe
 from tc_lightning.planner.run import Choice, PlannerRun, Subject
+from tc_lightning.planner.target import TargetRun
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import PrunedStep
 from tc_lightning.rollout.sampling import labels_for, model_signature, reference_plan
@@ -92,6 +95,18 @@ class TestChoose:
         assert best_without_cache([finalist("skips", 0.1)]) is None
 
 
+class TestWorthRefining:
+    def test_full_compute_always_and_of_caches_the_best(self) -> None:
+        hopeless, halves, skips = finalist("full", 9.0), finalist("halves", 1.0), finalist("skips", 2.0)
+        assert worth_refining([skips, hopeless, halves]) == [hopeless, halves]
+        assert worth_refining([hopeless]) == [hopeless]
+
+    def test_what_became_nan_only_where_nothing_else_caches(self) -> None:
+        nan, skips = finalist("halves", math.nan), finalist("skips", 2.0)
+        assert worth_refining([nan, skips]) == [skips]
+        assert worth_refining([nan]) == [nan]
+
+
 def scores(model: DiT) -> Scores:
     L, N = model.config.depth, model.config.num_tokens
     importance, sensitivity = np.linspace(0, 1, STEPS * L * N).reshape(STEPS, L, N), np.ones((STEPS, L, 2))
@@ -150,6 +165,32 @@ class TestPlanner:
         points = run.points({2.5: Choice(winner, few, []), 2.0: Choice(few, few, [])})
         assert [(p.role, p.budgets) for p in points] == [("planned", (2.5,)), ("planned", (2.0,))]
 
+    def test_those_that_may_win_are_refined_once_and_all_are_compared(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of each budget full compute, and before anything is refined the best with a cache."""
+        passes: list[dict[str, Any]] = []
+        real = bench.refine_sampler
+
+        def refine(model: DiT, plan: CachePlan, target: TargetRun, iterations: int, *more: Any) -> CachePlan:
+            passes.extend([plan.provenance["arguments"]] * (iterations > 0))
+            return real(model, plan, target, iterations, *more)
+
+        monkeypatch.setattr(bench, "refine_sampler", refine)
+        c = context()
+        run = PlannerRun(policy("auto").settings, Subject(TEACHER, c.signature, GUIDANCE, c.scores, c.sampler, c.reference))
+        searches = run.searches()
+        choices = run.finish(searches)
+        kinds: tuple[Kind, ...] = ("full", "halves", "cache")
+        best = [search.best_of(kind) for search in searches.values() for kind in kinds]
+        recipes = {trial.recipe for trial in best if trial is not None}
+        assert {one.recipe for choice in choices.values() for one in choice.finalists} == recipes
+        full = [recipe.to_json() for recipe in recipes if recipe.kind == "full"]
+        assert all(passes.count(arguments) == 1 for arguments in full)
+        assert len(full) < len(passes) <= len(full) + len(searches) < len(recipes)
+        for choice in choices.values():
+            for one in choice.finalists:
+                assert one.refined == (one.recipe.to_json() in passes)
+                assert torch.isfinite(one.errors_B).all()
+
     @pytest.mark.parametrize("use", ["auto", "keep", "none"])
     def test_plan_json_is_what_the_table_calls_chosen(self, use: CacheUse, tmp_path: Path) -> None:
         choice = policy(use).plan(context(tmp_path))
@@ -157,7 +198,7 @@ class TestPlanner:
         assert len(chosen) == 1
         arguments = choice.plan.provenance["arguments"]
         assert (chosen[0]["spacing"], chosen[0]["steps"]) == (arguments["spacing"], arguments["num_steps"])
-        assert chosen[0]["refined_error"] is not None
+        assert chosen[0]["compared_error"] is not None
         assert macs_speedup(choice.plan) >= 2.0
         assert [p.plan for p in choice.front if p.chosen] == [choice.plan]
         if use != "auto":

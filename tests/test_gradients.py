@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-
 import pytest
 import torch
 from conftest import CONFIG, EVERY_MODE, FULL, make_plan, make_teacher, vp_sampler
@@ -16,7 +13,7 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import partial, reuse, skip
-from tc_lightning.planner import memory
+from tc_lightning.planner import fit, memory
 from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.gradients import advance_with, coefficients, own_coefficients, stepwise, tensors, whole
 from tc_lightning.planner.graph_size import graph_size, graph_size_on_paper
@@ -66,17 +63,16 @@ def test_step_by_step_gives_the_gradients_of_the_whole_graph(teacher: DiT, name:
         assert (one != 0).any(0).view(plan.num_steps, 4)[:, :2].all()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_fit_of_any_number_of_images_at_a_time_is_the_same(name: str) -> None:
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"content"}))
+def test_a_fit_of_any_number_of_images_at_a_time_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In double precision: how many rows a product has changes its rounding, and random weights make much of that."""
-    teacher, predictor = make_teacher().double(), copy.deepcopy(SELECTOR.predictor).double()
-    predictor.head.float()  # scores are fp32 in any precision
-    selector = dataclasses.replace(SELECTOR, predictor=predictor)
+    teacher = make_teacher().double()
     plan, noise = plan_of(teacher, name), noise_for(1, range(5), teacher).double()
     target = run_target(teacher, vp_sampler("ddim", 8), GUIDANCE, noise, torch.arange(5), batch=5)
-    together = fit_sampler(teacher, plan, target, 4, selector=selector, batch=5)
+    together = fit_sampler(teacher, plan, target, 4)
     for batch in (1, 2, 3):
-        apart = fit_sampler(teacher, plan, target, 4, selector=selector, batch=batch)
+        monkeypatch.setattr(fit, "images_at_a_time", lambda plan, device, batch=batch: batch)
+        apart = fit_sampler(teacher, plan, target, 4)
         expected = coefficients(together.plan)
         assert torch.linalg.vector_norm(coefficients(apart.plan) - expected) < 1e-6 * torch.linalg.vector_norm(expected)
         assert torch.allclose(apart.mse_B, together.mse_B, rtol=1e-6)

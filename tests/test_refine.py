@@ -18,7 +18,7 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import compute, skip
-from tc_lightning.planner import gradients, refine
+from tc_lightning.planner import fit, gradients, refine
 from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.pilot import dealt, difficulty, images, stratified
 from tc_lightning.planner.refine import coefficients, moved, refine_sampler, solve
@@ -50,6 +50,10 @@ def fitted(model: DiT, target: TargetRun) -> CachePlan:
     steps = tuple((skip(0, 12, 1),) if i in (3, 4) else (compute(0, 12),) for i in range(6))
     plan = dataclasses.replace(full_plan(model_signature(model), vp_sampler("dpmpp_2m", 6, "mix:0.5"), GUIDANCE), steps=steps)
     return fit_sampler(model, plan, target, 6).plan
+
+
+def signs(vectors: int, images: int) -> Tensor:
+    return torch.stack([refine._signs(b, vectors, torch.Size((1, 16, 16))) for b in range(images)], 1)
 
 
 def error(model: DiT, plan: CachePlan, target: TargetRun) -> float:
@@ -165,7 +169,7 @@ class TestRefine:
 
     def test_products_are_those_of_finite_differences(self, model: DiT, target: TargetRun, fitted: CachePlan) -> None:
         run = target.part(slice(0, 2))
-        of_error, *_ = refine._Refiner(model, run, ALONE)._products(fitted, run, 0, 1, refine.Passes(1))
+        _, (of_error, *_) = refine._Refiner(model, run, ALONE)._products(fitted, run, signs(1, 2), refine.Passes(1))
         for place in (0, 9, 17):  # x at step 0, m at step 2, m at step 4, which skips
             by = torch.zeros(coefficients(fitted).numel())
             by[place] = 2e-3
@@ -179,12 +183,26 @@ class TestRefine:
         plan = full_plan(model_signature(model), vp_sampler("ddim", 2), GUIDANCE)
         run = target.part(slice(0, 1))
         refiner = refine._Refiner(model, run, ALONE)
-        estimate, _ = refiner.normal_equations(plan, refiner.errors(plan), refine.Passes(1, vectors=65), 64)
+        _, estimate, _ = refiner.normal_equations(plan, refine.Passes(1, vectors=65), 64)
         end, pull = gradients.whole(Rollout(model, plan, run.labels_B), run.x_T)
         rows = pull([unit.view_as(end) for unit in torch.eye(end.numel())])
         exact = torch.cat(rows).double().square().sum(0) * float(robust_weights(refiner.errors(plan), run.counts_B))
         used = exact > 0
         assert (estimate.diagonal()[used] / exact[used]).log().abs().median() < 0.3
+
+    def test_where_there_are_many_images_some_make_the_gram_matrix_and_all_the_slope(
+        self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Three of six images, those of places 0, 2, 4, weigh as much as all do; the slope is that of all."""
+        monkeypatch.setattr(refine, "CURVED", 3)
+        refiner = refine._Refiner(model, target, ALONE)
+        errors_B, gram, slope = refiner.normal_equations(fitted, refine.Passes(2), 1)
+        assert errors_B == pytest.approx(refiner.errors(fitted).double(), rel=1e-3)
+        _, (of_error, rows) = refiner._products(fitted, target, signs(1, 6), refine.Passes(6))
+        weights = robust_weights(errors_B, target.counts_B.double())
+        expected = (rows * weights[:, None])[::2].T @ rows[::2] * (weights.sum() / weights[::2].sum())
+        assert torch.linalg.matrix_norm(gram - expected) < 1e-3 * torch.linalg.matrix_norm(expected)
+        assert torch.linalg.vector_norm(slope - weights @ of_error) < 1e-3 * torch.linalg.vector_norm(slope)
 
     def test_errors_fall_and_weights_stay(self, model: DiT, target: TargetRun, fitted: CachePlan) -> None:
         before, passes = [p.clone() for p in model.parameters()], []
@@ -223,7 +241,7 @@ class TestRefine:
         self, model: DiT, target: TargetRun, fitted: CachePlan, by_step: bool, vectors: int
     ) -> None:
         refiner, run = refine._Refiner(model, target, ALONE), target.part(slice(0, 2))
-        together, apart = (refiner._products(fitted, run, 0, 4, refine.Passes(2, by_step, v)) for v in (5, vectors))
+        (_, together), (_, apart) = (refiner._products(fitted, run, signs(4, 2), refine.Passes(2, by_step, v)) for v in (5, vectors))
         assert len(together) == len(apart) == 5
         assert all(torch.allclose(one, other, rtol=1e-5) for one, other in zip(together, apart, strict=True))
 
@@ -256,7 +274,7 @@ class TestRefine:
         self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         size = coefficients(fitted).numel()
-        bad = lambda *_: (torch.full((size, size), torch.nan), torch.ones(size))  # noqa: E731
+        bad = lambda *_: (torch.ones(6), torch.full((size, size), torch.nan), torch.ones(size))  # noqa: E731
         monkeypatch.setattr(refine._Refiner, "normal_equations", bad)
         assert refine_sampler(model, fitted, target, 2) is fitted
 
@@ -264,18 +282,20 @@ class TestRefine:
         with pytest.raises(PlanError, match="cannot be refined"):
             refine_sampler(model, full_plan(model_signature(model), vp_sampler("ddpm", 5), GUIDANCE), target, 1)
 
-    @pytest.mark.parametrize("at_a_time", [None, 1, 3])
+    @pytest.mark.parametrize(("at_a_time", "curved"), [(None, 12), (1, 12), (3, 12), (None, 2)])
     def test_two_processes_end_where_one_does(
-        self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch, at_a_time: int | None
+        self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch, at_a_time: int | None, curved: int
     ) -> None:
-        """Unequal shares: two images in one, four in the other, all of them together or a few at a time."""
+        """Unequal shares: two images in one, four in the other, all of them together or a few at a time, all or some of them for H."""
+        monkeypatch.setattr(refine, "CURVED", curved)
         alone = refine_sampler(model, fit_sampler(model, fitted, target, 6).plan, target, 1)
         if at_a_time:
-            monkeypatch.setattr(refine, "images_at_a_time", lambda plan, device: at_a_time)
+            for module in (fit, refine):
+                monkeypatch.setattr(module, "images_at_a_time", lambda plan, device: at_a_time)
 
         def work(ranks: Ranks) -> CachePlan:
             run = target.part(slice(0, 2) if ranks.first else slice(2, 6))
-            plan = fit_sampler(model, fitted, run, len(run.x_0), ranks=ranks, batch=at_a_time).plan
+            plan = fit_sampler(model, fitted, run, len(run.x_0), ranks=ranks).plan
             return refine_sampler(model, plan, run, 1, ranks)
 
         first, second = two_processes(work)

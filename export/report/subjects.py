@@ -67,7 +67,7 @@ def planned(reference: CachePlan, own: CachePlan, folder: Path, budgets: Sequenc
         PlanError: if one of its plans is.
     """
     yield _subject(reference, own, PLANNED, "this run's plan")
-    rows = [row for row in _front(folder) if row["role"] == "planned"]
+    rows = [row for row in front_rows(folder) if row["role"] == "planned"]
     for row in _representatives(rows, budgets, most):
         yield _subject(reference, _plan_of(folder, row), PLANNED, f"planner for the {TARGET_NAMES[row['target']]}")
 
@@ -90,7 +90,7 @@ def fitted(
         PlanError: if one of its plans is.
     """
     step, known = full_step_macs(reference.model), list[int]()
-    for row in _front(folder):
+    for row in front_rows(folder):
         plan = _plan_of(folder, row)
         if not plan.caches:
             known += [plan.num_steps] * (row["target"] == "reference")
@@ -206,8 +206,12 @@ def _with_steps(schedule: Schedule, reference: CachePlan, sampler: str, spacing:
     return fewer_steps_plan(reference.model, schedule, sampler, spacing, reference.guidance, budget, reference.sampler)
 
 
-def _front(folder: Path) -> list[dict[str, Any]]:
-    """Rows of the planner's front, in order of speed-up; none where there is no front."""
+def front_rows(folder: Path) -> list[dict[str, Any]]:
+    """Rows of the planner's front, in order of speed-up; none where there is no front.
+
+    Raises:
+        RunError: if the front is damaged.
+    """
     path = folder / FOLDER / NAME
     if not path.is_file():
         return []

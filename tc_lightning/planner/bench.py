@@ -94,7 +94,7 @@ class Bench:
         if self.ranks.of_first(float(known is not None), device):  # another process may not see the file
             rows = self.ranks.rows_of_first(known, (plan.num_steps, width), device)
             return dataclasses.replace(plan, sampler=_fitted_table(plan.sampler, rows))
-        fitted = self.fit(recipe).plan
+        fitted = self.refined(recipe, 0, on_pass) if iterations else self.fit(recipe).plan
         found = refine_sampler(self.model, fitted, self.target, iterations, self.ranks, on_pass)
         if found.sampler == fitted.sampler and iterations:  # for want of memory, perhaps: another time there may be more
             return found

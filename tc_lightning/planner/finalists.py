@@ -1,8 +1,12 @@
-"""Who wins a budget: the best few recipes, refined, compared on images that nothing was fitted on; of equals the simplest.
+"""Who wins a budget: the best few recipes, of which those that may win are refined, compared on images that nothing was fitted on.
+
+Refining is what costs most. It is for full compute with fewer steps, which everything has to beat, and for one finalist with a cache:
+that of least error before any is refined. That error is measured on the images of the comparison, to which nothing is fitted; what wins
+is measured again on images of its own.
 
 Errors of two plans on the same images go up and down together, so their difference is what is looked at: two plans are equal if its
 mean is within its standard error. Of equals a plan without a cache comes before one with a cache, then fewer programs, then less
-memory.
+memory. A budget may so end on the plan of a smaller one: it is no worse, and cheaper.
 
 Shape suffixes: B images.
 """
@@ -30,19 +34,21 @@ KINDS: dict[CacheUse, tuple[Kind, ...]] = dict.fromkeys(CACHE_USES, ("full", "ha
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Finalist:
-    """A recipe's plan, fitted and refined.
+    """A recipe's plan, fitted, and refined if it may win.
 
     Args:
         recipe: the recipe.
         plan: its plan.
         errors_B: squared error of each image that finalists are compared on, of all processes, [B]; infinite if they became NaN.
         weights_B: how much each of these images counts, [B].
+        refined: whether the plan was refined.
     """
 
     recipe: Recipe
     plan: CachePlan
     errors_B: Tensor
     weights_B: Tensor
+    refined: bool = False
 
     @property
     def error(self) -> float:
@@ -77,6 +83,12 @@ def finalist_recipes(search: Search, use: CacheUse) -> list[Recipe]:
     """The recipe of least error of each kind, of those that are to be compared; full compute is always one of them."""
     best = (search.best_of(kind) for kind in KINDS[use])
     return [trial.recipe for trial in best if trial is not None]
+
+
+def worth_refining(finalists: Sequence[Finalist]) -> list[Finalist]:
+    """Of the finalists of a budget, of which none is refined: all without a cache, and of those with one, that of least error."""
+    caching = [one for one in finalists if one.plan.caches]
+    return [one for one in finalists if not one.plan.caches] + sorted(caching, key=lambda one: one.error)[:1]
 
 
 def choose(finalists: Sequence[Finalist], use: CacheUse) -> Finalist:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from tc_lightning.errors import PlanError, TokenCacheError
-from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.sampler_table import FITTED, SamplerStep, SamplerTable
@@ -31,6 +30,7 @@ from tc_lightning.rollout.ranks import ALONE, Ranks
 from tc_lightning.rollout.sampling import Rollout
 
 REWEIGHTED = 2  # times that the weights of images are set anew within a step
+HISTORY = 2  # past outputs that a step may use
 RIDGE = 1e-6  # of the features' own squares: the coefficients of an analytic solver are kept where the data says nothing
 COEFFICIENTS = ("next_x", "next_m", "next_m_prev", "next_m_prev2")
 
@@ -49,11 +49,7 @@ def fit_sampler(
     plan: CachePlan,
     target: TargetRun,
     fitted: int,
-    history: int = 2,
-    ridge: float = RIDGE,
     ranks: Ranks | None = None,
-    selector: Selector | None = None,
-    batch: int | None = None,
 ) -> FittedPlan:
     """Run a plan on the target's noise, fitting its sampler on the first images; the others show what that is worth.
 
@@ -62,11 +58,7 @@ def fit_sampler(
         plan: the plan; its own coefficients are where the fit starts from.
         target: the run to reproduce, of this process's images.
         fitted: how many images the fit may look at, the first ones of each process.
-        history: past outputs that a step may use, 0 to 2.
-        ridge: how strongly the plan's own coefficients are held on to.
         ranks: the processes that fit together, each with images of its own.
-        selector: the content predictor that the plan names.
-        batch: images at a time; None for as many as `tc_lightning.planner.memory` has room for. The fit is the same.
 
     Raises:
         PlanError: if the plan scales its eps or its sampler adds noise: there is nothing to fit then; or if it is for another model or
@@ -75,10 +67,10 @@ def fit_sampler(
     """
     if plan.eps_scale or plan.sampler.stochastic:
         raise PlanError("a sampler that scales eps or adds noise cannot be fitted: start from ddim or dpmpp_2m.")
-    run = Rollout(model, plan, target.labels_B, selector)
+    run = Rollout(model, plan, target.labels_B)
     run.check()
-    solver = _Fitter(plan.sampler, target, fitted, history, ridge, ranks or ALONE)
-    end = _run(run, target.x_T, solver, batch or images_at_a_time(plan, target.x_T.device))
+    solver = _Fitter(plan.sampler, target, fitted, ranks or ALONE)
+    end = _run(run, target.x_T, solver, images_at_a_time(plan, target.x_T.device))
     table = dataclasses.replace(plan.sampler, name=f"{plan.sampler.name.removesuffix(FITTED)}{FITTED}", steps=tuple(solver.rows))
     return FittedPlan(dataclasses.replace(plan, sampler=table), (end - target.x_0).square().flatten(1).mean(1))
 
@@ -98,9 +90,8 @@ def _run(run: Rollout, x_BCHW: Tensor, solver: _Fitter, batch: int) -> Tensor:
 class _Fitter:
     """A solver that finds its coefficients while it runs."""
 
-    def __init__(self, table: SamplerTable, target: TargetRun, fitted: int, history: int, ridge: float, ranks: Ranks) -> None:
-        self._table, self._target, self._fitted, self._history = table, target, fitted, history
-        self._ridge, self._ranks = ridge, ranks
+    def __init__(self, table: SamplerTable, target: TargetRun, fitted: int, ranks: Ranks) -> None:
+        self._table, self._target, self._fitted, self._ranks = table, target, fitted, ranks
         self._past: list[Tensor] = []  # its own record: the plan's sampler may look back less far
         self.rows: list[SamplerStep] = []
 
@@ -109,7 +100,7 @@ class _Fitter:
         row = self._table.steps[step]
         m = x * row.m_x + eps * row.m_eps
         features = [x, m, *self._past]
-        self._past = [m, *self._past][: self._history]
+        self._past = [m, *self._past][:HISTORY]
         base_F = torch.tensor([getattr(row, name) for name in COEFFICIENTS[: len(features)]], dtype=torch.float64)
         next_t = self._table.steps[step + 1].t if step + 1 < len(self._table) else None
         found_F = self._solve(features, self._target.at(next_t), base_F)
@@ -145,4 +136,4 @@ class _Fitter:
         weighted_BPF = columns_BPF * weights_B[:, None, None]
         gram_FF = self._ranks.total(torch.einsum("bpf,bpg->fg", weighted_BPF, columns_BPF))
         moment_F = self._ranks.total(torch.einsum("bpf,bp->f", weighted_BPF, rest_BP))
-        return base_F + torch.linalg.solve(gram_FF + self._ridge * torch.diag(gram_FF.diagonal()), moment_F)
+        return base_F + torch.linalg.solve(gram_FF + RIDGE * torch.diag(gram_FF.diagonal()), moment_F)

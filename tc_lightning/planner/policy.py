@@ -37,7 +37,7 @@ class PlannerPolicy(Policy):
         final_images: images that the figures of the plans found are measured on, and nothing else is.
         pool_images: images of which the hardest are among those that are planned on; as few as are needed, or 0, takes images as they
             come.
-        refinements: steps of Gauss-Newton on the samplers of the best plans of each budget.
+        refinements: steps of Gauss-Newton, at most, on the samplers of those finalists of each budget that may win.
         ode_steps: steps of the run that counts as converged.
         progress: show progress bars.
 
@@ -52,8 +52,8 @@ class PlannerPolicy(Policy):
         target_speedup: float = 2.5,
         target: str = "reference",
         front: tuple[float, ...] = (2.0, 3.0, 4.0),
-        evaluations: int = 28,
-        front_evaluations: int = 6,
+        evaluations: int = 22,
+        front_evaluations: int = 4,
         cache: CacheUse = "auto",
         fit_images: int = FIT,
         judge_images: int = JUDGE,
@@ -136,7 +136,7 @@ def _error(trial: Trial) -> float:
 
 def _row(speedup: float, trial: Trial, choice: Choice) -> dict[str, Any]:
     recipe = trial.recipe
-    refined = next((one.error for one in choice.finalists if one.recipe == recipe), None)
+    finalist = next((one for one in choice.finalists if one.recipe == recipe), None)
     pruned = {f"pruned_{name}": value for name, value in dataclasses.asdict(recipe.pruned).items()}
     return {
         "speedup": speedup,
@@ -148,6 +148,7 @@ def _row(speedup: float, trial: Trial, choice: Choice) -> dict[str, Any]:
         **pruned,
         "cost": trial.cost,
         "error": trial.error,
-        "refined_error": refined,
+        "compared_error": None if finalist is None else finalist.error,
+        "refined": finalist is not None and finalist.refined,
         "chosen": recipe == choice.chosen.recipe,
     }

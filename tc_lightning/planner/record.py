@@ -52,9 +52,6 @@ class TrialRecord:
         """The error of a recipe; NaN if it is not known."""
         return self._errors.get(recipe, math.nan)
 
-    def __len__(self) -> int:
-        return len(self._errors)
-
     def know(self, recipe: str, error: float) -> None:
         """Remember an error that is in the file, or in that of another process."""
         self._errors[recipe] = error

@@ -8,10 +8,10 @@ theta of all steps are then moved together. With e_b(theta) the difference of im
 
 where w_b are the weights of a robust mean (`tc_lightning.planner.robust`). g takes one backward pass. H is estimated with random signs
 v, since E (J^T v)(J^T v)^T = J^T J: one more pass for each, which gives J_b^T v_b of every image at once, because each has coefficients
-of its own in the graph. H changes little, so it is estimated once and kept. The best of a few lambda is taken in the first step, and
-kept; a step that does not help is the last. Where there is no memory for the graph of an image's whole run, it is made step by step
-(`tc_lightning.planner.gradients`). (Solvers with learned coefficients: Shaul et al., arXiv 2403.01329, by gradient descent. Estimates
-by random probes: Hutchinson, 1989.)
+of its own in the graph. H only says how far to go, so that a dozen images are enough for it; it changes little, so that it is
+estimated once and kept. The best of a few lambda is taken in the first step, and kept; a step that does not help is the last. Where
+there is no memory for the graph of an image's whole run, it is made step by step (`tc_lightning.planner.gradients`). (Solvers with
+learned coefficients: Shaul et al., arXiv 2403.01329, by gradient descent. Estimates by random probes: Hutchinson, 1989.)
 
 Shape suffixes: B images, C H W latent, T steps, F coefficients of a step, P = T F.
 """
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from tc_lightning.errors import PlanError, TokenCacheError
-from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.fit import COEFFICIENTS
@@ -40,6 +39,7 @@ from tc_lightning.rollout.ranks import ALONE, Ranks
 from tc_lightning.rollout.sampling import Rollout, sample
 
 PROBES = 6
+CURVED = 12  # images, evenly spread, that H is estimated on where there are twice as many or more; else all
 DAMPING = (1e-1, 1e-2, 1e-3)
 _SEED = 0x50726F62
 
@@ -62,7 +62,6 @@ def refine_sampler(
     iterations: int,
     ranks: Ranks | None = None,
     on_pass: OnPass = lambda: None,
-    selector: Selector | None = None,
 ) -> CachePlan:
     """Move the sampler's coefficients towards less error of final latents.
 
@@ -73,30 +72,28 @@ def refine_sampler(
         iterations: steps of Gauss-Newton at most; fewer are taken if one does not help. The first is the dear one.
         ranks: the processes that refine together, each with images of its own.
         on_pass: called after every iteration.
-        selector: the content predictor that the plan names.
 
     Returns:
         The plan with the coefficients found; the plan itself, with a warning, if there is no memory for its gradients.
 
     Raises:
-        PlanError: if the plan scales its eps or its sampler adds noise; or if it is for another model or content predictor.
+        PlanError: if the plan scales its eps or its sampler adds noise; or if it is for another model, or one with a content predictor.
         TokenCacheError: in all processes, if the plan's own latents become NaN.
     """
     if plan.eps_scale or plan.sampler.stochastic:
         raise PlanError("a sampler that scales eps or adds noise cannot be refined: start from ddim or dpmpp_2m.")
     if not iterations:
         return plan
-    refiner = _Refiner(model, target, ranks or ALONE, selector)
-    errors_B = refiner.errors(plan)
-    if refiner.value(errors_B) == torch.inf:
-        raise TokenCacheError(f"the plan {plan.summary} makes latents NaN or infinite: it cannot be refined.")
+    refiner = _Refiner(model, target, ranks or ALONE)
     passes = refiner.passes(plan)
     if passes is None:
         return plan
     damping: tuple[float, ...] = DAMPING
     gram_PP: Tensor | None = None
     for _ in range(iterations):
-        found_PP, slope_P = refiner.normal_equations(plan, errors_B, passes, PROBES if gram_PP is None else 0)
+        errors_B, found_PP, slope_P = refiner.normal_equations(plan, passes, PROBES if gram_PP is None else 0)
+        if refiner.value(errors_B) == torch.inf:
+            raise TokenCacheError(f"the plan {plan.summary} makes latents NaN or infinite: it cannot be refined.")
         gram_PP = found_PP if gram_PP is None else gram_PP
         if not (gram_PP.isfinite().all() and slope_P.isfinite().all()):  # a path so unstable that its gradients overflow
             break
@@ -105,20 +102,22 @@ def refine_sampler(
         on_pass()
         if better is None:
             break
-        damping, plan, errors_B = (better[0],), *better[1:]
+        damping, plan = (better[0],), better[1]
     return plan
 
 
 class _Refiner:
     """One target and the processes that share its images."""
 
-    def __init__(self, model: Network, target: TargetRun, ranks: Ranks, selector: Selector | None = None) -> None:
-        self._model, self._target, self._ranks, self._selector = model, target, ranks, selector
+    def __init__(self, model: Network, target: TargetRun, ranks: Ranks) -> None:
+        self._model, self._target, self._ranks = model, target, ranks
 
     def passes(self, plan: CachePlan) -> Passes | None:
         """What there is memory for; None in all processes, with a warning in the first, if in one it is not enough for one image."""
         one, device = self._target.part(slice(0, 1)), self._target.x_0.device
-        need = graph_size(self._rollout(plan, one), one.x_T)
+        run = self._rollout(plan, one)
+        run.check()
+        need = graph_size(run, one.x_T)
         least, free, spare = need.stepwise(1), free_bytes(device), spare_bytes(device, self._ranks.world)
         vectors = next((v for v in range(1 + PROBES, 0, -1) if need.stepwise(v) <= spare), 0)
         short = torch.tensor(float(not vectors), dtype=torch.float64, device=device)
@@ -141,7 +140,7 @@ class _Refiner:
 
     def _errors(self, plan: CachePlan, target: TargetRun) -> Tensor:
         try:
-            end = sample(self._model, plan, target.x_T, target.labels_B, selector=self._selector)
+            end = sample(self._model, plan, target.x_T, target.labels_B)
         except PlanError:
             raise
         except TokenCacheError:
@@ -149,7 +148,7 @@ class _Refiner:
         return (end - target.x_0).square().flatten(1).mean(1)
 
     def _rollout(self, plan: CachePlan, target: TargetRun) -> Rollout:
-        return Rollout(self._model, plan, target.labels_B, self._selector)
+        return Rollout(self._model, plan, target.labels_B)
 
     def value(self, errors_B: Tensor) -> float:
         """Robust mean over the images of all processes."""
@@ -161,33 +160,38 @@ class _Refiner:
         best = min(tried, key=lambda one: self.value(one[2]))
         return best if self.value(best[2]) < self.value(errors_B) else None
 
-    def normal_equations(self, plan: CachePlan, errors_B: Tensor, passes: Passes, probes: int) -> tuple[Tensor, Tensor]:
-        """H [P, P] from so many probes (0 without any), and g [P], over the images of all processes."""
-        both = torch.stack([errors_B.double(), self._target.counts_B.double()], 1)
-        all_B, first = self._ranks.gathered(both), self._ranks.before(len(both), both.device)
-        weights_B = robust_weights(*all_B.unbind(1))[first : first + len(both)]
-        size = coefficients(plan).numel()
-        gram_PP = torch.zeros(size, size, dtype=torch.float64, device=both.device)
-        slope_P = torch.zeros(size, dtype=torch.float64, device=both.device)
-        for start in range(0, len(both), passes.images):
-            part = slice(start, start + passes.images)
-            of_error_BP, *of_signs = self._products(plan, self._target.part(part), first + start, probes, passes)
-            slope_P += weights_B[part] @ of_error_BP
-            for rows_BP in of_signs:
-                gram_PP += (rows_BP * weights_B[part, None]).T @ rows_BP / probes
-        return self._ranks.total(gram_PP).cpu(), self._ranks.total(slope_P).cpu()
+    def normal_equations(self, plan: CachePlan, passes: Passes, probes: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Errors of this process's images [B]; over those of all processes, H [P, P] from so many probes (0 without any), and g [P]."""
+        count, device, size = len(self._target.x_0), self._target.x_0.device, coefficients(plan).numel()
+        first, every = self._ranks.before(count, device), max(1, len(self._ranks.gathered(self._target.counts_B[:, None])) // CURVED)
+        errors_B = torch.zeros(count, dtype=torch.float64, device=device)
+        of_error_BP = torch.zeros(count, size, dtype=torch.float64, device=device)
+        of_signs: list[tuple[slice, Tensor]] = []
+        for place in range(every):  # H takes the first of every so many images, counted over all processes
+            for begin in range((place - first) % every, count, every * passes.images):
+                part = slice(begin, begin + every * passes.images, every)
+                signs = [_signs(first + b, 0 if place else probes, self._target.x_0.shape[1:]) for b in range(count)[part]]
+                errors_B[part], found = self._products(plan, self._target.part(part), torch.stack(signs, 1), passes)
+                of_error_BP[part] = found[0]
+                of_signs += [(part, rows_BP) for rows_BP in found[1:]]
+        all_B = robust_weights(*self._ranks.gathered(torch.stack([errors_B, self._target.counts_B.double()], 1)).unbind(1))
+        weights_B, share = all_B[first : first + count], all_B[::every].sum() / all_B.sum()
+        gram_PP = torch.zeros(size, size, dtype=torch.float64, device=device)
+        for part, rows_BP in of_signs:
+            gram_PP += (rows_BP * weights_B[part, None]).T @ rows_BP / (probes * share)
+        return errors_B, self._ranks.total(gram_PP).cpu(), self._ranks.total(weights_B @ of_error_BP).cpu()
 
-    def _products(self, plan: CachePlan, target: TargetRun, first: int, probes: int, passes: Passes) -> list[Tensor]:
-        """J_b^T v_b of each image, [B, P]: for v the error, then for each of the random signs, which `first` keys."""
+    def _products(self, plan: CachePlan, target: TargetRun, signs_VBCHW: Tensor, passes: Passes) -> tuple[Tensor, list[Tensor]]:
+        """Errors [B], and J_b^T v_b of each image, [B, P]: for v its difference to the target, then for each of the signs."""
         gradients, run = stepwise if passes.stepwise else whole, self._rollout(plan, target)
         end, pull = gradients(run, target.x_T)
-        signs = torch.stack([_signs(first + b, probes, target.x_0.shape[1:]) for b in range(len(target.x_0))], 1).to(end)
-        vectors = [end - target.x_0, *signs]
+        apart = end - target.x_0
+        vectors = [apart, *signs_VBCHW.to(end)]
         found: list[Tensor] = []
         while True:
             found += pull(vectors[len(found) : len(found) + passes.vectors])
             if len(found) == len(vectors):
-                return [products_BP.double() for products_BP in found]
+                return apart.double().square().flatten(1).mean(1), [products_BP.double() for products_BP in found]
             _, pull = gradients(run, target.x_T)
 
 

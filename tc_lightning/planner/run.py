@@ -20,11 +20,12 @@ from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.planner.bench import Bench, Trial
-from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose, finalist_recipes
+from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose, finalist_recipes, worth_refining
 from tc_lightning.planner.front import TRIALS
 from tc_lightning.planner.pilot import HARD, Sample, as_they_come, dealt, difficulty, images, stratified
 from tc_lightning.planner.price import Price, macs_price
 from tc_lightning.planner.recipe import Kitchen, Recipe
+from tc_lightning.planner.refine import OnPass
 from tc_lightning.planner.search import Search
 from tc_lightning.planner.shapes import grid, native
 from tc_lightning.planner.target import TargetRun, run_target
@@ -105,8 +106,8 @@ class Choice(NamedTuple):
 class PlannerRun:
     """Searches, finalists and points of one run.
 
-    Four groups of images: samplers are fitted on the first, recipes compared on the second, and finalists refined on both; finalists
-    are compared on the third, and the figures of the plans that win are measured on the fourth.
+    Four groups of images: samplers are fitted on the first, recipes compared on the second, and finalists fitted and refined on
+    both; finalists are compared on the third, and the figures of the plans that win are measured on the fourth.
 
     Args:
         settings: what to do.
@@ -165,15 +166,14 @@ class PlannerRun:
         """
         use = self.settings.cache
         recipes = list(dict.fromkeys(recipe for search in searches.values() for recipe in finalist_recipes(search, use)))
-        total = len(recipes) * self.settings.refinements
-        finalists: list[Finalist] = []
-        with tqdm(total=total, desc="refining", unit="pass", disable=not (self._shown and total)) as bar:
-            for j, recipe in enumerate(recipes, 1):
-                finalists.append(self._finalist(recipe, bar))
-                bar.update(j * self.settings.refinements - bar.n)  # fewer passes were made if one did not help
-        costs = {one.recipe: self.bench.cost(one.recipe) for one in finalists}
-        paid = {speedup: [one for one in finalists if costs[one.recipe] <= s.budget] for speedup, s in searches.items()}
-        return {speedup: Choice(choose(ones, use), best_without_cache(ones), ones) for speedup, ones in paid.items()}
+        costs = {recipe: self.bench.cost(recipe) for recipe in recipes}
+        paid = {speedup: [recipe for recipe in recipes if costs[recipe] <= s.budget] for speedup, s in searches.items()}
+        shown = tqdm(recipes, desc="finalists", unit="plan", disable=not self._shown)
+        finalists = {recipe: self._finalist(recipe, 0) for recipe in shown}
+        if self.settings.refinements:
+            finalists |= self._refined([[finalists[recipe] for recipe in affordable] for affordable in paid.values()])
+        compared = {speedup: [finalists[recipe] for recipe in affordable] for speedup, affordable in paid.items()}
+        return {speedup: Choice(choose(ones, use), best_without_cache(ones), ones) for speedup, ones in compared.items()}
 
     def points(self, choices: dict[float, Choice]) -> tuple[FrontPoint, ...]:
         """The plans of all budgets, then what they have to beat, once each, measured on images that nothing has looked at.
@@ -234,12 +234,22 @@ class PlannerRun:
             search.try_shapes(seeds[: settings.front_evaluations])
             search.climb(settings.front_evaluations - (len(search.trials) - before))
 
-    def _finalist(self, recipe: Recipe, bar: tqdm[None]) -> Finalist:
-        plan = self._wide_bench.refined(recipe, self.settings.refinements, bar.update)
+    def _refined(self, budgets: list[list[Finalist]]) -> dict[Recipe, Finalist]:
+        """Those finalists that may win one of the budgets, refined, each once."""
+        recipes, passes = list(dict.fromkeys(one.recipe for ones in budgets for one in worth_refining(ones))), self.settings.refinements
+        found: dict[Recipe, Finalist] = {}
+        with tqdm(total=len(recipes) * passes, desc="refining", unit="pass", disable=not self._shown) as bar:
+            for j, recipe in enumerate(recipes, 1):
+                found[recipe] = self._finalist(recipe, passes, bar.update)
+                bar.update(j * passes - bar.n)  # fewer passes were made if one did not help
+        return found
+
+    def _finalist(self, recipe: Recipe, iterations: int, on_pass: OnPass = lambda: None) -> Finalist:
+        plan = self._wide_bench.refined(recipe, iterations, on_pass)
         plan = dataclasses.replace(plan, provenance={**plan.provenance, "fit": self._fit_record})
         group = self.target.part(slice(self.judged, self.compared))
         errors_B, weights_B = self.ranks.gathered(torch.stack([self._errors(plan, group), group.counts_B.double()], 1)).unbind(1)
-        return Finalist(recipe, plan, errors_B.cpu(), weights_B.cpu())
+        return Finalist(recipe, plan, errors_B.cpu(), weights_B.cpu(), refined=iterations > 0)
 
     @functools.cached_property
     def _wide_bench(self) -> Bench:

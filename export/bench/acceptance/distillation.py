@@ -144,7 +144,7 @@ def planning(found: Findings, model: Network, sizes: Sizes) -> dict[str, float]:
     found.require(not told, "; ".join(told))
     found.figures |= {"seconds of a full run": run_seconds, "seconds of a trial": trial_seconds, "seconds of a pass": pass_seconds}
     found.figures |= {"images": sizes.planned_images, "refining changed the plan": refined.sampler != fits[0].plan.sampler}
-    of_pass = 2 + 2 * (PROBES + 1) + len(DAMPING)  # a run for the errors, one with gradients, backward passes, and moves that are tried
+    of_pass = 1 + 2 * (1 + PROBES) + len(DAMPING)  # a run with gradients, backward passes, and moves that are tried
     return {"full runs": run_seconds / full_run, "trials": trial_seconds / trial, "refining": pass_seconds / (of_pass * trial)}
 
 
