@@ -144,7 +144,7 @@ def main() -> None:
     loaded = load_run(read_run(args.run or find_run(Path("runs"))))
     folder, reference = loaded.run.folder, loaded.reference
     found = budgets(folder)
-    key = TargetKey(reference.model, reference.sampler, reference.guidance, args.seed, args.images)
+    key = TargetKey(reference.model, loaded.model.schedule, reference.sampler, reference.guidance, args.seed, args.images)
     with tqdm(total=key.image_steps, desc="reference run and converged ODE", unit="step") as bar:
         targets = cached_targets(loaded.model, key, folder / "targets", bar.update)
     rows = measured(loaded, found, targets)

@@ -13,7 +13,6 @@ from test_commands import call, is_one_paragraph
 from test_report import finished_run
 
 from export.benchmark_budgets import budgets, compared
-from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import RunError
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher
 from tc_lightning.plan.cache_plan import CachePlan
@@ -27,13 +26,13 @@ def planned_run(folder: Path) -> tuple[Path, CachePlan, CachePlan]:
     """A run whose front has one cached plan for 1.5x and 2x, which names five full steps as its rival, and full compute for 4x."""
     run = finished_run(folder)
     own = CachePlan.load(run / "plan.json")
-    cached = dataclasses.replace(own, fewer_steps=make_sampler("dpmpp_2m", 5, "logsnr"))
-    full = dataclasses.replace(full_plan(own.model, make_sampler("ddim", 2), own.guidance), reference=own.reference)
+    cached = dataclasses.replace(own, fewer_steps=vp_sampler("dpmpp_2m", 5, "logsnr"))
+    full = dataclasses.replace(full_plan(own.model, vp_sampler("ddim", 2), own.guidance), reference=own.reference)
     points = (
         FrontPoint(cached, "reference", 1.0, 0.1, True, "planned", (1.5, 2.0)),
         FrontPoint(full, "reference", 1.0, 0.1, False, "planned", (4.0,)),
         FrontPoint(
-            full_plan(own.model, make_sampler("dpmpp_2m", 5, "logsnr"), own.guidance),
+            full_plan(own.model, vp_sampler("dpmpp_2m", 5, "logsnr"), own.guidance),
             "reference",
             1.0,
             0.1,
@@ -89,10 +88,10 @@ def test_command(tmp_path: Path) -> None:
     rows = {(row["budget"], row["target"]): row for row in content["rows"]}
     assert rows[4.0, "ode"]["fewer_steps"] is None
     model = load_teacher(TeacherSpec(str(tmp_path / "teacher.safetensors")))
-    targets = compute_targets(model, TargetKey(cached.model, cached.reference, cached.guidance, 5, 3))
+    targets = compute_targets(model, TargetKey(cached.model, VP, cached.reference, cached.guidance, 5, 3))
     for target in ("reference", "ode"):
         row = rows[2.0, target]
-        rival = full_plan(cached.model, make_sampler("dpmpp_2m", 5, "logsnr"), cached.guidance)
+        rival = full_plan(cached.model, vp_sampler("dpmpp_2m", 5, "logsnr"), cached.guidance)
         ours, theirs = (
             (sample(model, plan, targets.x_T, targets.labels) - getattr(targets, target)).square().flatten(1).mean(1)
             for plan in (cached, rival)
