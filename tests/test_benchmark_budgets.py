@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FULL
+from conftest import FULL, VP, vp_sampler
 from test_commands import call, is_one_paragraph
 from test_report import finished_run
 
