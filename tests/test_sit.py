@@ -107,7 +107,7 @@ def test_a_file_of_a_family_that_nobody_knows_is_refused(family: object, tmp_pat
         {name: plain(value) for name, value in sit.state_dict().items()},
     )
     save_file(state, tmp_path / "odd.safetensors", {"dit_config": told, "sha256": digest(told, state)})
-    with pytest.raises(TeacherError, match="family = .* which this version does not understand"):
+    with pytest.raises(TeacherError, match=r"family = .* which this version does not understand"):
         load_teacher(TeacherSpec(str(tmp_path / "odd.safetensors")))
 
 
