@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.learn.objectives.base import Task
 from tc_lightning.measure.scores import Scores, sampler_digest
+from tc_lightning.models.checkpoints import ROOT
 from tc_lightning.models.dit import DiT, randomise_
 from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.plan.guidance import Guidance
@@ -169,3 +171,14 @@ def test_predictors_of_importance_tell_the_steps_apart(model: DiT) -> None:
     apart = (task.clock[:-1] - task.clock[1:]).tolist()
     assert min(apart) > 0.7 * 64 / STEPS
     assert max(task.clock.tolist()) <= 1000.0
+
+
+def test_nothing_but_a_network_makes_a_schedule() -> None:
+    """Whoever imports one outside of models/, and of diffusion/ where they are told apart, would make one of his own."""
+    kinds = re.compile(r"diffusion\.(linear_betas|flow)\b")
+    files = {
+        path: path.relative_to(ROOT).as_posix() for name in ("tc_lightning", "data", "export") for path in (ROOT / name).rglob("*.py")
+    }
+    makers = {name for path, name in files.items() if kinds.search(path.read_text(encoding="utf-8"))}
+    assert not {name for name in makers if not name.startswith(("tc_lightning/models/", "tc_lightning/diffusion/"))}
+    assert {"tc_lightning/models/dit.py"} < makers

@@ -36,7 +36,7 @@ T = TypeVar("T")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRAINING_STEPS = 500
 # In forwards of one sample: lightning_configs/dit_xl2_256.yaml as counted in export/BENCHMARKS.md.
-PAPER = {"full runs": 28_800 + 17_000, "training": 43_000, "sensitivities": 8_300, "trials": 88_000, "refining": 120_000}
+PAPER = {"full runs": 28_800 + 20_000, "training": 43_000, "sensitivities": 8_300, "trials": 57_000 + 24_000, "refining": 82_000}
 PAPER_FLOPS, PAPER_RATE = 0.237e12, 40e12  # of a forward; a second
 PROMISED_MINUTES = 60
 REPEATS = 2
