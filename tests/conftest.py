@@ -26,7 +26,7 @@ from tc_lightning.rollout.sampling import model_signature
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-MOST_WORKERS = 4  # each needs up to 1.3 GB
+MOST_WORKERS = 4  # each needs up to 1.6 GB
 
 CONFIG = DiTConfig(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=4, num_heads=2, num_classes=5)
 SIGNATURE = ModelSignature("dit", 4, 16, 32, 2, 128, 2, 4, 8, 8, 5, "0" * 64)

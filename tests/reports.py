@@ -19,14 +19,14 @@ from tc_lightning.plan.costs import plan_macs
 from tc_lightning.plan.segments import skip
 
 STEPS = tuple(FULL if i in (0, 1, 2, 4, 7) else (skip(0, 4, 1),) for i in range(10))
-RNG = np.random.default_rng(0)
 
 
 def finished_run(folder: Path) -> Path:
     """A run folder with scores, of ten steps of which five are full."""
     run = make_run(folder, STEPS)
     plan = CachePlan.load(run / "plan.json")
-    importance, sensitivity = RNG.random((10, 4, 16)), RNG.random((10, 4, 2))
+    rng = np.random.default_rng(0)
+    importance, sensitivity = rng.random((10, 4, 16)), rng.random((10, 4, 2))
     importance[0], sensitivity[0] = 1.0, 0.0
     Scores(importance, sensitivity, plan.model.teacher, sampler_digest(plan.sampler)).save(run / "scores.safetensors")
     return run

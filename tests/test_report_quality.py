@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from reports import RNG
 
 from export.report import quality
 from export.report.judge import Judge, find_judge
@@ -15,12 +14,18 @@ from tc_lightning.errors import TokenCacheError
 from tc_lightning.rollout.sampling import model_signature
 
 
-def test_identical_images_are_perfect():
-    x = RNG.uniform(-1, 1, (4, 3, 16, 16)).astype(np.float32)
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Of each test its own, so that no test depends on which ran before it."""
+    return np.random.default_rng(0)
+
+
+def test_identical_images_are_perfect(rng):
+    x = rng.uniform(-1, 1, (4, 3, 16, 16)).astype(np.float32)
     similarity = quality.ssim(x, x, 2.0)
     assert similarity is not None
     assert similarity == pytest.approx(np.ones(4), abs=1e-12)
-    features = RNG.normal(size=(5, 7))
+    features = rng.normal(size=(5, 7))
     assert quality.frechet_distance(features, features) == pytest.approx(0.0, abs=1e-12)
 
 
@@ -31,10 +36,10 @@ def test_frechet_distance_by_hand():
     assert quality.frechet_distance(a, wide) == pytest.approx((3 * np.sqrt(2) - np.sqrt(2)) ** 2)
 
 
-def test_frechet_distance_agrees_with_a_matrix_root():
+def test_frechet_distance_agrees_with_a_matrix_root(rng):
     from scipy.linalg import sqrtm
 
-    a, b = RNG.normal(size=(40, 5)), RNG.normal(size=(30, 5)) * 1.5 + 0.3
+    a, b = rng.normal(size=(40, 5)), rng.normal(size=(30, 5)) * 1.5 + 0.3
     s, r = np.cov(a.T), np.cov(b.T)
     expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(s + r - 2 * sqrtm(s @ r).real)
     assert quality.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
@@ -45,21 +50,22 @@ def test_a_single_image_has_no_distribution():
         quality.frechet_distance(np.zeros((1, 3)), np.zeros((2, 3)))
 
 
-def test_features_are_of_the_middle_block(teacher):
-    x, y = RNG.normal(size=(3, 4, 8, 8)).astype(np.float32), torch.tensor([0, 1, 2])
+def test_features_are_of_the_middle_block(teacher, rng):
+    x, y = rng.normal(size=(3, 4, 8, 8)).astype(np.float32), torch.tensor([0, 1, 2])
     features = quality.teacher_features(teacher, x, y, batch=2)
     z = teacher.embed(torch.from_numpy(x))
     mods, _ = teacher.modulations(teacher.condition(torch.full((3,), quality.FEATURE_TIME), y))
     for block in (0, 1):
         z = teacher.blocks[block](z, mods[block])
     assert features.dtype == np.float64
-    assert torch.from_numpy(features).float() == pytest.approx(z.mean(1), abs=1e-5)
+    expected = z.mean(1)
+    assert torch.from_numpy(features).float() == pytest.approx(expected, abs=1e-5 * float(expected.abs().max()))
 
 
-def test_judge():
-    images = np.concatenate([np.full((10, 1, 2, 2), -1.0), np.full((10, 1, 2, 2), 1.0)]) + RNG.normal(size=(20, 1, 2, 2)) * 0.1
+def test_judge(rng):
+    images = np.concatenate([np.full((10, 1, 2, 2), -1.0), np.full((10, 1, 2, 2), 1.0)]) + rng.normal(size=(20, 1, 2, 2)) * 0.1
     labels = np.repeat([0, 1], 10)
-    mixed = RNG.permutation(20)
+    mixed = rng.permutation(20)
     judge = Judge(images[mixed], labels[mixed])
     assert judge.held_out == 1.0
     assert judge.accuracy(np.full((4, 1, 2, 2), 7.0), np.array([1, 1, 1, 0])) == 0.75
