@@ -247,7 +247,7 @@ def test_scores_that_favour_a_list_give_the_static_segment(teacher: DiT, branche
     """The content path with each row's own index, and the static path with one for all, are the same arithmetic."""
     kept = (1, 2, 7, 11, 14)
     z = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
-    mods, _ = teacher.modulations(teacher.condition(torch.tensor([500.0, 500.0]), LABELS))
+    mods, _ = teacher.modulations(teacher.condition(torch.tensor([500.0, 500.0]), label=LABELS))
     entries = [Entry("span", 1, 3), *(Entry(kind, b, b + 1) for b in (1, 2) for kind in ("k", "v", "attn"))]
     blocks = list(teacher.blocks)
     with torch.no_grad():
@@ -369,10 +369,10 @@ def test_only_programs_with_content_run_the_predictor(exported: Path, teacher: D
 
 def test_predictor_can_be_rebuilt_bit_for_bit(exported: Path, teacher: DiT, selector: Selector) -> None:
     plan = CachePlan.load(exported / "plan.json")
-    rebuilt = rebuild_selector(CachedSampler(exported, preload=False), plan)
+    rebuilt = rebuild_selector(CachedSampler(exported, preload=False), plan, CONFIG)
     assert rebuilt is not None
     assert Selector.of(rebuilt.predictor).digest == rebuilt.digest == selector.digest
-    assert rebuild_selector(CachedSampler(exported, preload=False), make_plan(teacher)) is None
+    assert rebuild_selector(CachedSampler(exported, preload=False), make_plan(teacher), CONFIG) is None
 
 
 def test_export_without_the_predictor_leaves_nothing(tmp_path: Path, teacher: DiT, selector: Selector) -> None:

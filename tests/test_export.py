@@ -30,9 +30,9 @@ from tc_lightning.measure.psnr import psnr
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import cache_bytes_per_image, macs_speedup
+from tc_lightning.plan.given import drawn_labels
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import partial, skip
-from tc_lightning.rollout.noise import drawn_labels
 from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, reference_plan, sample
 
 
@@ -314,7 +314,7 @@ def _computes(segment: Any, branch: str) -> bool:
 
 def test_only_the_batch_is_symbolic(artefact, plan):
     for name, model in graphs_of(artefact).items():
-        free = {"steps", "labels", "batch", "rows"}
+        free = {"steps", "given", "batch", "rows"}
         for value in [*model.graph.input, *model.graph.output]:
             dims = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
             assert {d for d in dims if isinstance(d, str)} <= free, (name, value.name)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_teacher
+from conftest import make_teacher, signature_for
 from jsonargparse import ArgumentParser
 
 from export.compiler.compile import export_artefact
@@ -18,6 +18,7 @@ from tc_lightning.errors import PlanError
 from tc_lightning.measure.calibrate import calibrate
 from tc_lightning.measure.calibration import Calibration
 from tc_lightning.measure.scores import Scores, sampler_digest
+from tc_lightning.models.dit import preset
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup, plan_macs
 from tc_lightning.plan.guidance import Guidance
@@ -40,7 +41,7 @@ from tc_lightning.policies.whole_steps import affordable_interval, interval_step
 from tc_lightning.rollout.evaluation import RolloutEvaluator
 from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample
 
-XL = ModelSignature("dit", 28, 256, 1152, 16, 4608, 2, 4, 8, 32, 1000, "0" * 64)
+XL = signature_for(preset("DiT-XL/2"))
 
 
 def some_scores(signature: ModelSignature, sampler: SamplerTable) -> Scores:

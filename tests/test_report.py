@@ -44,6 +44,7 @@ from tc_lightning.cli import main
 from tc_lightning.errors import PlanError, RunError, TokenCacheError
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.conditions import Condition
 from tc_lightning.plan.costs import full_step_macs, plan_macs
 from tc_lightning.plan.segments import compute, partial, skip
 from tc_lightning.policies.registry import standard_policies
@@ -109,7 +110,7 @@ def test_features_are_of_the_middle_block(teacher):
     x, y = RNG.normal(size=(3, 4, 8, 8)).astype(np.float32), torch.tensor([0, 1, 2])
     features = quality.teacher_features(teacher, x, y, batch=2)
     z = teacher.embed(torch.from_numpy(x))
-    mods, _ = teacher.modulations(teacher.condition(torch.full((3,), quality.FEATURE_TIME), y))
+    mods, _ = teacher.modulations(teacher.condition(torch.full((3,), quality.FEATURE_TIME), label=y))
     for block in (0, 1):
         z = teacher.blocks[block](z, mods[block])
     assert features.dtype == np.float64
@@ -166,7 +167,7 @@ def test_targets_are_what_sampling_gives_and_are_kept(teacher, tmp_path):
     targets = cached_targets(teacher, key, tmp_path, seen.append)
     assert sum(seen) == key.image_steps == 2 * (4 + 6)
     expected = full_plan(plan.model, plan.sampler, plan.guidance)
-    assert torch.equal(targets.reference, sample(teacher, expected, targets.x_T, targets.labels))
+    assert torch.equal(targets.reference, sample(teacher, expected, targets.x_T, targets.given))
     seen.clear()
     again = cached_targets(teacher, key, tmp_path, seen.append)
     assert seen == [key.image_steps]
@@ -455,17 +456,18 @@ def test_torch_follows_the_provider(written, monkeypatch, capsys):
 
 def test_evaluation_images_are_of_all_classes(teacher):
     """Sixteen images of a model of 1,000 classes are not its first sixteen, and as recording draws them."""
-    signature = dataclasses.replace(model_signature(teacher), num_classes=1000)
+    signature = dataclasses.replace(model_signature(teacher), conditions=(Condition("label", "int64", null=1000, classes=1000),))
     plan = make_plan(teacher, (FULL,) * 2)
-    labels = TargetKey(signature, plan.sampler, plan.guidance, seed=7, images=16).labels
+    labels = TargetKey(signature, plan.sampler, plan.guidance, seed=7, images=16).given["label"]
     assert labels.max() > 500
     assert len(set(labels.tolist())) == 16
     asked = []
 
     class Sampler:
-        manifest = {"model": {"num_classes": 1000}}  # noqa: RUF012
+        conditions = signature.conditions
 
-        def sample(self, labels, seed, first_index, full):
+        def sample(self, conditions, seed, first_index, full):
+            labels = conditions["label"].tolist()
             asked.append((first_index, labels))
             latents = np.zeros((len(labels), 1, 2, 2), np.float32)
             return Result(latents, None, {"ms": 1.0})
@@ -511,7 +513,7 @@ REPORT = {
     "run": "x",
     "run_folder": "runs/x",
     "teacher": {"weights": "w", "sha256": "0" * 64},
-    "model": {"depth": 1, "tokens": 1, "num_classes": 1},
+    "model": {"depth": 1, "tokens": 1, "conditions": [{"name": "label", "classes": 1}]},
     "guidance": {"scale": 1.0, "channels": 0},
     "headline": "h",
     "sentences": [],

@@ -141,7 +141,7 @@ class _Refiner:
 
     def _errors(self, plan: CachePlan, target: TargetRun) -> Tensor:
         try:
-            end = sample(self._model, plan, target.x_T, target.labels_B, selector=self._selector)
+            end = sample(self._model, plan, target.x_T, target.given, selector=self._selector)
         except PlanError:
             raise
         except TokenCacheError:
@@ -149,7 +149,7 @@ class _Refiner:
         return (end - target.x_0).square().flatten(1).mean(1)
 
     def _rollout(self, plan: CachePlan, target: TargetRun) -> Rollout:
-        return Rollout(self._model, plan, target.labels_B, self._selector)
+        return Rollout(self._model, plan, target.given, self._selector)
 
     def value(self, errors_B: Tensor) -> float:
         """Robust mean over the images of all processes."""

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from tc_lightning.diffusion.schedule import NoiseSchedule
 from tc_lightning.measure.scores import sampler_digest
+from tc_lightning.models.conditions import Asked, Given, given_of
 from tc_lightning.models.network import Network
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
@@ -30,7 +31,7 @@ class TargetRun:
     Args:
         times: diffusion times of its steps, falling, [S].
         path_SBCHW: latents before each step.
-        labels_B: class of each image.
+        given: conditions of each image.
         x_0: final latents, [B, C, H, W].
         sampler: digest of the sampler that made it.
         weights_B: how much each image counts, [B]; None: all alike.
@@ -38,7 +39,7 @@ class TargetRun:
 
     times: np.ndarray
     path_SBCHW: Tensor
-    labels_B: Tensor
+    given: Given
     x_0: Tensor
     sampler: str = ""
     weights_B: Tensor | None = None
@@ -82,11 +83,11 @@ class TargetRun:
     def part(self, images: slice) -> TargetRun:
         """The same of some images."""
         weights_B = None if self.weights_B is None else self.weights_B[images]
-        return TargetRun(self.times, self.path_SBCHW[:, images], self.labels_B[images], self.x_0[images], self.sampler, weights_B)
+        return TargetRun(self.times, self.path_SBCHW[:, images], self.given.part(images), self.x_0[images], self.sampler, weights_B)
 
 
 def run_target(
-    model: Network, sampler: SamplerTable, guidance: Guidance, x_BCHW: Tensor, labels_B: Tensor, batch: int, progress: str | None = None
+    model: Network, sampler: SamplerTable, guidance: Guidance, x_BCHW: Tensor, asked: Asked, batch: int, progress: str | None = None
 ) -> TargetRun:
     """Compute a target run in full.
 
@@ -95,27 +96,28 @@ def run_target(
         sampler: its sampler.
         guidance: guidance scale and channels.
         x_BCHW: initial noise.
-        labels_B: class of each image.
+        asked: conditions of each image; of a class-conditional model its labels [B] will do.
         batch: images at a time.
         progress: what a progress bar is to say; None for none.
 
     Raises:
-        TokenCacheError: if a label is out of range, or the latents become NaN.
+        TokenCacheError: if a condition cannot be what it is, or the latents become NaN.
     """
     plan = full_plan(model_signature(model, "target"), sampler, guidance)
+    given = given_of(model.conditions, asked)
     paths, ends = [], []
     starts = range(0, len(x_BCHW), batch)
     with tqdm(total=len(starts) * len(sampler), desc=progress, unit="step", disable=progress is None) as bar:
         for start in starts:
             part = slice(start, start + batch)
             states = []
-            for state in sample_steps(model, plan, x_BCHW[part], labels_B[part]):
+            for state in sample_steps(model, plan, x_BCHW[part], given.part(part)):
                 states.append(state.x)
                 bar.update()
             paths.append(torch.stack(states))
             ends.append(state.x_next)
     times = np.array([row.t for row in sampler.steps])
-    return TargetRun(times, torch.cat(paths, 1), labels_B, torch.cat(ends), sampler_digest(sampler))
+    return TargetRun(times, torch.cat(paths, 1), given, torch.cat(ends), sampler_digest(sampler))
 
 
 def _log_ratio(times: np.ndarray) -> np.ndarray:

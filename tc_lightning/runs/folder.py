@@ -55,12 +55,19 @@ def write_run(folder: Path, name: str, teacher: TeacherSpec, teacher_digest: str
         "format_version": FORMAT_VERSION,
         "purpose": purpose,
         "name": name,
-        "teacher": dataclasses.asdict(teacher) | {"weights": _anywhere(teacher.weights)},
+        "teacher": _lasting(teacher),
         "teacher_digest": teacher_digest,
         "plan": "plan.json",
         "scores": "scores.safetensors",
     } | ({"content": CONTENT} if content else {})
     write_atomically(folder / NAME, json.dumps(listing, indent=1).encode())
+
+
+def _lasting(teacher: TeacherSpec) -> dict[str, Any]:
+    """A teacher's description, with paths that hold anywhere."""
+    said = dataclasses.asdict(teacher) | {"weights": _anywhere(teacher.weights)}
+    conditions = said.pop("conditions")
+    return said if conditions is None else said | {"conditions": _anywhere(conditions)}
 
 
 def _anywhere(weights: str) -> str:
@@ -138,15 +145,21 @@ def _run_from_json(raw: dict[str, Any], folder: Path) -> Run:
 
 
 def _teacher(raw: Any) -> TeacherSpec:
-    check_keys(raw, {"weights", "preset", "dit", "input_size"}, set(), "teacher")
+    check_keys(raw, {"weights", "preset", "dit", "input_size"}, {"conditions"}, "teacher")
     weights, preset, size = raw["weights"], raw["preset"], raw["input_size"]
     if not is_name(weights) or not weights or "\0" in weights:
         raise RunError(f"teacher.weights is {shown(weights)}; it must be a path")
     if not (preset is None or is_name(preset)) or not (size is None or is_int(size)):
         found = f"teacher.preset is {shown(preset)} and teacher.input_size {shown(size)}"
         raise RunError(f"{found}; a name and a number were expected, or null")
-    dit = None if raw["dit"] is None else from_fields(DiTConfig, raw["dit"], "teacher.dit")
-    return TeacherSpec(weights, preset, dit, size)
+    dit = None if raw["dit"] is None else from_fields(DiTConfig, raw["dit"], "teacher.dit", {"output"})
+    return TeacherSpec(weights, preset, dit, size, _path(raw.get("conditions")))
+
+
+def _path(value: Any) -> str | None:
+    if value is not None and (not is_name(value) or not value or "\0" in value):
+        raise RunError(f"teacher.conditions is {shown(value)}; it must be a path, or null")
+    return value
 
 
 def _is_file_name(value: Any) -> bool:

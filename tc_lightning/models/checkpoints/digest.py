@@ -19,8 +19,10 @@ def teacher_digest(model: DiT) -> str:
 
 
 def config_json(config: DiTConfig) -> str:
-    """Canonical JSON of a shape; a null label goes without saying, as it did when there was no field for it."""
-    return json.dumps({k: v for k, v in dataclasses.asdict(config).items() if (k, v) != ("null_label", True)}, sort_keys=True)
+    """Canonical JSON of a shape; a null label goes without saying, as it did when there was no field for it, and what the output is for
+    is no part of it: the same weights compute the same."""
+    said = {k: v for k, v in dataclasses.asdict(config).items() if k != "output" and (k, v) != ("null_label", True)}
+    return json.dumps(said, sort_keys=True)
 
 
 def digest(config: str, state: State) -> str:

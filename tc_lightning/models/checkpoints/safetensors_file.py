@@ -12,6 +12,7 @@ from tc_lightning.errors import TeacherError
 from tc_lightning.models.checkpoints.digest import digest
 from tc_lightning.models.checkpoints.state import fits, parse_json
 from tc_lightning.models.dit import DiTConfig
+from tc_lightning.plan.signature import OUTPUTS, PIXELS
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], DiTConfig | None]:
@@ -30,7 +31,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], DiTConfig | None]:
         return raw, None
     if metadata.get("sha256") != digest(metadata["dit_config"], raw):
         raise TeacherError(f"{path} is damaged: its content does not have the sha256 it was written with. Copy or create it again.")
-    return raw, _parse_config(metadata["dit_config"], path)
+    output = metadata.get("output", PIXELS)  # before there was a word for it, what this package trained made pixels
+    if output not in OUTPUTS:
+        raise TeacherError(f"{path}: its metadata has the output {output!r}, which this version does not understand.")
+    return raw, dataclasses.replace(_parse_config(metadata["dit_config"], path), output=output)
 
 
 def _parse_config(text: str, path: Path) -> DiTConfig:

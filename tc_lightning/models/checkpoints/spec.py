@@ -8,7 +8,9 @@ from typing import Any
 
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.dit import DiTConfig, preset
+from tc_lightning.plan.signature import LATENTS
 
+_TOLD = (("null_label", True), ("output", LATENTS))  # what a `dit` says by saying nothing
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -22,12 +24,14 @@ class TeacherSpec:
         preset: shape by name, for example `DiT-XL/2`, for files that do not tell their own.
         dit: shape in full, in place of `preset`.
         input_size: height and width of the latents, where they are not the preset's 32.
+        conditions: a `.npz` file with examples of conditions that cannot be drawn as class labels are: an array [rows, ...] of each.
     """
 
     weights: str
     preset: str | None = None
     dit: DiTConfig | None = None
     input_size: int | None = None
+    conditions: str | None = None
 
 
 def locate(weights: str) -> Path:
@@ -66,10 +70,10 @@ def _asked(spec: TeacherSpec) -> dict[str, Any]:
     """Fields that the user has set."""
     asked: dict[str, Any] = {}
     if spec.dit is not None:
-        asked = {k: v for k, v in dataclasses.asdict(spec.dit).items() if (k, v) != ("null_label", True)}  # the table tells
+        asked = {k: v for k, v in dataclasses.asdict(spec.dit).items() if (k, v) not in _TOLD}  # the checkpoint tells
         if spec.input_size not in (None, spec.dit.input_size):
             raise TeacherError(f"`input_size` is {spec.input_size} and `dit.input_size` is {spec.dit.input_size}: set one of them.")
     elif spec.preset is not None:
-        conventions = ("freq_shift", "mlp_norm_eps", "null_label")  # not part of a shape's name: the checkpoint's own hold
+        conventions = ("freq_shift", "mlp_norm_eps", "null_label", "output")  # not part of a shape's name: the checkpoint's own hold
         asked = {k: v for k, v in dataclasses.asdict(preset(spec.preset)).items() if k not in conventions}
     return asked if spec.input_size is None else asked | {"input_size": spec.input_size}
