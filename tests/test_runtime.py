@@ -92,7 +92,7 @@ def test_no_manifest(copied, tmp_path):
     [
         ("{", "is not valid JSON"),
         ("", "is not valid JSON"),
-        ("[]", "is not of format version 5"),
+        ("[]", "is not of format version 6"),
         ('{"format_version": 5}', "is not of format version 6"),
         ('{"format_version": 6}', "was edited or damaged"),
         ('{"format_version": true}', "is not of format version 6"),
