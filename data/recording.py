@@ -24,7 +24,7 @@ from data.shards import RECORD_BATCH, Recipe, is_recorded, shard_path, shards, w
 from tc_lightning.errors import TrajectoryError
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.rollout.sampling import full_plan, labels_for, model_signature, noise_for, sample_steps
+from tc_lightning.rollout.sampling import full_plan, given_for, model_signature, noise_for, sample_steps
 
 
 def prepare(root: Path, recipe: Recipe, num_samples: int) -> None:
@@ -120,10 +120,10 @@ def _compute_shard(
 ) -> dict[str, np.ndarray]:
     """Rows of a shard, ordered by index, then step."""
     indices = range(number * RECORD_BATCH, (number + 1) * RECORD_BATCH)
-    labels = labels_for(recipe.seed, indices, recipe.num_classes)
+    given = given_for(recipe.seed, indices, teacher)
     x_BCHW = noise_for(recipe.seed, indices, teacher, device)
     latents, eps = [x_BCHW.cpu()], []
-    for state in sample_steps(teacher, plan, x_BCHW, labels.to(device)):
+    for state in sample_steps(teacher, plan, x_BCHW, given.to(device)):
         latents.append(state.x_next.cpu())
         eps.append(state.eps.cpu())
         bar.update()
@@ -132,10 +132,15 @@ def _compute_shard(
         "seed": np.full(RECORD_BATCH * rows, recipe.seed),
         "index": np.repeat(indices, rows),
         "step": np.tile(np.arange(rows, dtype=np.int32), RECORD_BATCH),
-        "label": np.repeat(labels.numpy(), rows),
+        **{name: np.repeat(_row(value), rows, axis=0) for name, value in given.items()},
         "latent": torch.stack(latents, 1).flatten(0, 1).numpy(),
         "eps": torch.stack([*eps, torch.zeros_like(eps[0])], 1).flatten(0, 1).numpy(),
     }
+
+
+def _row(value: torch.Tensor) -> np.ndarray:
+    """A condition as a column holds it: numbers, or lists of all numbers of one."""
+    return (value.flatten(1) if value.ndim > 1 else value).numpy()
 
 
 def _write_shard(root: Path, recipe: Recipe, number: int, columns: dict[str, np.ndarray]) -> None:

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from data.trajectory_module import TrajectoryDataModule
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.rollout.noise import drawn_labels, initial_noise
+from tc_lightning.plan.conditions import Conditions
+from tc_lightning.plan.given import Arrays, drawn
+from tc_lightning.rollout.noise import initial_noise
 
-
-class Rollout(TypedDict):
-    """One step of one rollout; collated, noise is [B, C, H, W] and numbers [B]."""
-
-    noise: Tensor
-    label: int
-    step: int
-    index: int
+# One step of one rollout: noise, step, index, and each condition by its name; collated, noise is [B, C, H, W] and numbers [B].
+Rollout = dict[str, Any]
 
 
 class RolloutDataset(TorchDataset[Rollout]):
@@ -30,14 +25,24 @@ class RolloutDataset(TorchDataset[Rollout]):
         indices: global index of each rollout, which keys its noise; a whole number of groups.
         batch_size: rollouts of a group.
         num_steps: sampling steps T.
-        seed: seed of noise and labels.
+        seed: seed of noise and conditions.
         shape: shape of one latent.
-        num_classes: classes of the labels.
+        conditions: of the teacher.
+        examples: of conditions that cannot be drawn.
     """
 
-    def __init__(self, indices: range, batch_size: int, num_steps: int, seed: int, shape: tuple[int, ...], num_classes: int) -> None:
+    def __init__(
+        self,
+        indices: range,
+        batch_size: int,
+        num_steps: int,
+        seed: int,
+        shape: tuple[int, ...],
+        conditions: Conditions,
+        examples: Arrays | None = None,
+    ) -> None:
         self.indices, self.batch_size, self.num_steps = indices, batch_size, num_steps
-        self.seed, self.shape, self.num_classes = seed, shape, num_classes
+        self.seed, self.shape, self.conditions, self.examples = seed, shape, conditions, examples
 
     def __len__(self) -> int:
         return len(self.indices) * (self.num_steps - 1)
@@ -49,8 +54,8 @@ class RolloutDataset(TorchDataset[Rollout]):
         group, step = divmod(place, self.num_steps - 1)
         index = self.indices[group * self.batch_size + row]
         noise = torch.from_numpy(initial_noise(self.seed, [index], self.shape)[0])
-        label = int(drawn_labels(self.seed, [index], self.num_classes)[0])
-        return Rollout(noise=noise, label=label, step=step + 1, index=index)
+        given = {name: torch.tensor(rows[0]) for name, rows in drawn(self.conditions, self.seed, [index], self.examples).items()}
+        return {"noise": noise, **given, "step": step + 1, "index": index}
 
 
 class RolloutDataModule(TrajectoryDataModule):
@@ -64,7 +69,7 @@ class RolloutDataModule(TrajectoryDataModule):
         num_train: recorded samples over which sensitivities are measured.
         num_val: held-out samples, the indices after those.
         batch_size: rollouts at once over all processes.
-        seed: seed of noise, labels and shuffling.
+        seed: seed of noise, conditions and shuffling.
         num_workers: processes that make noise; 0 is usually best.
         groups: groups of `batch_size` rollouts in an epoch, each of T - 1 batches; an epoch after it has the same ones.
 
@@ -92,7 +97,8 @@ class RolloutDataModule(TrajectoryDataModule):
         """Training rollouts, in order."""
         recipe, first = self.trajectories.recipe, self.val_indices.stop
         indices = range(first, first + self.groups * self.batch_size)
-        return RolloutDataset(indices, self.batch_size, recipe.num_steps, self.seed, recipe.shape, recipe.num_classes)
+        conditions, examples = recipe.conditions, self._distiller().teacher.examples
+        return RolloutDataset(indices, self.batch_size, recipe.num_steps, self.seed, recipe.shape, conditions, examples)
 
     def train_dataloader(self) -> DataLoader:
         """Rollouts, each process its share of every batch."""

@@ -12,13 +12,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from datasets import Array3D, Features, Value
+from datasets import Array3D, Features, Sequence, Value
 
 from tc_lightning.errors import TrajectoryError
 from tc_lightning.plan import atomic
+from tc_lightning.plan.conditions import Condition, Conditions
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
 
@@ -34,9 +36,10 @@ class Recipe:
         teacher: digest of the teacher.
         sampler: a deterministic sampler.
         guidance: classifier-free guidance.
-        seed: seed of noise and labels.
+        seed: seed of noise and conditions.
         shape: C, H, W of a latent.
-        num_classes: classes that labels are drawn from.
+        conditions: what each sample has beside its noise.
+        examples: digest of the examples from which those come that cannot be drawn; empty if all can.
 
     Raises:
         TrajectoryError: if the sampler adds noise: its x_0 would not be a function of x_T.
@@ -47,7 +50,8 @@ class Recipe:
     guidance: Guidance
     seed: int
     shape: tuple[int, int, int]
-    num_classes: int
+    conditions: Conditions
+    examples: str = ""
 
     def __post_init__(self) -> None:
         if self.sampler.stochastic:
@@ -62,14 +66,16 @@ class Recipe:
     def features(self) -> Features:
         """Columns of a shard."""
         latent = Array3D(self.shape, "float32")
-        numbers = {"seed": "int64", "index": "int64", "step": "int32", "label": "int64"}
-        return Features({name: Value(kind) for name, kind in numbers.items()} | {"latent": latent, "eps": latent})
+        numbers = {"seed": "int64", "index": "int64", "step": "int32"}
+        columns = {name: Value(kind) for name, kind in numbers.items()} | {c.name: _column(c) for c in self.conditions}
+        return Features(columns | {"latent": latent, "eps": latent})
 
     @property
     def shard_bytes(self) -> int:
-        """Size of one shard, but for a header: 4 bytes a number and a list offset in two latents, and four other columns."""
+        """Size of one shard, but for a header: 4 bytes a number and a list offset in two latents, and the other columns."""
         C, H, W = self.shape
-        return RECORD_BATCH * (self.num_steps + 1) * (2 * 4 * (C * H * W + C * H + C + 1) + 28)
+        given = sum(math.prod(c.shape) * (8 if c.dtype == "int64" else 4) for c in self.conditions)
+        return RECORD_BATCH * (self.num_steps + 1) * (2 * 4 * (C * H * W + C * H + C + 1) + 20 + given)
 
     @property
     def digest(self) -> str:
@@ -86,7 +92,7 @@ class Recipe:
             "seed": self.seed,
             "num_steps": self.num_steps,
             "shape": list(self.shape),
-            "num_classes": self.num_classes,
+            **_conditions(self.conditions, self.examples),
             "record_batch": RECORD_BATCH,
         }
 
@@ -106,6 +112,19 @@ class Recipe:
                 f"the trajectories in {root} were recorded from something else. They differ in {'; '.join(differing)}. "
                 "Set `root` to another folder, or delete this one to record again."
             )
+
+
+def _conditions(conditions: Conditions, examples: str) -> dict[str, Any]:
+    """What set.json says of conditions: of a class label alone, how many classes, as it did when there was nothing else."""
+    if [c.name for c in conditions if c.classes] == ["label"] and len(conditions) == 1:
+        return {"num_classes": conditions[0].classes}
+    return {"conditions": [c.to_json() for c in conditions], "examples": examples}
+
+
+def _column(condition: Condition) -> Value | Sequence:
+    """A number, or all numbers of a condition in row-major order."""
+    value = Value("int64" if condition.dtype == "int64" else "float32")
+    return Sequence(value, length=math.prod(condition.shape)) if condition.shape else value
 
 
 def shards(num_samples: int) -> range:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,33 +19,29 @@ from torch.utils.data import Dataset as TorchDataset
 
 from data.shards import RECORD_BATCH, Recipe, shard_index, shard_path, shards
 from tc_lightning.errors import TrajectoryError
+from tc_lightning.models.conditions import Given
+from tc_lightning.plan.conditions import Condition
 
 
 class Endpoints(NamedTuple):
-    """Where trajectories start and end: noise [B, C, H, W], labels [B], final latents [B, C, H, W]."""
+    """Where trajectories start and end: noise [B, C, H, W], conditions, final latents [B, C, H, W]."""
 
     noise: Tensor
-    labels: Tensor
+    given: Given
     latents: Tensor
 
 
-class Pair(TypedDict):
-    """Two neighbouring steps of one trajectory; collated, latents are [B, C, H, W] and numbers [B]."""
-
-    x_prev: Tensor
-    x: Tensor
-    eps: Tensor
-    label: int
-    step: int
-    index: int
+# Two neighbouring steps of one trajectory: x_prev, x, eps, step, index, and each condition by its name; collated, latents are
+# [B, C, H, W] and numbers [B].
+Pair = dict[str, Any]
 
 
 class _Columns(NamedTuple):
-    """Read-only views into a mapped shard: [RECORD_BATCH, T + 1, C, H, W] twice, and [RECORD_BATCH]."""
+    """Read-only views into a mapped shard: [RECORD_BATCH, T + 1, C, H, W] twice, and [RECORD_BATCH, ...] of each condition."""
 
     latents: np.ndarray
     eps: np.ndarray
-    labels: np.ndarray
+    given: dict[str, np.ndarray]
 
 
 class TrajectorySet:
@@ -68,14 +64,14 @@ class TrajectorySet:
 
     @functools.cached_property
     def table(self) -> Dataset:
-        """Columns seed, index, step, label, latent, eps; rows ordered by index, then step; x_0 at step T, with eps 0."""
+        """Columns seed, index, step, each condition, latent, eps; rows ordered by index, then step; x_0 at step T, with eps 0."""
         rows = self.num_samples * (self.recipe.num_steps + 1)
         return concatenate_datasets(self._shards).select(range(rows))
 
-    def label(self, index: int) -> int:
-        """Class of a sample."""
+    def given(self, index: int) -> dict[str, Tensor]:
+        """Conditions of a sample, by name."""
         columns, row = self._find(index)
-        return int(columns.labels[row])
+        return {name: torch.tensor(values[row]) for name, values in columns.given.items()}
 
     def latent(self, index: int, step: int) -> Tensor:
         """x before a step, [C, H, W]; noise at step 0, x_0 at step T."""
@@ -91,7 +87,9 @@ class TrajectorySet:
         """Start and end of the given samples."""
         last = self.recipe.num_steps
         noise, latents = (torch.stack([self.latent(index, step) for index in indices]) for step in (0, last))
-        return Endpoints(noise, torch.tensor([self.label(index) for index in indices]), latents)
+        given = [self.given(index) for index in indices]
+        names = (condition.name for condition in self.recipe.conditions)
+        return Endpoints(noise, Given({name: torch.stack([one[name] for one in given]) for name in names}), latents)
 
     def _find(self, index: int) -> tuple[_Columns, int]:
         if not 0 <= index < self.num_samples:
@@ -119,11 +117,11 @@ class PairDataset(TorchDataset[Pair]):
             raise IndexError(f"pair {item} of {len(self)}")
         sample, step = divmod(item, self._pairs)
         index, step, source = self.indices[sample], step + 1, self.trajectories
-        return Pair(
+        return dict(
             x_prev=source.latent(index, step - 1),
             x=source.latent(index, step),
             eps=source.eps(index, step),
-            label=source.label(index),
+            **source.given(index),
             step=step,
             index=index,
         )
@@ -152,7 +150,14 @@ def _columns(shard: Dataset, recipe: Recipe) -> _Columns:
     """Views of the mapped columns. A shard is one record batch, so they need no copy."""
     rows = (RECORD_BATCH, recipe.num_steps + 1)
     latents, eps = (_flat(shard, name).reshape(*rows, *recipe.shape) for name in ("latent", "eps"))
-    return _Columns(latents, eps, shard.data.column("label").chunk(0).to_numpy().reshape(rows)[:, 0])
+    given = {c.name: _numbers(shard, c).reshape(*rows, *c.shape)[:, 0] for c in recipe.conditions}
+    return _Columns(latents, eps, given)
+
+
+def _numbers(shard: Dataset, condition: Condition) -> np.ndarray:
+    """All numbers of a condition's column."""
+    column = shard.data.column(condition.name).chunk(0)
+    return (column.flatten() if condition.shape else column).to_numpy()
 
 
 def _flat(shard: Dataset, name: str) -> np.ndarray:

@@ -17,6 +17,7 @@ from data.shards import Recipe
 from data.trajectories import Endpoints, Pair, PairDataset, TrajectorySet
 from tc_lightning.errors import TokenCacheError, TrajectoryError
 from tc_lightning.models.network import Network
+from tc_lightning.plan.given import digest_of
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
 
@@ -41,7 +42,7 @@ class TrajectoryDataModule(LightningDataModule):
         num_train: training samples, indices 0 to num_train - 1.
         num_val: held-out samples, the indices after those.
         batch_size: pairs per optimiser step over all processes.
-        seed: seed of noise, labels and shuffling.
+        seed: seed of noise, conditions and shuffling.
         num_workers: processes that read pairs; the set is memory-mapped, 0 is usually best.
 
     Raises:
@@ -104,11 +105,11 @@ class TrajectoryDataModule(LightningDataModule):
         return PairDataset(self.trajectories, self.val_indices)
 
     def heldout(self) -> Endpoints:
-        """Noise, labels and final latents of the held-out samples."""
+        """Noise, conditions and final latents of the held-out samples."""
         return self.trajectories.endpoints(self.val_indices)
 
     def train_endpoints(self) -> Endpoints:
-        """Noise, labels and final latents of the training samples."""
+        """Noise, conditions and final latents of the training samples."""
         return self.trajectories.endpoints(self.train_indices)
 
     def train_latents(self, most: int) -> Tensor:
@@ -151,9 +152,10 @@ class TrajectoryDataModule(LightningDataModule):
 
     def _recipe(self) -> Recipe:
         module = self._distiller()
-        c = module.teacher.config
+        teacher, c = module.teacher, module.teacher.config
         shape = (c.in_channels, c.input_size, c.input_size)
-        return Recipe(module.teacher_digest, module.sampler, module.guidance, self.seed, shape, c.num_classes)
+        examples = digest_of(teacher.examples)
+        return Recipe(module.teacher_digest, module.sampler, module.guidance, self.seed, shape, teacher.conditions, examples)
 
     def _check_batches(self, pairs_per_sample: int) -> None:
         world, _ = self._processes()

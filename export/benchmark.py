@@ -45,8 +45,9 @@ from tc_lightning.models.content_predictor import selector_for
 from tc_lightning.models.dit import DiT, preset, randomise_
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.conditions import class_label
 from tc_lightning.plan.costs import cache_bytes_per_image, plan_macs
-from tc_lightning.rollout.noise import drawn_labels
+from tc_lightning.plan.given import drawn_labels
 from tc_lightning.rollout.sampling import model_signature, noise_for, reference_plan
 from tc_lightning.runs.folder import read_run
 
@@ -103,7 +104,7 @@ def benchmark(
     with tempfile.TemporaryDirectory() as folder:
         exported = {n: _export(model, plan, Path(folder) / str(j), precision, args) for j, (n, plan) in enumerate(plans.items())}
         first = next(iter(exported.values()))
-        labels = drawn_labels(0, range(batch), first.plan.model.num_classes).tolist()
+        labels = drawn_labels(0, range(batch), class_label(first.plan.model.conditions).classes).tolist()
         requests: dict[str, Callable[[], Any]] = {}
         on_gpu = args.provider == "cuda"
         if not args.no_torch:

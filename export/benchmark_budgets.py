@@ -83,7 +83,7 @@ def measured(loaded: LoadedRun, found: Iterable[Budget], targets: Targets) -> li
     plans = {plan.digest: plan for budget in found for plan in budget.plans}
     with tqdm(total=len(targets.x_T) * sum(plan.num_steps for plan in plans.values()), desc="plans", unit="step") as bar:
         for name, plan in plans.items():
-            latents[name] = final_latents(loaded.model, plan, targets.x_T, targets.labels, loaded.selector, on_step=bar.update)
+            latents[name] = final_latents(loaded.model, plan, targets.x_T, targets.given, loaded.selector, on_step=bar.update)
     ends = {"reference": targets.reference, "ode": targets.ode}
     return [_row(budget, target, latents, ends[target]) for budget in found for target in TARGETS]
 
@@ -144,7 +144,8 @@ def main() -> None:
     loaded = load_run(read_run(args.run or find_run(Path("runs"))))
     folder, reference = loaded.run.folder, loaded.reference
     found = budgets(folder)
-    key = TargetKey(reference.model, loaded.model.schedule, reference.sampler, reference.guidance, args.seed, args.images)
+    schedule, examples = loaded.model.schedule, loaded.model.examples
+    key = TargetKey(reference.model, schedule, reference.sampler, reference.guidance, args.seed, args.images, examples=examples)
     with tqdm(total=key.image_steps, desc="reference run and converged ODE", unit="step") as bar:
         targets = cached_targets(loaded.model, key, folder / "targets", bar.update)
     rows = measured(loaded, found, targets)

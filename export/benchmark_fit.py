@@ -23,6 +23,7 @@ from export.command import positive, run
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.conditions import class_label
 from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.pilot import images
 from tc_lightning.planner.refine import refine_sampler
@@ -70,9 +71,14 @@ class FitBench:
                 "at least 2 steps, fewer than that run has, and 2 images are needed."
             )
 
+    @property
+    def label(self) -> str:
+        """Name of the class label among the conditions."""
+        return class_label(self.plan.model.conditions).name
+
     def rows(self) -> list[Row]:
         """All lines of the table."""
-        base, half = self.fitted(self.fit_images), self.plan.model.num_classes // 2
+        base, half = self.fitted(self.fit_images), class_label(self.plan.model.conditions).classes // 2
         scale = self.plan.guidance.scale
         rows = [self.row(f"guidance {g:g}" + " (fitted at it)" * (g == scale), base, g) for g in sorted({*GUIDANCE_SCALES, scale})]
         if half:
@@ -96,7 +102,7 @@ class FitBench:
     def row(self, where: str, plan: CachePlan, scale: float, labels: Labels | None = None) -> Row:
         """Errors of a plan, and of the best plain sampler, at a guidance scale."""
         target = self.target(FRESH, self.test_images, scale, labels)
-        evaluator = RolloutEvaluator(self.model, target.x_T, target.labels_B, target.x_0)
+        evaluator = RolloutEvaluator(self.model, target.x_T, target.given, target.x_0)
         guidance = dataclasses.replace(self.plan.guidance, scale=scale)
         plain = [evaluator.mse_per_image(dataclasses.replace(self.fewer(spacing), guidance=guidance)) for spacing in SPACINGS]
         found_B = evaluator.mse_per_image(dataclasses.replace(plan, guidance=guidance))
@@ -107,7 +113,7 @@ class FitBench:
         indices: list[int] = []
         while len(indices) < count:
             candidates = list(range(first, first + count))
-            taken = [True] * count if labels is None else labels(images(self.model, candidates)[1]).tolist()
+            taken = [True] * count if labels is None else labels(images(self.model, candidates)[1][self.label]).tolist()
             indices += [index for index, wanted in zip(candidates, taken, strict=True) if wanted]
             first += count
         guidance = dataclasses.replace(self.plan.guidance, scale=scale)

@@ -32,29 +32,37 @@ from export.runtime.sampler import CachedSampler
 from export.torch_device import torch_device
 from tc_lightning.diffusion.samplers import SAMPLERS
 from tc_lightning.diffusion.schedule import Schedule
+from tc_lightning.errors import PlanError, TeacherError
 from tc_lightning.measure.psnr import psnr
 from tc_lightning.models.content_predictor import ContentPredictor, Selector
-from tc_lightning.models.dit import DiTConfig
-from tc_lightning.models.families import family_of
+from tc_lightning.models.families import build
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import full_step_macs, macs_speedup, plan_macs
+from tc_lightning.plan.given import read_examples
 from tc_lightning.planner.fewer_steps import fitted_fewer_steps
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
 from tc_lightning.policies.fora import fora_plan
 from tc_lightning.rollout.evaluation import final_latents
-from tc_lightning.rollout.sampling import full_plan, labels_for, noise_for
+from tc_lightning.rollout.sampling import full_plan, given_for, noise_for
 
 
 def main() -> None:
     """Command line."""
     args = _arguments()
-    report = verify(args.artefact, args.provider, args.images, args.batch, args.seed, quiet=args.json, device=args.device)
+    report = verify(args.artefact, args.provider, args.images, args.batch, args.seed, args.json, args.device, args.conditions)
     print(json.dumps(report, indent=1) if args.json else _table(report))
 
 
 def verify(
-    path: Path, provider: str, images: int, batch: int, seed: int | None, quiet: bool = False, device: int = 0
+    path: Path,
+    provider: str,
+    images: int,
+    batch: int,
+    seed: int | None,
+    quiet: bool = False,
+    device: int = 0,
+    examples: Path | None = None,
 ) -> dict[str, Any]:
     """Check an artefact and measure it on fresh seeds.
 
@@ -66,6 +74,7 @@ def verify(
         seed: seed of the images; None draws one.
         quiet: no progress bars.
         device: number of the GPU, on CUDA.
+        examples: a .npz file with examples of conditions that cannot be drawn.
 
     Returns:
         The figures, in plain JSON values.
@@ -79,7 +88,9 @@ def verify(
     if plan.digest != sampler.manifest["plan_digest"]:
         raise ArtefactError(f"{path / 'plan.json'} is not the plan that the manifest names: export it again.")
     place = torch_device(provider, device)
-    model, selector = rebuild_teacher(sampler).to(place), rebuild_selector(sampler, plan)
+    model = rebuild_teacher(sampler).to(place)
+    model.examples = None if examples is None else read_examples(examples, model.conditions)
+    selector = rebuild_selector(sampler, plan, model.config)
     selector = None if selector is None else selector.to(place)
     seed = secrets.randbelow(2**31) if seed is None else seed
     checks = prove(model, plan, lower(plan, provider), sampler, min(images, 4), seed=seed + 1, selector=selector)
@@ -87,7 +98,7 @@ def verify(
         checks, sampler.manifest["precision"], "Do not serve this artefact: export it again, with --precision fp32 if it fails."
     )
     with tqdm(total=images, desc="cached and full", unit="image", disable=quiet) as bar:
-        fidelity = measure(sampler, images, min(batch, -(-images // 2)), seed, on_batch=bar.update)
+        fidelity = measure(sampler, images, min(batch, -(-images // 2)), seed, bar.update, model.examples)
     rivals = _baselines(plan, model.schedule) | _fitted_baseline(model, plan, quiet)
     baselines = {name: _baseline_psnr(model, rival, fidelity.full, seed, batch, name, quiet) for name, rival in rivals.items()}
     return {
@@ -113,18 +124,27 @@ def verify(
 
 def rebuild_teacher(sampler: CachedSampler) -> Network:
     """The teacher in torch, from the artefact's weights."""
-    with torch.device("meta"):
-        model = family_of(sampler.manifest["model"]["family"])(DiTConfig(**sampler.manifest["dit_config"]))
+    said = sampler.manifest["network"]
+    try:
+        with torch.device("meta"):
+            model = build(said["family"], said["config"])
+    except TeacherError as error:
+        raise ArtefactError(f"{sampler.path}: {error}") from error
+    plan = CachePlan.load(sampler.path / "plan.json")
+    try:
+        plan.require_model(model.signature(plan.model.teacher))
+    except PlanError as error:
+        raise ArtefactError(f"{sampler.path} describes a network that its plan was not made for: export it again. {error}") from error
     _fill(model, sampler)
     return model
 
 
-def rebuild_selector(sampler: CachedSampler, plan: CachePlan) -> Selector | None:
+def rebuild_selector(sampler: CachedSampler, plan: CachePlan, config: Any) -> Selector | None:
     """The content predictor in torch, from the artefact's weights; None if its plan needs none."""
     if not plan.selector:
         return None
     with torch.device("meta"):
-        predictor = ContentPredictor(DiTConfig(**sampler.manifest["dit_config"]))
+        predictor = ContentPredictor(config)
     _fill(predictor, sampler, f"{SELECTOR}.")
     return Selector(predictor, plan.selector)
 
@@ -175,9 +195,9 @@ def _fitted_baseline(model: Network, plan: CachePlan, quiet: bool) -> dict[str, 
 
 def _baseline_psnr(model: Network, plan: CachePlan, full: np.ndarray, seed: int, batch: int, name: str, quiet: bool) -> float:
     images = range(len(full))
-    x_T, labels = noise_for(seed, images, model), labels_for(seed, images, plan.model.num_classes)
+    x_T, given = noise_for(seed, images, model), given_for(seed, images, model)
     with tqdm(total=len(full) * plan.num_steps, desc=name, unit="step", disable=quiet) as bar:
-        made = final_latents(model, plan, x_T, labels, batch=batch, on_step=bar.update)
+        made = final_latents(model, plan, x_T, given, batch=batch, on_step=bar.update)
     return psnr(made.numpy(), full)
 
 
@@ -226,6 +246,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="seed of the images (default: a fresh one)")
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--device", type=int, default=0, help="number of the GPU, with --provider cuda")
+    parser.add_argument("--conditions", type=Path, help="a .npz file with examples of conditions that cannot be drawn")
     return parser.parse_args()
 
 

@@ -29,7 +29,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 MOST_WORKERS = 4  # each needs up to 1.6 GB
 
 CONFIG = DiTConfig(input_size=8, patch_size=2, in_channels=4, hidden_size=32, depth=4, num_heads=2, num_classes=5)
-SIGNATURE = ModelSignature("dit", 4, 16, 32, 2, 128, 2, 4, 8, 8, 5, "0" * 64)
+
+
+def signature_for(config: DiTConfig, digest: str = "0" * 64) -> ModelSignature:
+    """Signature of a DiT of a shape, whatever its weights."""
+    with torch.device("meta"):
+        return DiT(config).signature(digest)
+
+
+SIGNATURE = signature_for(CONFIG)
 FULL = (compute(0, 4),)
 VP = LinearBetas()
 Steps = tuple[tuple[Segment, ...], ...]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import numpy as np
-from conftest import VP, vp_sampler
+from conftest import VP, signature_for, vp_sampler
 
 from tc_lightning.measure.calibration import Calibration
 from tc_lightning.measure.scores import Scores, sampler_digest
+from tc_lightning.models.dit import preset
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext, Policy
 
-XL = ModelSignature("dit", 28, 256, 1152, 16, 4608, 2, 4, 8, 32, 1000, "0" * 64)
+XL = signature_for(preset("DiT-XL/2"))
 
 
 def some_scores(signature: ModelSignature, sampler: SamplerTable) -> Scores:

@@ -1,18 +1,18 @@
 from __future__ import annotations
 
 import pytest
-from conftest import VP, vp_sampler
+from conftest import VP, signature_for, vp_sampler
 
 from tc_lightning.errors import PlanError
+from tc_lightning.models.dit import DiTConfig
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import full_step_macs, macs_speedup, plan_macs, step_macs
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import reuse, skip
-from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
 from tc_lightning.policies.fora import fora_plan
 
-SIGNATURE = ModelSignature("dit", 12, 64, 96, 3, 384, 2, 1, 1, 16, 10, "0" * 64)
+SIGNATURE = signature_for(DiTConfig(16, 2, 1, 96, 12, 3, num_classes=10, learn_sigma=False))
 GUIDANCE = Guidance(1.5, 1)
 FULL = full_step_macs(SIGNATURE)
 SKIPPED = step_macs(SIGNATURE, (skip(0, 12),))

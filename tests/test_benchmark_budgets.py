@@ -93,7 +93,7 @@ def test_command(tmp_path: Path) -> None:
         row = rows[2.0, target]
         rival = full_plan(cached.model, vp_sampler("dpmpp_2m", 5, "logsnr"), cached.guidance)
         ours, theirs = (
-            (sample(model, plan, targets.x_T, targets.labels) - getattr(targets, target)).square().flatten(1).mean(1)
+            (sample(model, plan, targets.x_T, targets.given) - getattr(targets, target)).square().flatten(1).mean(1)
             for plan in (cached, rival)
         )
         assert row["planned"]["mean"] == pytest.approx(float(ours.mean()), rel=1e-4)

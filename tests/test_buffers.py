@@ -17,7 +17,7 @@ from export.runtime.sampler import CachedSampler
 from export.runtime.sessions import on_device
 from tc_lightning.errors import TokenCacheError
 
-PART = Part(np.array([0, 3]), seed=7, first=0, scale=1.5, full=False)
+PART = Part({"label": np.array([0, 3])}, seed=7, first=0, scale=1.5, full=False)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def keeping(artefact: Path) -> CachedSampler:
 
 
 def workspace_of(sampler: CachedSampler, part: Part = PART) -> Workspace:
-    layout = lay_out(sampler.manifest, len(part.labels_B), 3, part.full)
+    layout = lay_out(sampler.manifest, part.images, 3, part.full)
     workspace = Workspace(layout, sampler.session, "cpu")
     fill(workspace, sampler.manifest, part)
     return workspace

@@ -29,7 +29,7 @@ EVERYTHING = tuple(range(16))
 def tokens_of(model: DiT, t: float = 600.0, seed: int = 0, labels: Tensor = LABELS):
     """Tokens, adaLN terms of the blocks and of the final layer for noise."""
     x = noise_for(seed, range(len(labels)), model)
-    mods, final = model.modulations(model.condition(torch.full((len(labels),), t), labels))
+    mods, final = model.modulations(model.condition(torch.full((len(labels),), t), label=labels))
     return model.embed(x), mods, final
 
 
@@ -126,7 +126,7 @@ def test_skip_is_the_forecast_by_hand(teacher):
 
     def residual(i: int) -> Tensor:
         t = torch.full((2,), plan.sampler.steps[i].t)
-        mods, _ = teacher.modulations(teacher.condition(t, LABELS))
+        mods, _ = teacher.modulations(teacher.condition(t, label=LABELS))
         z = start = teacher.embed(states[i].x)
         for block, mod in zip(teacher.blocks, mods, strict=True):
             z = block(z, mod)
@@ -134,7 +134,7 @@ def test_skip_is_the_forecast_by_hand(teacher):
 
     def eps(i: int, r: Tensor) -> Tensor:
         t = torch.full((2,), plan.sampler.steps[i].t)
-        _, final = teacher.modulations(teacher.condition(t, LABELS))
+        _, final = teacher.modulations(teacher.condition(t, label=LABELS))
         return teacher.readout(teacher.embed(states[i].x) + r, final)[:, :4]
 
     r = {i: residual(i) for i in (0, 1, 3)}

@@ -45,7 +45,7 @@ def test_export_without_a_null_label(tmp_path):
         export_artefact(model, full_run(model, 1.5), tmp_path / "a", "fp32", "cpu", images=1, report=lambda _: None)
     manifest = export_artefact(model, full_run(model, 1.0), tmp_path / "a", "fp32", "cpu", images=1, report=lambda _: None)
     assert manifest["parity"]["trajectory_rel_l2"] < 1e-5
-    assert DiTConfig(**manifest["dit_config"]) == NO_NULL
+    assert DiTConfig(**manifest["network"]["config"]) == NO_NULL
 
 
 def test_training_without_a_null_label():

@@ -213,7 +213,7 @@ def test_scores_that_favour_a_list_give_the_static_segment(teacher: DiT, branche
     """The content path with each row's own index, and the static path with one for all, are the same arithmetic."""
     kept = (1, 2, 7, 11, 14)
     z = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(0))
-    mods, _ = teacher.modulations(teacher.condition(torch.tensor([500.0, 500.0]), LABELS))
+    mods, _ = teacher.modulations(teacher.condition(torch.tensor([500.0, 500.0]), label=LABELS))
     entries = [Entry("span", 1, 3), *(Entry(kind, b, b + 1) for b in (1, 2) for kind in ("k", "v", "attn"))]
     blocks = list(teacher.blocks)
     with torch.no_grad():

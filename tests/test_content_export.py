@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from conftest import make_plan, make_teacher
+from conftest import CONFIG, make_plan, make_teacher
 from content_plans import content_plan, make_selector
 
 from export.compiler.compile import export_artefact, write_sharing
@@ -111,10 +111,10 @@ def test_only_programs_with_content_run_the_predictor(exported: Path, teacher: D
 
 def test_predictor_can_be_rebuilt_bit_for_bit(exported: Path, teacher: DiT, selector: Selector) -> None:
     plan = CachePlan.load(exported / "plan.json")
-    rebuilt = rebuild_selector(CachedSampler(exported, preload=False), plan)
+    rebuilt = rebuild_selector(CachedSampler(exported, preload=False), plan, CONFIG)
     assert rebuilt is not None
     assert Selector.of(rebuilt.predictor).digest == rebuilt.digest == selector.digest
-    assert rebuild_selector(CachedSampler(exported, preload=False), make_plan(teacher)) is None
+    assert rebuild_selector(CachedSampler(exported, preload=False), make_plan(teacher), CONFIG) is None
 
 
 def test_export_without_the_predictor_leaves_nothing(tmp_path: Path, teacher: DiT, selector: Selector) -> None:

@@ -95,7 +95,7 @@ def put(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         (put("steps", to=6.0), "steps is not what follows"),
         (put("full_steps", to=4), "full_steps is not what follows"),
         (put("full_offset", to=1), "full_offset is not what follows"),
-        (put("model", "num_classes", to=6), "model is not what follows"),
+        (put("model", "conditions", 0, "classes", to=6), "model is not what follows"),
         (put("precision", to="fp16"), "not what follows|weight .* must be"),
         (put("precision", to=["fp32"]), "precision is .* not one of fp32, fp16, bf16"),
         (put("condition", "weights", to=[]), "condition is not what follows"),
@@ -103,11 +103,11 @@ def put(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         (put("condition_values", to=1.5), "condition_values is 1.5"),
         (put("modulations", to=25), "modulations is not what follows from the plan and the graphs"),
         (put("modulations", to=26.0), "modulations is not what follows"),
-        (put("dit_config", "depth", to=5), "dit_config is not the model that the plan was made for: they differ in depth"),
-        (put("dit_config", "patch_size", to=0), "they differ in patch_size, tokens"),
-        (put("dit_config", "learn_sigma", to=1), "dit_config.learn_sigma is 1; bool was expected"),
-        (put("dit_config", "mlp_norm_eps", to=float("nan")), "that no model has"),
-        (put("dit_config", to=None), "dit_config must be an object"),
+        (put("network", "family", to="sit"), "network is of the family 'sit', and the plan was made for 'dit'"),
+        (put("network", "config", "depth", to=[5]), r"network.config.depth is \[5\]; a plain value was expected"),
+        (put("network", "config", "mlp_norm_eps", to=float("nan")), "network.config.mlp_norm_eps is nan"),
+        (put("network", to=None), "network must be an object"),
+        (put("network", "config", to=[]), "network must be an object"),
         (put("weights", "pos_embed", 2, to=-64), "weight pos_embed has a shape, an offset or a size that is no such thing"),
         (put("weights", "blocks.0.attn.qkv.weight", 2, to=10**9), "beyond the end of weights.data"),
         (put("weights", "blocks.0.attn.qkv.weight", 1, to=[10**9, 10**9]), "not those of its shape"),
@@ -170,6 +170,24 @@ def test_a_teacher_that_lacks_a_weight_is_not_rebuilt(copied):
         rewrite_manifest(copied, weights=weights | change)
         with pytest.raises(ArtefactError, match=r"lists no weight blocks\.0\.attn\.qkv\.weight of the shape that its model has"):
             rebuild_teacher(CachedSampler(copied, preload=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("depth", 5, r"differ in depth \(plan 4, model 5\)"),
+        ("patch_size", 4, "differ in tokens"),
+        ("patch_size", 0, "patch_size is 0; it must be at least 1"),
+        ("learn_sigma", False, "differ in out_channels"),
+        ("output", "pixels", "differ in output"),
+        ("bogus", 1, "the shape of a dit cannot be"),
+    ],
+)
+def test_a_network_is_rebuilt_as_its_plan_knows_it_or_not_at_all(copied, name, value, message):
+    network = read_manifest(copied, check_files=False)["network"]
+    rewrite_manifest(copied, network=network | {"config": network["config"] | {name: value}})
+    with pytest.raises(ArtefactError, match=message):
+        rebuild_teacher(CachedSampler(copied, preload=False))
 
 
 def test_headers_are_read_as_onnx_reads_them(intact):

@@ -4,14 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_modes, random_steps, vp_sampler
+from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_modes, random_steps, signature_for, vp_sampler
 
+from tc_lightning.models.dit import preset
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import (
     block_macs,
     cache_bytes_per_image,
     entry_shape,
-    fixed_macs,
     full_step_macs,
     macs_speedup,
     plan_macs,
@@ -21,9 +21,8 @@ from tc_lightning.plan.costs import (
 from tc_lightning.plan.dataflow import Entry, Read, StepFlow, assign_slots, lagrange_weights
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import compute, partial, reuse, skip
-from tc_lightning.plan.signature import ModelSignature
 
-XL = ModelSignature("dit", 28, 256, 1152, 16, 4608, 2, 4, 8, 32, 1000, "0" * 64)
+XL = signature_for(preset("DiT-XL/2"))
 SPAN = Entry("span", 0, 4)
 
 
@@ -199,8 +198,8 @@ def test_tiny_model_by_hand():
     assert block_macs(SIGNATURE, 4) * 4 == block_macs(SIGNATURE, 16)
     embed, readout, time = 16 * 16 * 32, 16 * 32 * 32, 256 * 32 + 32 * 32
     adaln = 4 * 6 * 32 * 32 + 2 * 32 * 32
-    assert fixed_macs(SIGNATURE) == embed + readout + time + adaln
-    assert full_step_macs(SIGNATURE) == 4 * 212992 + fixed_macs(SIGNATURE)
+    assert SIGNATURE.fixed_macs == embed + readout + time + adaln
+    assert full_step_macs(SIGNATURE) == 4 * 212992 + SIGNATURE.fixed_macs
 
 
 @pytest.mark.parametrize(
@@ -217,11 +216,11 @@ def test_tiny_model_by_hand():
 )
 def test_macs_of_each_mode(segment, macs):
     assert segment_macs(SIGNATURE, segment) == macs
-    assert step_macs(SIGNATURE, (segment, compute(2, 4))) == fixed_macs(SIGNATURE) + 2 * 212992 + macs
+    assert step_macs(SIGNATURE, (segment, compute(2, 4))) == SIGNATURE.fixed_macs + 2 * 212992 + macs
 
 
 def test_speedup():
-    full, fixed = full_step_macs(SIGNATURE), fixed_macs(SIGNATURE)
+    full, fixed = full_step_macs(SIGNATURE), SIGNATURE.fixed_macs
     assert macs_speedup(make_plan(SIGNATURE, (FULL,) * 3)) == 1.0
     assert plan_macs(skipping({0, 3}, 6, 1)) == 2 * full + 4 * fixed
     assert macs_speedup(skipping({0, 3}, 6, 1)) == pytest.approx(6 * full / (2 * full + 4 * fixed))
@@ -229,7 +228,7 @@ def test_speedup():
 
 
 def test_speedup_is_against_the_reference():
-    full, fixed = full_step_macs(SIGNATURE), fixed_macs(SIGNATURE)
+    full, fixed = full_step_macs(SIGNATURE), SIGNATURE.fixed_macs
     plan = dataclasses.replace(skipping({0, 3}, 6, 1), reference=vp_sampler("ddim", 50))
     assert macs_speedup(plan) == pytest.approx(50 * full / (2 * full + 4 * fixed))
 

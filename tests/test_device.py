@@ -51,12 +51,12 @@ def test_figures_of_a_report_do_not_depend_on_the_device(tmp_path: Path) -> None
     for device in ("cpu", "cuda"):
         there, looking = model.to(device), selector.to(device)
         targets = compute_targets(there, key)
-        assert {x.device.type for x in (targets.x_T, targets.labels, targets.reference, targets.ode)} == {"cpu"}
-        mse_B = RolloutEvaluator(there, targets.x_T, targets.labels, targets.reference, looking).mse_per_image(plan)
+        assert {x.device.type for x in (targets.x_T, *targets.given.values(), targets.reference, targets.ode)} == {"cpu"}
+        mse_B = RolloutEvaluator(there, targets.x_T, targets.given, targets.reference, looking).mse_per_image(plan)
         folder = tmp_path / device
         folder.mkdir()
         calibration = run_calibration(there, reference, folder)
-        features = torch.from_numpy(teacher_features(there, targets.reference.numpy(), targets.labels))
+        features = torch.from_numpy(teacher_features(there, targets.reference.numpy(), targets.given))
         found[device] = targets.reference, targets.ode, mse_B, torch.tensor(calibration.effect_T), features
     for here, there in zip(*found.values(), strict=True):
         torch.testing.assert_close(there, here, rtol=1e-2, atol=1e-3 * float(here.abs().max()))

@@ -81,7 +81,7 @@ def test_closed_gates_pass_tokens_through():
     model = DiT(TINY)
     x, t, y = inputs(TINY)
     z = model.embed(x)
-    mods, _ = model.modulations(model.condition(t, y))
+    mods, _ = model.modulations(model.condition(t, label=y))
     assert torch.equal(model.blocks[0](z, mods[0]), z)
 
 
@@ -138,7 +138,7 @@ def test_the_order_of_keys_does_not_matter():
     """And a token's attention does not depend on which other tokens attend."""
     model = randomise_(DiT(TINY), seed=1)
     x, t, y = inputs(TINY)
-    z, (mods, _) = model.embed(x), model.modulations(model.condition(t, y))
+    z, (mods, _) = model.embed(x), model.modulations(model.condition(t, label=y))
     block, mod = model.blocks[0], mods[0]
     full, kv = block.attn_branch(z, mod)
     q, _, _ = block.qkv(z[:, :5], mod)

@@ -8,6 +8,7 @@ import torch
 from conftest import vp_sampler
 
 from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.models.conditions import Given
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.guidance import Guidance
@@ -44,7 +45,7 @@ def test_full_compute_has_no_error_but_rounding(model: DiT, evaluator: RolloutEv
 
 def test_errors_are_those_of_the_first_images_whatever_the_batches(model: DiT, evaluator: RolloutEvaluator):
     plan = caching_plan(model)
-    x_0 = sample(model, plan, evaluator.x_T, evaluator.labels)  # all in one batch
+    x_0 = sample(model, plan, evaluator.x_T, evaluator.given)  # all in one batch
     expected_B = (x_0 - evaluator.x_0).square().mean((1, 2, 3))
     assert expected_B.min() > 1e-8  # caching did something
     torch.testing.assert_close(evaluator.mse_per_image(plan), expected_B, rtol=1e-3, atol=1e-9)
@@ -63,15 +64,15 @@ def test_a_plan_that_diverges_scores_infinity(model: DiT, evaluator: RolloutEval
 
 
 def test_mistakes_are_not_taken_for_divergence(model: DiT, evaluator: RolloutEvaluator):
-    x_T, labels, x_0 = evaluator.x_T, evaluator.labels, evaluator.x_0
+    x_T, labels, x_0 = evaluator.x_T, evaluator.given, evaluator.x_0
     with pytest.raises(PlanError, match="another model"):
         evaluator(caching_plan(model, {"family": "other"}))
     with pytest.raises(TokenCacheError, match="ddpm"):
         evaluator(full_plan(model_signature(model), vp_sampler("ddpm", 4), GUIDANCE))
     with pytest.raises(TokenCacheError, match="out of range"):
-        RolloutEvaluator(model, x_T, labels + 5, x_0)
+        RolloutEvaluator(model, x_T, Given({"label": labels["label"] + 5}), x_0)
     with pytest.raises(TokenCacheError, match="same images"):
-        RolloutEvaluator(model, x_T, labels[:3], x_0)
+        RolloutEvaluator(model, x_T, labels.part(slice(3)), x_0)
     with pytest.raises(TokenCacheError, match="NaN"):
         RolloutEvaluator(model, x_T, labels, x_0 * torch.nan)
 
@@ -82,8 +83,8 @@ def test_no_batch_is_larger_than_was_asked_for(model: DiT, evaluator: RolloutEva
     embed = model.embed
     monkeypatch.setattr(model, "embed", lambda x: (seen.append(len(x)), embed(x))[1])
     steps: list[int] = []
-    parts = final_latents(model, plan, evaluator.x_T, evaluator.labels, batch=4, on_step=steps.append)
+    parts = final_latents(model, plan, evaluator.x_T, evaluator.given, batch=4, on_step=steps.append)
     assert max(seen) == 2 * 4  # both halves of guidance
     assert sum(steps) == IMAGES * plan.num_steps
-    whole = sample(model, plan, evaluator.x_T, evaluator.labels)
+    whole = sample(model, plan, evaluator.x_T, evaluator.given)
     assert torch.allclose(parts, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))

@@ -14,8 +14,8 @@ from export.runtime.sampler import CachedSampler
 from export.verify import _fitted_baseline, _table, verify
 from tc_lightning.measure.psnr import psnr
 from tc_lightning.plan.costs import macs_speedup
+from tc_lightning.plan.given import drawn_labels
 from tc_lightning.plan.segments import partial, skip
-from tc_lightning.rollout.noise import drawn_labels
 from tc_lightning.rollout.sampling import full_plan, reference_plan
 
 

@@ -86,5 +86,5 @@ def test_how_far_coefficients_carry() -> None:
     assert table(rows).count("\n") == len(rows) + 1
     assert torch.isfinite(torch.cat([row.plain_B for row in rows])).all()
     low = bench.target(0, 6, 1.5, lambda labels_B: labels_B < 2)
-    assert len(low.labels_B) == 6
-    assert low.labels_B.max() < 2
+    assert low.given.images == 6
+    assert low.given["label"].max() < 2

@@ -15,6 +15,7 @@ from conftest import FULL, VP, make_plan, make_teacher, vp_sampler
 
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.scores import Scores, sampler_digest
+from tc_lightning.models.conditions import Given
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
@@ -263,7 +264,11 @@ def test_a_search_of_other_code_is_another_search(monkeypatch: pytest.MonkeyPatc
     names = {run.bench._name()}
     monkeypatch.setattr(bench, "code_digest", lambda: "another version")
     names.add(run.bench._name())
-    monkeypatch.setattr(run.bench, "target", dataclasses.replace(run.bench.target, labels_B=run.bench.target.labels_B.flip(0)))
+    monkeypatch.setattr(
+        run.bench,
+        "target",
+        dataclasses.replace(run.bench.target, given=Given({name: value.flip(0) for name, value in run.bench.target.given.items()})),
+    )
     names.add(run.bench._name())
     assert len(names) == 3
 

@@ -118,7 +118,7 @@ def test_a_run_fitted_to_itself_keeps_its_coefficients(model: DiT, target: Targe
 
 def test_fitting_other_times_brings_a_run_nearer(model: DiT, target: TargetRun) -> None:
     plain = full_plan(model_signature(model), make_sampler(model.schedule, "dpmpp_2m", 5, "mix:0.5"), GUIDANCE)
-    ends = RolloutEvaluator(model, target.x_T, target.labels_B, target.x_0).mse_per_image(plain)
+    ends = RolloutEvaluator(model, target.x_T, target.given, target.x_0).mse_per_image(plain)
     assert fit_sampler(model, plain, target, 6).mse_B.mean() < 0.7 * ends.mean()
 
 

@@ -21,7 +21,7 @@ from tc_lightning.errors import PlanError
 from tc_lightning.models.dit import DiT
 from tc_lightning.models.network import KeyValue
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.plan.costs import cache_bytes_per_image, fixed_macs, full_step_macs, macs_speedup, plan_macs
+from tc_lightning.plan.costs import cache_bytes_per_image, full_step_macs, macs_speedup, plan_macs
 from tc_lightning.plan.dataflow import Entry, Read, assign_slots, lagrange_weights
 from tc_lightning.plan.guidance import Guidance, GuidanceMode
 from tc_lightning.plan.segments import compute, partial, reuse, skip
@@ -131,7 +131,7 @@ def test_keys_and_values_are_updated_half_by_half():
 
 
 def test_a_step_of_one_half_costs_half():
-    full, fixed = full_step_macs(SIGNATURE), fixed_macs(SIGNATURE)
+    full, fixed = full_step_macs(SIGNATURE), SIGNATURE.fixed_macs
     plan = make_plan(SIGNATURE, (FULL, FULL, SKIP, SKIP), modes="b0cb", reference=vp_sampler("ddim", 8))
     assert plan_macs(plan) == full + full / 2 + fixed / 2 + fixed
     assert macs_speedup(plan) == pytest.approx(8 * full / (1.5 * full + 1.5 * fixed))
@@ -292,7 +292,7 @@ def test_listing_and_picture(tmp_path):
     ):
         assert line in text
     assert text.endswith("in 12 places of 2 kB a sample and 2 places of 1 kB a sample")
-    macs = fixed_macs(SIGNATURE) / full_step_macs(SIGNATURE)
+    macs = SIGNATURE.fixed_macs / full_step_macs(SIGNATURE)
     assert f"{macs / 2:.3f} of a full step; conditional half alone, guided" in text
     plan_figure(plan, lower(plan, "cpu"), tmp_path / "modes.png")
     plan_figure(dataclasses.replace(plan, guidance_modes=()), lower(plan, "cpu"), tmp_path / "plain.png")

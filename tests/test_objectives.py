@@ -32,7 +32,7 @@ def make_task(sampler: str = "ddim") -> Task:
 
 def rollouts(task: Task, indices: range = range(10, 13)) -> list[Batch]:
     """All batches of one group."""
-    data = RolloutDataset(indices, len(indices), T, 0, SHAPE, 5)
+    data = RolloutDataset(indices, len(indices), T, 0, SHAPE, TEACHER.conditions)
     batches = [[data[i + j] for j in range(len(indices))] for i in range(0, len(data), len(indices))]
     return [Batch(task, torch.utils.data.default_collate(items)) for items in batches]
 

@@ -78,7 +78,7 @@ def test_digest_is_stable():
     steps = (FULL, (skip(0, 4),))
     table = SamplerTable("test", "none", (SamplerStep(t=1.0, m_x=0.0, m_eps=1.0, next_x=1.0, next_m=0.5),) * 2)
     plan = CachePlan(SIGNATURE, table, Guidance(1.5, 3), steps, table)
-    assert plan.digest == "4ba2226d75ecfa55d6124a7dcab3ebd468e80213d25664c7c64460ee9ec18a6e"
+    assert plan.digest == "ea9c2d2e5cd0e7f2ad08bec684449ab073887bfa20139f6d698f4146fc645681"
     assert make_plan(SIGNATURE).digest == make_plan(SIGNATURE).digest
 
 
@@ -253,8 +253,8 @@ def old_format() -> dict[str, Any]:
         ([], "plan: expected an object, found list"),
         (PLAN.to_json() | {"extra": 1}, "plan: unknown extra"),
         ({k: v for k, v in PLAN.to_json().items() if k != "guidance"}, "plan: missing guidance"),
-        (changed("format_version", to=99), "format version 99 is not 3: make the plan again"),
-        (old_format(), "format version 1 is not 3: make the plan again"),
+        (changed("format_version", to=99), "format version 99 is not 4: make the plan again"),
+        (old_format(), "format version 1 is not 4: make the plan again"),
         (changed("eps_scale", to=0.98), "eps_scale: expected a list, found float"),
         (changed("eps_scale", to=["0.98"] * 8), "eps_scale: expected a list of numbers"),
         (changed("eps_scale", to=[0.98]), "eps_scale holds 1 factors for 8 steps"),
@@ -292,7 +292,7 @@ def old_format() -> dict[str, Any]:
         (changed(*SEGMENT, "tokens", 0, to=10**400), "tokens a list of integers"),
         *(
             (changed("model", name, to=size), f"model has {name} {size}")
-            for name in ("depth", "tokens", "num_classes")
+            for name in ("depth", "tokens", "fixed_macs")
             for size in (0, -1)
         ),
         (changed("model", "depth", to=10**400), "model.depth: expected int, found 1000"),
@@ -372,8 +372,10 @@ def test_require_model_accepts_its_own():
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(ModelSignature)])
 def test_require_model_names_the_field(field):
     value = getattr(SIGNATURE, field)
-    other = dataclasses.replace(SIGNATURE, **{field: "other" if isinstance(value, str) else value + 1})
-    with pytest.raises(PlanError, match=rf"differ in {field} \(plan {value}, model .*\)\. Make a plan"):
+    others = {"output": "pixels", "conditions": (), "macs": ((1, 2), (3, 4))}
+    other = dataclasses.replace(SIGNATURE, **{field: others.get(field, "other" if isinstance(value, str) else value)})
+    other = other if other != SIGNATURE else dataclasses.replace(SIGNATURE, **{field: value + 1})
+    with pytest.raises(PlanError, match=rf"differ in {field} \(plan .*, model .*\)\. Make a plan"):
         PLAN.require_model(other)
 
 

@@ -76,7 +76,7 @@ def bench(model: DiT, kitchen: Kitchen, target: TargetRun) -> Bench:
 class TestTarget:
     def test_it_is_the_full_run_whatever_the_batch(self, model: DiT, target: TargetRun) -> None:
         plan = full_plan(model_signature(model), vp_sampler("ddim", STEPS), GUIDANCE)
-        again = sample(model, plan, target.x_T, target.labels_B)
+        again = sample(model, plan, target.x_T, target.given)
         assert (again - target.x_0).norm() < 1e-5 * target.x_0.norm()  # processors round differently
 
     def test_at_its_own_times_it_is_what_it_passed_through(self, target: TargetRun) -> None:
@@ -119,13 +119,13 @@ class TestFit:
     def test_the_plan_that_comes_back_is_the_run_that_was_made(self, model: DiT, target: TargetRun) -> None:
         plan = full_plan(model_signature(model), vp_sampler("dpmpp_2m", 5, "logsnr"), GUIDANCE)
         fitted = fit_sampler(model, plan, target, 4)
-        again = (sample(model, fitted.plan, target.x_T, target.labels_B) - target.x_0).square().flatten(1).mean(1)
+        again = (sample(model, fitted.plan, target.x_T, target.given) - target.x_0).square().flatten(1).mean(1)
         assert torch.allclose(again, fitted.mse_B, rtol=1e-3)
         assert fitted.plan.sampler.name == "dpmpp_2m-fitted"
 
     def test_it_brings_images_that_it_did_not_see_nearer(self, model: DiT, target: TargetRun) -> None:
         plan = full_plan(model_signature(model), vp_sampler("ddim", 5), GUIDANCE)
-        before = (sample(model, plan, target.x_T, target.labels_B) - target.x_0).square().flatten(1).mean(1)
+        before = (sample(model, plan, target.x_T, target.given) - target.x_0).square().flatten(1).mean(1)
         assert fit_sampler(model, plan, target, 4).mse_B[4:].mean() < 0.5 * before[4:].mean()
 
     def test_images_beyond_the_fit_do_not_matter_to_it(self, model: DiT, target: TargetRun) -> None:
@@ -464,7 +464,7 @@ class TestPolicy:
     def test_what_is_measured_at_the_end_was_not_looked_at_before(self, model: DiT) -> None:
         point = self.SMALL.plan(self.context(model)).front[0]
         run = run_target(model, vp_sampler("ddim", STEPS), GUIDANCE, *images(model, [6, 7, 8]), batch=4)
-        mse = (sample(model, point.plan, run.x_T, run.labels_B) - run.x_0).square().mean()
+        mse = (sample(model, point.plan, run.x_T, run.given) - run.x_0).square().mean()
         assert point.mse == pytest.approx(float(mse), rel=1e-3)
 
     def test_the_converged_run_as_target(self, model: DiT) -> None:

@@ -40,7 +40,7 @@ from tc_lightning.runs.folder import read_run, write_run
 
 TINY = DiTConfig(input_size=4, patch_size=2, in_channels=1, hidden_size=8, depth=1, num_heads=1, num_classes=2)
 # What a manifest may say without the runtime going by it.
-FREE = {"condition_values", "versions", "parity", "fidelity", "needs", "weights", "files", "dit_config"}
+FREE = {"condition_values", "versions", "parity", "fidelity", "needs", "weights", "files", "network"}
 
 
 def outcome(read: Callable[[], Any], *expected: type[TokenCacheError]) -> tuple[Any, str]:

@@ -57,7 +57,7 @@ def signs(vectors: int, images: int) -> Tensor:
 
 
 def error(model: DiT, plan: CachePlan, target: TargetRun) -> float:
-    mse_B = (sample(model, plan, target.x_T, target.labels_B) - target.x_0).square().flatten(1).mean(1)
+    mse_B = (sample(model, plan, target.x_T, target.given) - target.x_0).square().flatten(1).mean(1)
     return float(robust_mean(mse_B, target.counts_B))
 
 
@@ -173,8 +173,8 @@ class TestRefine:
         for place in (0, 9, 17):  # x at step 0, m at step 2, m at step 4, which skips
             by = torch.zeros(coefficients(fitted).numel())
             by[place] = 2e-3
-            ends = [sample(model, moved(fitted, sign * by), run.x_T, run.labels_B) for sign in (1, -1)]
-            error = sample(model, fitted, run.x_T, run.labels_B) - run.x_0
+            ends = [sample(model, moved(fitted, sign * by), run.x_T, run.given) for sign in (1, -1)]
+            error = sample(model, fitted, run.x_T, run.given) - run.x_0
             expected = ((ends[0] - ends[1]) / 4e-3 * error).flatten(1).sum(1)
             assert of_error[:, place] == pytest.approx(expected.double(), rel=0.03, abs=1e-6)
 
@@ -184,7 +184,7 @@ class TestRefine:
         run = target.part(slice(0, 1))
         refiner = refine._Refiner(model, run, ALONE)
         _, estimate, _ = refiner.normal_equations(plan, refine.Passes(1, vectors=65), 64)
-        end, pull = gradients.whole(Rollout(model, plan, run.labels_B), run.x_T)
+        end, pull = gradients.whole(Rollout(model, plan, run.given), run.x_T)
         rows = pull([unit.view_as(end) for unit in torch.eye(end.numel())])
         exact = torch.cat(rows).double().square().sum(0) * float(robust_weights(refiner.errors(plan), run.counts_B))
         used = exact > 0
@@ -249,7 +249,7 @@ class TestRefine:
         self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         one = target.part(slice(0, 1))
-        need = refine.graph_size(Rollout(model, fitted, one.labels_B), one.x_T)
+        need = refine.graph_size(Rollout(model, fitted, one.given), one.x_T)
         monkeypatch.setattr(refine, "free_bytes", lambda device: 1000)
         monkeypatch.setattr(refine, "spare_bytes", lambda device, world: need.stepwise(3))
         passes = refine._Refiner(model, target, ALONE).passes(fitted)

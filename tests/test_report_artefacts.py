@@ -16,6 +16,7 @@ from export.compiler.weight_files import WeightFiles
 from export.report.measure import Exported, Failed, Made, Requests, export, make_in_turns
 from export.runtime import manifest
 from export.runtime.sampler import Result
+from tc_lightning.plan.conditions import Condition
 from tc_lightning.plan.segments import compute, partial
 from tc_lightning.rollout.sampling import full_plan, labels_for, model_signature, noise_for, sample
 from tc_lightning.rollout.targets import TargetKey, cached_targets, compute_targets
@@ -28,7 +29,7 @@ def test_targets_are_what_sampling_gives_and_are_kept(teacher, tmp_path):
     targets = cached_targets(teacher, key, tmp_path, seen.append)
     assert sum(seen) == key.image_steps == 2 * (4 + 6)
     expected = full_plan(plan.model, plan.sampler, plan.guidance)
-    assert torch.equal(targets.reference, sample(teacher, expected, targets.x_T, targets.labels))
+    assert torch.equal(targets.reference, sample(teacher, expected, targets.x_T, targets.given))
     seen.clear()
     again = cached_targets(teacher, key, tmp_path, seen.append)
     assert seen == [key.image_steps]
@@ -99,17 +100,18 @@ def test_artefacts_for_cuda_share_no_graphs(tmp_path):
 
 def test_evaluation_images_are_of_all_classes(teacher):
     """Sixteen images of a model of 1,000 classes are not its first sixteen, and as recording draws them."""
-    signature = dataclasses.replace(model_signature(teacher), num_classes=1000)
+    signature = dataclasses.replace(model_signature(teacher), conditions=(Condition("label", "int64", null=1000, classes=1000),))
     plan = make_plan(teacher, (FULL,) * 2)
-    labels = TargetKey(signature, VP, plan.sampler, plan.guidance, seed=7, images=16).labels
+    labels = TargetKey(signature, VP, plan.sampler, plan.guidance, seed=7, images=16).given["label"]
     assert labels.max() > 500
     assert len(set(labels.tolist())) == 16
     asked = []
 
     class Sampler:
-        manifest = {"model": {"num_classes": 1000}}  # noqa: RUF012
+        conditions = signature.conditions
 
-        def sample(self, labels, seed, first_index, full):
+        def sample(self, conditions, seed, first_index, full):
+            labels = conditions["label"].tolist()
             asked.append((first_index, labels))
             latents = np.zeros((len(labels), 1, 2, 2), np.float32)
             return Result(latents, None, {"ms": 1.0})

@@ -23,7 +23,7 @@ REPORT = {
     "run": "x",
     "run_folder": "runs/x",
     "teacher": {"weights": "w", "sha256": "0" * 64},
-    "model": {"depth": 1, "tokens": 1, "num_classes": 1},
+    "model": {"depth": 1, "tokens": 1, "conditions": [{"name": "label", "classes": 1}]},
     "guidance": {"scale": 1.0, "channels": 0},
     "headline": "h",
     "sentences": [],

@@ -54,7 +54,7 @@ def test_features_are_of_the_middle_block(teacher, rng):
     x, y = rng.normal(size=(3, 4, 8, 8)).astype(np.float32), torch.tensor([0, 1, 2])
     features = quality.teacher_features(teacher, x, y, batch=2)
     z = teacher.embed(torch.from_numpy(x))
-    mods, _ = teacher.modulations(teacher.condition(torch.full((3,), quality.FEATURE_TIME), y))
+    mods, _ = teacher.modulations(teacher.condition(torch.full((3,), quality.FEATURE_TIME), label=y))
     for block in (0, 1):
         z = teacher.blocks[block](z, mods[block])
     assert features.dtype == np.float64

@@ -120,7 +120,7 @@ def test_a_runs_calibration_is_of_stated_images_and_kept(tmp_path: Path) -> None
     run = finished_run(tmp_path)
     loaded = load_run(dataclasses.replace(read_run(run), teacher=TeacherSpec(str(tmp_path / "teacher.safetensors"))))
     images = range(IMAGES)
-    noise, labels = noise_for(SEED, images, loaded.model), labels_for(SEED, images, loaded.plan.model.num_classes)
+    noise, labels = noise_for(SEED, images, loaded.model), labels_for(SEED, images, loaded.model.config.num_classes)
     expected = calibrate(loaded.model, loaded.reference, noise, labels, progress=False)
     assert (loaded.calibration.drift_TGL2 == expected.drift_TGL2).all()
     kept = Calibration.load(run / NAME)

@@ -37,7 +37,7 @@ def sampler(artefact: Path) -> CachedSampler:
 def unguided(tmp_path_factory) -> Path:
     """Without guidance, three channels, two of three steps skipped."""
     out = tmp_path_factory.mktemp("artefacts") / "unguided"
-    teacher = make_teacher(in_channels=3)
+    teacher = make_teacher(in_channels=3, output="pixels")
     plan = make_plan(teacher, (FULL, (skip(0, 4),), (skip(0, 4),)), Guidance())
     export_artefact(teacher, plan, out, "fp32", "cpu", images=1, report=lambda _: None)
     return out
@@ -91,11 +91,11 @@ def test_no_manifest(copied, tmp_path):
     [
         ("{", "is not valid JSON"),
         ("", "is not valid JSON"),
-        ("[]", "is not of format version 5"),
-        ('{"format_version": 4}', "is not of format version 5"),
-        ('{"format_version": 5}', "was edited or damaged"),
-        ('{"format_version": true}', "is not of format version 5"),
-        ('{"format_version": 6}', "is of format version 6, which is newer than this package's 5: update tc-lightning"),
+        ("[]", "is not of format version 6"),
+        ('{"format_version": 5}', "is not of format version 6"),
+        ('{"format_version": 6}', "was edited or damaged"),
+        ('{"format_version": true}', "is not of format version 6"),
+        ('{"format_version": 7}', "is of format version 7, which is newer than this package's 6: update tc-lightning"),
         ("[" * 100_000, "is not valid JSON"),
     ],
 )
@@ -237,7 +237,7 @@ def test_memory_that_makes_no_sense(artefact, memory):
 
 def test_images(sampler, unguided):
     result = sampler.sample([0])
-    assert result.images is None  # four channels: a latent
+    assert result.images is None  # a model of latents
     assert result.latents.dtype == np.float32
     pixels = CachedSampler(unguided).sample([0])
     assert np.abs(pixels.latents).max() > 1

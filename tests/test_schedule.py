@@ -3,15 +3,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import SIGNATURE, make_plan, random_steps, vp_sampler
+from conftest import SIGNATURE, make_plan, random_steps, signature_for, vp_sampler
 
 from export.bench.plans import benchmark_plans
 from export.runtime.buffers import MOST_GRAPHS
 from export.runtime.layout import PAST, Run, Spec, graphed, lay_out, read_first, sampling_runs, split_steps
 from export.runtime.programs import lower
+from tc_lightning.models.dit import preset
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import entry_rows, entry_shape
-from tc_lightning.plan.signature import ModelSignature
 
 COMMON = ["x", "step", "first_bad", "first_step", "mods", "rows", "guidance"]
 NEXT = ["x_next", "step_next", "first_bad_next"]
@@ -21,6 +21,7 @@ def program(inputs: list[str], outputs: list[str], guidance: str = "both") -> di
     return {"inputs": inputs, "outputs": outputs, "guidance": guidance}
 
 
+LABEL = [{"name": "label", "dtype": "int64", "shape": []}]
 # Two full steps that write the span into slots 0 and 1, then two that forecast it; a solver that looks back once.
 MANIFEST = {
     "steps": 4,
@@ -28,7 +29,7 @@ MANIFEST = {
     "precision": "fp16",
     "condition_values": 10**6,
     "modulations": 6 * 1 + 2,
-    "model": {"depth": 1, "width": 2, "in_channels": 3, "input_size": 8},
+    "model": {"depth": 1, "width": 2, "in_channels": 3, "input_size": 8, "conditions": LABEL},
     "guidance": {"scale": 1.5},
     "programs": {
         "step_00": program([*COMMON, "m_prev"], [*NEXT, "m", "span_0_1.new"]),
@@ -56,7 +57,7 @@ def manifest_of(plan: CachePlan) -> dict[str, Any]:
     schedule = [{"program": b.program, "reads": b.reads, "writes": b.writes} for b in lowered.bindings]
     slots = lowered.slots.items()
     entries = {e.name: {"shape": entry_shape(plan, e), "rows": entry_rows(plan, e), "dtype": "fp32", "slots": n} for e, n in slots}
-    model = {"depth": plan.model.depth, "width": plan.model.width, "in_channels": 4, "input_size": 8}
+    model = {"depth": plan.model.depth, "width": plan.model.width, "in_channels": 4, "input_size": 8, "conditions": LABEL}
     told = {
         "steps": plan.num_steps,
         "full_steps": plan.num_steps,
@@ -103,7 +104,7 @@ def test_a_solver_that_looks_back_twice_has_a_ring_of_three():
 
 
 def test_buffers_of_a_request():
-    layout = lay_out(MANIFEST, images=5, labels=4)
+    layout = lay_out(MANIFEST, images=5, given=4)
     latent = Spec("fp32", (5, 3, 8, 8))
     assert [layout.buffers[name] for name in ("x.0", "x.1", "m.0", "m.1")] == [latent] * 4
     assert layout.buffers["span_0_1@1"] == Spec("fp16", (10, 4, 2))  # guidance doubles the batch
@@ -119,7 +120,7 @@ def test_a_step_may_compute_one_half_of_guidance():
     changed = MANIFEST | {"programs": MANIFEST["programs"] | {"step_01": half}}
     changed["schedule"] = [*MANIFEST["schedule"][:2], *[{"program": "step_01", "reads": {"guidance": [0]}, "writes": {}}] * 2]
     changed["entries"] = MANIFEST["entries"] | {"guidance": {"shape": [3, 8, 8], "rows": 1, "dtype": "fp32", "slots": 1}}
-    layout = lay_out(changed, images=5, labels=4)
+    layout = lay_out(changed, images=5, given=4)
     assert [dict(run.inputs)["rows"] for run in layout.runs[1:]] == ["rows.both"] * 2 + ["rows.half"] * 2
     assert layout.buffers["rows.half"] == layout.buffers["numbers.half"] == Spec("int64", (5,))
     assert layout.buffers["rows.both"] == Spec("int64", (10,))
@@ -129,7 +130,7 @@ def test_a_step_may_compute_one_half_of_guidance():
 
 def test_what_a_request_has_to_fill_in():
     layout = lay_out(MANIFEST, 5, 4)
-    given = {"x.0", "step.0", "first_bad.0", "m.1", "rows.both", "guidance", "steps.0", "offset", "labels"}
+    given = {"x.0", "step.0", "first_bad.0", "m.1", "rows.both", "guidance", "steps.0", "offset", "given.label"}
     assert read_first(layout.runs) == given
 
 
@@ -177,7 +178,7 @@ def test_graphs_go_to_the_bindings_that_occur_most_often():
 
 def test_the_benchmark_needs_few_graphs():
     """50 steps of DiT-S/2: the slots of a plan come round again, and so do its bindings."""
-    signature = ModelSignature("dit", 12, 256, 384, 6, 1536, 2, 4, 8, 32, 1000, "0" * 64)
+    signature = signature_for(preset("DiT-S/2"))
     counts = {}
     for name, plan in benchmark_plans(signature, vp_sampler("ddim", 50), 18).items():
         counts[name] = len(graphed(sampling_runs(manifest_of(plan)), 10**6))

@@ -155,5 +155,5 @@ def test_an_artefact_is_exported_run_and_verified(sit: SiT, tmp_path: Path) -> N
 
 
 def test_families_are_listed() -> None:
-    assert family_of("sit") is SiT
-    assert family_of("dit") is DiT
+    assert family_of("sit").network is SiT
+    assert family_of("dit").network is DiT

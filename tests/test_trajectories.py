@@ -81,7 +81,7 @@ def run(data: TrajectoryDataModule, module: LightningModule | None = None, devic
 
 
 def recipe_for(teacher: DiT, seed: int = 0, sampler: str = "ddim", steps: int = STEPS) -> Recipe:
-    return Recipe(teacher_digest(teacher), vp_sampler(sampler, steps), GUIDANCE, seed, (2, 8, 8), 5)
+    return Recipe(teacher_digest(teacher), vp_sampler(sampler, steps), GUIDANCE, seed, (2, 8, 8), teacher.conditions)
 
 
 def record_set(root: Path, num: int = 40) -> tuple[DiT, Recipe]:
@@ -141,7 +141,7 @@ def test_content_is_what_the_sampler_does(recorded: Path) -> None:
     ends = trajectories.endpoints(range(3, 16))
     assert torch.equal(ends.noise, states[0].x[3:16])
     assert torch.equal(ends.latents, states[-1].x_next[3:16])
-    assert torch.equal(ends.labels, labels[3:16])
+    assert torch.equal(ends.given["label"], labels[3:16])
     with pytest.raises(IndexError):
         trajectories.latent(40, 0)
 
@@ -269,7 +269,7 @@ def test_the_set_does_not_depend_on_the_batch_size(recorded: Path, tmp_path: Pat
     assert len({tuple(key) for batch in first for key in batch}) == 88
     assert len(data.pairs) == 90
     assert data.heldout().latents.shape == (10, 2, 8, 8)
-    assert torch.equal(data.heldout().labels, labels_for(0, range(30, 40), 5))
+    assert torch.equal(data.heldout().given["label"], labels_for(0, range(30, 40), 5))
     assert torch.equal(data.train_endpoints().noise[0], torch.from_numpy(initial_noise(0, [0], (2, 8, 8))[0]))
     held_out = torch.cat([batch["index"] for batch in data.val_dataloader()])
     assert set(held_out.tolist()) == set(range(30, 40))

@@ -1,4 +1,4 @@
-"""A family of networks that the package has never heard of: three branches with names of their own, one of them ungated."""
+"""A family of networks that the package has never heard of: branches and conditions with names of their own, tokens of two kinds."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tc_lightning.diffusion.linear_betas import LinearBetas
-from tc_lightning.models.dit import DiTConfig, signature_of
+from tc_lightning.models.dit import DiTConfig
 from tc_lightning.models.embedders import LabelEmbedder, TimestepEmbedder
 from tc_lightning.models.lean import attend, patch_tokens, take
 from tc_lightning.models.network import Block, KeyValue, Network, See
-from tc_lightning.plan.signature import ModelSignature
+from tc_lightning.models.signatures import mlp_macs, signature_of
+from tc_lightning.plan.conditions import Condition
+from tc_lightning.plan.signature import Macs, ModelSignature
+
+REGISTERS = 3  # tokens beside those of the image, which come first
 
 
 class Terms(NamedTuple):
-    """Gates of the two branches that have one, each [B, 1, D]."""
-
-    widen: Tensor
+    widen: Tensor  # gates of the two branches that have one, each [B, 1, D]
     shade: Tensor
 
 
 class Readout(NamedTuple):
-    """What is added before the output, [B, 1, D]."""
-
-    lift: Tensor
+    lift: Tensor  # what is added before the output, [B, 1, D]
 
 
 class ToyBlock(Block):
@@ -34,12 +34,12 @@ class ToyBlock(Block):
 
     branches, attends = ("look", "widen", "shade"), ("look",)
 
-    def __init__(self, config: DiTConfig) -> None:
+    def __init__(self, D: int, heads: int, tokens: int) -> None:
         super().__init__()
-        D, self.heads = config.hidden_size, config.num_heads
+        self.heads = heads
         self.q, self.kv = nn.Linear(D, D), nn.Linear(D, 2 * D, bias=False)
         self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.Tanh(), nn.Linear(2 * D, D))
-        self.scale, self.place = nn.Parameter(torch.ones(D)), nn.Parameter(torch.randn(1, config.num_tokens, D))
+        self.scale, self.place = nn.Parameter(torch.ones(D)), nn.Parameter(torch.randn(1, tokens, D))
         self.gates = nn.Linear(D, 2 * D)
 
     def branch(self, name: str, z: Tensor, mod: Terms, at: Tensor | None = None, see: See | None = None) -> tuple[Tensor, Any]:
@@ -57,33 +57,37 @@ class ToyBlock(Block):
 
 
 class Toy(Network):
-    """A network of such blocks; all times and labels act through two gates a block and a shift at the end."""
+    """A network of such blocks; a class and a mood act with the time through two gates a block and a shift at the end."""
 
     family, schedule = "toy", LinearBetas()
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.config, D = config, config.hidden_size
+        self.config, D, tokens = config, config.hidden_size, REGISTERS + config.num_tokens
+        self.conditions = Condition("kind", "int64", (), 4, 4), Condition("mood", "fp32", (2, 3), -0.5)
         self.patches = nn.Conv2d(config.in_channels, D, config.patch_size, config.patch_size, bias=False)
-        self.time, self.label = TimestepEmbedder(D), LabelEmbedder(config.num_classes, D)
-        self.blocks = nn.ModuleList(ToyBlock(config) for _ in range(config.depth))
+        self.registers, self.time = nn.Parameter(torch.randn(1, REGISTERS, D)), TimestepEmbedder(D)
+        self.label, self.mood = LabelEmbedder(4, D), nn.Linear(6, D)
+        self.blocks = nn.ModuleList(ToyBlock(D, config.num_heads, tokens) for _ in range(config.depth))
         self.out = nn.Linear(D, config.patch_size**2 * config.out_channels)
 
     def signature(self, teacher: str) -> ModelSignature:
-        return signature_of(self.config, self.family, self.branches, teacher)
+        D, tokens = self.config.hidden_size, REGISTERS + self.config.num_tokens
+        return signature_of(self, teacher, (Macs(3 * D**2, 2 * D), mlp_macs(D, 2 * D), Macs(D)), 1000, tokens)
 
     def embed(self, x: Tensor) -> Tensor:
-        return patch_tokens(x, self.patches.weight, None)
+        z = patch_tokens(x, self.patches.weight, None)
+        return torch.cat([self.registers + z[:, :1] * 0, z], 1)  # for every image of the batch
 
-    def condition(self, t: Tensor, y: Tensor) -> Tensor:
-        return torch.tanh(self.time(t)) * self.label(y)
+    def condition(self, t: Tensor, kind: Tensor, mood: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.tanh(self.time(t)) * (self.label(kind) + self.mood(mood.flatten(-2)))
 
     def modulations(self, c: Tensor) -> tuple[list[Terms], Readout]:
         blocks = [Terms(*block.gates(c).unsqueeze(-2).chunk(2, dim=-1)) for block in self.blocks]
         return [Terms(terms.widen, terms.shade * 2) for terms in blocks], Readout(c.unsqueeze(-2))
 
     def readout(self, z: Tensor, mod: Readout) -> Tensor:
-        P, side = self.config.patch_size, self.config.input_size
+        P, side, z = self.config.patch_size, self.config.input_size, z[:, REGISTERS:]
         patches = self.out(F.layer_norm(z, z.shape[-1:]) + mod.lift).unflatten(1, (side // P, -1)).unflatten(3, (P, P, -1))
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
@@ -91,7 +95,7 @@ class Toy(Network):
 def make_toy(seed: int = 0) -> Toy:
     """A frozen one whose branches matter."""
     torch.manual_seed(seed)
-    toy = Toy(DiTConfig(input_size=8, in_channels=3, hidden_size=16, depth=3, num_heads=2, num_classes=4, learn_sigma=False))
+    toy = Toy(DiTConfig(8, 2, 3, hidden_size=16, depth=3, num_heads=2, learn_sigma=False, output="pixels"))
     with torch.no_grad():
         for parameter in toy.parameters():
             parameter.normal_(0.0, 0.3)

@@ -20,7 +20,7 @@ from export.runtime.sampler import CachedSampler
 from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.rollout.noise import drawn_labels
+from tc_lightning.plan.given import Arrays, drawn
 
 ROUNDS = 3  # requests that are timed, after one that warms up; their median counts
 
@@ -42,7 +42,7 @@ class ProgramClock:
     def __init__(
         self, model: Network, provider: str = "cpu", batch: int = 8, precision: str = "fp32", selector: Selector | None = None
     ) -> None:
-        self.provider, self.batch = provider, batch
+        self.provider, self.batch, self.examples = provider, batch, model.examples
         folder = Path(tempfile.mkdtemp(prefix="tc-clock-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self._weights = WeightFiles(model, precision, folder, selector)
@@ -64,17 +64,17 @@ class ProgramClock:
             write_sharing(self._weights, plan, lowered, path)
             manifest = read_manifest(path, check_files=False)
             sampler = CachedSampler(path, self.provider, max_batch=self.batch, manifest=manifest)
-            labels = drawn_labels(0, range(self.batch), plan.model.num_classes).tolist()
-            runs = [self._times(sampler, labels) for _ in range(ROUNDS + 1)][1:]
+            given = drawn(plan.model.conditions, 0, range(self.batch), self.examples)
+            runs = [self._times(sampler, given) for _ in range(ROUNDS + 1)][1:]
         for name, key in keys.items():
             if name in runs[0]:
                 self._known.setdefault(key, statistics.median(run[name] for run in runs) / self.batch)
 
-    def _times(self, sampler: CachedSampler, labels: list[int]) -> dict[str, float]:
+    def _times(self, sampler: CachedSampler, given: Arrays) -> dict[str, float]:
         """Milliseconds of one run of each program."""
         spent: dict[str, float] = {}
         for full in (True, False):
-            receipt = sampler.sample(labels, full=full, timing=True).receipt
+            receipt = sampler.sample(conditions=given, full=full, timing=True).receipt
             spent |= {name: receipt["ms_per_program"][name] / runs for name, runs in receipt["steps_per_program"].items()}
         return spent
 

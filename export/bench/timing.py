@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from export.runtime.cuda_provider import CUDA
 from export.runtime.sampler import CachedSampler
 from tc_lightning.diffusion.update import advance, coefficients, guide
 from tc_lightning.errors import TokenCacheError
+from tc_lightning.models.conditions import Asked, given_of
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+Denoiser = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -44,22 +45,23 @@ def in_turns(requests: dict[str, Callable[[], object]], repeats: int, quiet: boo
 
 
 @torch.inference_mode()
-def torch_latents(eps: Denoiser, plan: CachePlan, x_BCHW: Tensor, labels_B: Tensor, dtype: torch.dtype) -> Tensor:
+def torch_latents(eps: Denoiser, plan: CachePlan, x_BCHW: Tensor, asked: Asked, dtype: torch.dtype) -> Tensor:
     """Run a plan's reference as one does in PyTorch: the network as a function, guidance and sampler around it, no cache.
 
     Args:
-        eps: (latents, times, labels) -> eps, in `dtype`.
+        eps: (latents, times, conditions) -> eps, in `dtype`.
         plan: gives the reference's sampler, and guidance; its segments are ignored.
         x_BCHW: initial noise, fp32, on the device.
-        labels_B: class of each image.
+        asked: conditions of each image.
         dtype: precision of the network; guidance and sampler are in fp32.
     """
     doubled, channels = plan.guidance.doubles_batch, plan.model.in_channels
-    y = torch.cat([labels_B, torch.full_like(labels_B, plan.model.num_classes)]) if doubled else labels_B
+    given = given_of(plan.model.conditions, asked)
+    rows = dict(given.with_nulls(plan.model.conditions) if doubled else given)
     past: tuple[Tensor, ...] = ()
     for row in plan.reference.steps:
         x = torch.cat([x_BCHW, x_BCHW]) if doubled else x_BCHW
-        e = eps(x.to(dtype), torch.full((len(y),), row.t, device=x.device), y).float()
+        e = eps(x.to(dtype), torch.full((len(x),), row.t, device=x.device), rows).float()
         if doubled:
             e = guide(e, plan.guidance.scale, plan.guidance.channels, channels)
         x_BCHW, m = advance(x_BCHW, e, past, coefficients(row))
@@ -67,7 +69,7 @@ def torch_latents(eps: Denoiser, plan: CachePlan, x_BCHW: Tensor, labels_B: Tens
     return x_BCHW.cpu()
 
 
-def compiled(model: Network, x: Tensor, labels: Tensor, mode: str | None = None) -> tuple[Denoiser, float]:
+def compiled(model: Network, x: Tensor, asked: Asked, mode: str | None = None) -> tuple[Denoiser, float]:
     """`torch.compile` of the network in one of its modes, and the seconds that compiling took.
 
     Raises:
@@ -77,7 +79,7 @@ def compiled(model: Network, x: Tensor, labels: Tensor, mode: str | None = None)
     function = torch.compile(model.eps, dynamic=False, mode=mode)
     started = time.perf_counter()
     with torch.inference_mode():
-        function(x, torch.zeros(len(x), device=x.device), labels)
+        function(x, torch.zeros(len(x), device=x.device), dict(given_of(model.conditions, asked)))
     return function, time.perf_counter() - started
 
 

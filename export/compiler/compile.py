@@ -24,10 +24,11 @@ from export.runtime.onnx_header import Header, read_header
 from export.runtime.programs import LoweredPlan, lower
 from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError
+from tc_lightning.models.conditions import require_null
 from tc_lightning.models.content_predictor import Selector, require_selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.rollout.sampling import model_signature, require_null_label
+from tc_lightning.rollout.sampling import model_signature
 
 CONDITION_VALUES = 1 << 26  # modulation values held at a time (256 MiB in fp32); longer requests are conditioned in chunks
 
@@ -61,12 +62,12 @@ def export_artefact(
 
     Raises:
         PlanError: if the plan is for another model or content predictor.
-        TeacherError: if the plan is guided and the model has no null label.
+        TeacherError: if the plan is guided and a condition of the model has no null value.
         TokenCacheError: if `out` exists and is something else, the sampler is stochastic, or a weight does not fit the precision.
         ParityError: if the artefact disagrees with the torch reference; nothing is left under `out`.
     """
     plan.require_model(model_signature(model))
-    require_null_label(model.config, plan.guidance)
+    require_null(model.conditions, plan.guidance)
     require_selector(plan, selector)
     for table in (plan.sampler, plan.reference):
         if table.stochastic:
@@ -100,7 +101,7 @@ def _compile(
     checks = prove(model, plan, lowered, sampler, images, selector=selector)
     require_parity(checks, precision, "No manifest was written. Try --precision fp32; if it fails there too, report it with the plan.")
     report(f"comparing with full compute on {images} images")
-    fidelity = measure(sampler, images, max(1, images // 2), seed=1)
+    fidelity = measure(sampler, images, max(1, images // 2), seed=1, examples=model.examples)
     sampler.release()
     manifest |= _measured(checks, fidelity, images, provider)
     write_manifest(folder, manifest)
@@ -181,7 +182,7 @@ def _describe(
         "programs": programs,
         **condition_declared(graphs["condition"]),
         "condition_values": CONDITION_VALUES,
-        "dit_config": dataclasses.asdict(model.config),
+        "network": {"family": model.family, "config": dataclasses.asdict(model.config)},
         "precision": precision,
         "weights": {name: list(entry) for name, entry in index.items()},
         "needs": {"onnxruntime": ONNXRUNTIME, "opset": OPSET, "ir_version": IR_VERSION},

@@ -1,18 +1,18 @@
 """Emission: the condition graph and one graph per step program, from the functions that define caching.
 
 Inputs and outputs of the graphs (M rows that the step computes: B, or 2 B where it computes both halves of guidance; U distinct
-labels, S steps of a chunk, R terms of the conditioning, which `export.compiler.traced` packs):
+rows of conditions, S steps of a chunk, R terms of the conditioning, which `export.compiler.traced` packs):
 
-    condition   steps [S], offset, labels [U]                            -> mods [S, U, R, D], first_step
+    condition   steps [S], offset, given.NAME [U, ...] of each condition  -> mods [S, U, R, D], first_step
     step_*      x [B, C, H, W], (m_prev), (m_prev2), step, first_bad, first_step, mods, rows [M], (guidance), (numbers [M]), ENTRY.j ...
                                                                          -> x_next, step_next, first_bad_next, (m), ENTRY.new ...
 
 `step` is counted, and latents that are not finite are noticed, in the graphs, so that nothing has to come from the host or go to it
 between two steps: `first_bad` is the first step whose latents were not finite, and the number of steps while there is none. `offset`
 is the place of the run's first step among the times that the condition graph knows.
-`rows` are the label rows of `mods`; `numbers` count the rows of the batch (0, 1, 2, ...), for programs that scatter. An entry that
-is read and written in one program is updated in place: bind both to one buffer. A graph that programs share reads and writes what any
-of them does: what a step does not read, it replaces whole before it is used, and what it does not write may be left unbound.
+`rows` are the rows of conditions of `mods`; `numbers` count the rows of the batch (0, 1, 2, ...), for programs that scatter. An entry
+that is read and written in one program is updated in place: bind both to one buffer. A graph that programs share reads and writes
+what any of them does: what a step does not read, it replaces whole before it is used, and what it does not write may be left unbound.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from export.compiler.symbolic import Graph, Sym, Weights
 from export.compiler.torch_functions import ANSWERS
 from export.compiler.torch_shapes import at, gather, lookup
 from export.compiler.traced import NetworkInGraph, conditioning, pack, skeleton, unpack
-from export.compiler.weights import MODULATION_TABLE, SELECTOR, External
-from export.runtime.layout import PAST
+from export.compiler.weights import MODULATION_TABLE, SELECTOR, TORCH_DTYPES, External
+from export.runtime.layout import GIVEN, PAST
 from export.runtime.programs import FULL, Program, condition_times, kept_tokens
 from tc_lightning.cache.semantics import Guided, Step, forecast, predict
 from tc_lightning.diffusion.update import Coefficients, advance
+from tc_lightning.models.conditions import null_rows
 from tc_lightning.models.content_predictor import ContentPredictor
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
@@ -65,7 +66,9 @@ class Emitter:
     ) -> None:
         self.plan, self.dtype = plan, dtype
         self._network, names = skeleton(network, dtype)
-        self._like = conditioning(self._network, *(torch.zeros(1, dtype=kind, device="meta") for kind in (torch.float32, torch.int64)))
+        like, working = null_rows(network.conditions, torch.zeros(1, device="meta")), TORCH_DTYPES[dtype]
+        given = {name: value.to(working) if value.is_floating_point() else value for name, value in like.items()}
+        self._like = conditioning(self._network, torch.zeros(1, device="meta"), given)
         self._predictor = None
         if predictor is not None:
             self._predictor, more = skeleton(predictor, dtype, f"{SELECTOR}.")
@@ -76,10 +79,11 @@ class Emitter:
         """The condition graph."""
         g = Graph("condition", self._weights, ANSWERS)
         steps, offset = g.input("steps", "int64", ["steps"]), g.input("offset", "int64", [])
-        labels = g.input("labels", "int64", ["labels"])
+        given = {c.name: g.input(GIVEN + c.name, c.dtype, ["given", *c.shape]) for c in self.plan.model.conditions}
+        given = {c.name: given[c.name].cast(self.dtype) if c.dtype == "fp32" else given[c.name] for c in self.plan.model.conditions}
         t_S1 = lookup(g, np.array(condition_times(self.plan)[0]), (steps + offset)[:, None], "fp32")
-        mods = pack(conditioning(self._network, t_S1, labels))
-        g.output("mods", mods, ["steps", "labels", *self._table_shape])
+        mods = pack(conditioning(self._network, t_S1, given))
+        g.output("mods", mods, ["steps", "given", *self._table_shape])
         g.output("first_step", at(steps, 0, 0), [])
         return g.model()
 
@@ -123,7 +127,7 @@ class Emitter:
 
     @property
     def modulations(self) -> int:
-        """Rows of the table that the condition graph writes for each step and label."""
+        """Rows of the table that the condition graph writes for each step and row of conditions."""
         return self._like.rows
 
     @property
@@ -133,7 +137,7 @@ class Emitter:
     def _modulations(self, g: Graph, step: Sym) -> Sym:
         """This step's adaLN terms for every row of the batch, [M, R, D]."""
         first = g.input("first_step", "int64", [])
-        table = g.input("mods", self.dtype, ["steps", "labels", *self._table_shape])
+        table = g.input("mods", self.dtype, ["steps", "given", *self._table_shape])
         rows = g.input("rows", "int64", ["rows"])
         return gather(gather(table, step - first, 0), rows, 0)
 

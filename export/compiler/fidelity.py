@@ -9,7 +9,7 @@ import numpy as np
 
 from export.runtime.sampler import CachedSampler, Result
 from tc_lightning.measure.psnr import psnr, squared_errors
-from tc_lightning.rollout.noise import drawn_labels
+from tc_lightning.plan.given import Arrays, drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,22 +44,29 @@ class Fidelity:
         return self.full_ms / self.cached_ms
 
 
-def measure(sampler: CachedSampler, images: int, batch: int, seed: int, on_batch: Callable[[int], None] | None = None) -> Fidelity:
-    """Run `images` images of drawn classes in batches, cached and full in turn, and compare.
+def measure(
+    sampler: CachedSampler,
+    images: int,
+    batch: int,
+    seed: int,
+    on_batch: Callable[[int], None] | None = None,
+    examples: Arrays | None = None,
+) -> Fidelity:
+    """Run `images` images of drawn conditions (`examples` of those that cannot be drawn), cached and full in turn.
 
     Where there is more than one batch the first is not timed: it warms both up.
     """
-    classes = sampler.manifest["model"]["num_classes"]
     runs: dict[bool, list[Result]] = {True: [], False: []}
     times: dict[bool, list[float]] = {True: [], False: []}
     for first in range(0, images, batch):
-        labels = drawn_labels(seed, range(first, min(first + batch, images)), classes).tolist()
+        part = range(first, min(first + batch, images))
+        given = drawn(sampler.conditions, seed, part, examples)
         for full in (True, False):
-            result = sampler.sample(labels, seed=seed, first_index=first, full=full)
+            result = sampler.sample(conditions=given, seed=seed, first_index=first, full=full)
             runs[full].append(result)
-            times[full].append(result.receipt["ms"] / len(labels))
+            times[full].append(result.receipt["ms"] / len(part))
         if on_batch is not None:
-            on_batch(len(labels))
+            on_batch(len(part))
     full_x, cached_x = (np.concatenate([r.latents for r in runs[full]]) for full in (True, False))
     full_ms, cached_ms = (float(np.median(times[full][1:] or times[full])) for full in (True, False))
     return Fidelity(full_x, cached_x, full_ms, cached_ms)

@@ -16,15 +16,16 @@ from torch import Tensor
 
 from export.compiler.weights import TORCH_DTYPES
 from export.runtime.buffers import place, run_once
-from export.runtime.layout import CONDITION, ELEMENT_TYPES, PAST
+from export.runtime.layout import CONDITION, ELEMENT_TYPES, GIVEN, PAST
 from export.runtime.programs import FULL, LoweredPlan, Program
 from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError
+from tc_lightning.models.conditions import Given
 from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import entry_dtype, entry_rows, entry_shape
-from tc_lightning.rollout.sampling import SamplingStep, device_of, labels_for, noise_for, reference_plan, sample_steps
+from tc_lightning.rollout.sampling import SamplingStep, device_of, given_for, noise_for, reference_plan, sample_steps
 
 # Relative L2 errors that are accepted: of a whole trajectory, and of every output of one program.
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2e-1}
@@ -77,21 +78,21 @@ def prove(
         One check for each output of each program at its first and last step (of `step_full`, at the first of the reference), and one
         for the latents of the whole trajectory.
     """
-    device, labels = device_of(model), labels_for(seed, range(images), plan.model.num_classes)
+    device, given = device_of(model), given_for(seed, range(images), model)
     chosen = {i: p for p in lowered.programs for i in {*p.steps[:1], *p.steps[-1:]}}
-    x_T, y = noise_for(seed, range(images), model, device), labels.to(device)
+    x_T, y = noise_for(seed, range(images), model, device), given.to(device)
     checks: list[Check] = []
     final: Tensor | None = None
     for state in sample_steps(model, plan, x_T, y, selector=selector):
         if state.step in chosen:
-            checks += _check_program(plan, chosen[state.step], sampler, _on_host(state), labels)
+            checks += _check_program(plan, chosen[state.step], sampler, _on_host(state), given)
         final = state.x_next
     full = next(p for p in lowered.programs if p.name == FULL)
     if not full.steps:  # no step of the plan runs it: take those of the reference, until its sampler uses all that it may
         for state in itertools.islice(sample_steps(model, reference_plan(plan), x_T, y), plan.reference.history + 1):
-            checks += _check_program(plan, full, sampler, _on_host(state), labels)
+            checks += _check_program(plan, full, sampler, _on_host(state), given)
     assert final is not None
-    latents = sampler.sample(labels.tolist(), seed=seed).latents
+    latents = sampler.sample(conditions={name: value.numpy() for name, value in given.items()}, seed=seed).latents
     worst = max(relative_l2(a, b) for a, b in zip(latents, final.cpu().numpy(), strict=True))
     return [*checks, Check("trajectory", "latents (worst image)", worst)]
 
@@ -130,21 +131,22 @@ def _on_host(state: SamplingStep) -> SamplingStep:
     )
 
 
-def _check_program(plan: CachePlan, program: Program, sampler: CachedSampler, state: SamplingStep, labels: Tensor) -> list[Check]:
+def _check_program(plan: CachePlan, program: Program, sampler: CachedSampler, state: SamplingStep, given: Given) -> list[Check]:
     doubled = plan.guidance.doubles_batch and not program.guidance.single
-    y = torch.cat([labels, torch.full_like(labels, plan.model.num_classes)]) if doubled else labels
+    rows = given.with_nulls(plan.model.conditions) if doubled else given
     precision = sampler.manifest["precision"]
     offset = sampler.manifest["full_offset"] if program.name == FULL else 0
-    feed = {"steps": np.array([state.step]), "offset": np.int64(offset), "labels": y.numpy(), "step": np.int64(state.step)}
-    feed |= {"first_bad": np.int64(state.step + 1), "rows": np.arange(len(y)), "numbers": np.arange(len(y))}
+    feed = {"steps": np.array([state.step]), "offset": np.int64(offset), "step": np.int64(state.step)}
+    feed |= {"first_bad": np.int64(state.step + 1), "rows": np.arange(rows.images), "numbers": np.arange(rows.images)}
     values = {name: place(np.asarray(value), "int64", sampler.provider, sampler.device) for name, value in feed.items()}
+    values |= {GIVEN + c.name: place(rows[c.name].numpy(), c.dtype, sampler.provider, sampler.device) for c in plan.model.conditions}
     values |= run_once(sampler.session(CONDITION), values, sampler.provider)
     past = [*state.past, *[torch.zeros_like(state.x)] * (len(PAST) - len(state.past))]
     floats = {"x": state.x, "guidance": torch.tensor(plan.guidance.scale)} | dict(zip(PAST, past, strict=True))
     values |= {name: _place(tensor, "fp32", sampler) for name, tensor in floats.items()}
     values |= {name: _place(tensor, dtype, sampler) for name, dtype, tensor in _cache_inputs(program, state, precision)}
     session = sampler.session(program.name)
-    unread = _unread(plan, program, len(labels), precision, {given.name for given in session.get_inputs()} - values.keys())
+    unread = _unread(plan, program, given.images, precision, {given.name for given in session.get_inputs()} - values.keys())
     values |= {name: _place(tensor, dtype, sampler) for name, dtype, tensor in unread}
     results = run_once(session, values, sampler.provider)
     expected = {"x_next": state.x_next, "m": state.m} | {f"{entry.name}.new": value for entry, value in state.writes.items()}

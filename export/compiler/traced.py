@@ -1,12 +1,12 @@
 """A network's own modules, made ready to be run on symbolic values, and its conditioning as one table.
 
-Shape suffixes: S steps of a chunk, U distinct labels, M rows of the (doubled) batch, R rows of the table, D width.
+Shape suffixes: S steps of a chunk, U distinct rows of conditions, M rows of the (doubled) batch, R rows of the table, D width.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -107,9 +107,9 @@ class Conditioning(NamedTuple):
         return sum(map(len, self.blocks)) + len(self.final)
 
 
-def conditioning(network: Any, t: Any, labels: Any) -> Conditioning:
-    """The conditioning of times and labels."""
-    return Conditioning(*network.modulations(network.condition(t, labels)))
+def conditioning(network: Any, t: Any, given: Mapping[str, Any]) -> Conditioning:
+    """The conditioning of times and conditions."""
+    return Conditioning(*network.modulations(network.condition(t, **given)))
 
 
 def pack(terms: Conditioning) -> Sym:

@@ -119,7 +119,8 @@ def _with_own(plan: CachePlan, budgets: Sequence[float]) -> tuple[float, ...]:
 
 
 def _targets(loaded: LoadedRun, reference: CachePlan, seed: int, images: int, name: str) -> Targets:
-    key = TargetKey(reference.model, loaded.model.schedule, reference.sampler, reference.guidance, seed, images)
+    schedule, examples = loaded.model.schedule, loaded.model.examples
+    key = TargetKey(reference.model, schedule, reference.sampler, reference.guidance, seed, images, examples=examples)
     with tqdm(total=key.image_steps, desc=name, unit="step") as bar:
         return cached_targets(loaded.model, key, loaded.run.folder / "targets", bar.update)
 
@@ -141,7 +142,7 @@ def _subjects(loaded: LoadedRun, reference: CachePlan, settings: Settings, polic
 
 def _judge_plan(loaded: LoadedRun, tuning: Targets, tell: Callable[[str], None]) -> Callable[[CachePlan], float]:
     """Error against the converged ODE; published methods choose by their own error, against the reference run."""
-    evaluate = RolloutEvaluator(loaded.model, tuning.x_T, tuning.labels, tuning.ode)
+    evaluate = RolloutEvaluator(loaded.model, tuning.x_T, tuning.given, tuning.ode)
 
     def error(plan: CachePlan) -> float:
         tell(f"{plan.sampler.name} {plan.sampler.spacing}, {plan.num_steps} steps")
@@ -165,7 +166,7 @@ def _measure(
         artefacts = [e for e in exported if isinstance(e, measure.Exported)]
         failed = [e for e in exported if isinstance(e, measure.Failed)]
         with _progress("timing, in turns", "request", len(artefacts) * len(requests.parts)) as tell:
-            made = measure.make_in_turns(artefacts, requests, loaded.plan.model.num_classes, tell)
+            made = measure.make_in_turns(artefacts, requests, loaded.model.examples, tell)
     failed += [m for m in made if isinstance(m, measure.Failed)]
     _require_reference(made)
     finished = [(a, m) for a, m in zip(artefacts, made, strict=True) if isinstance(m, measure.Made)]
@@ -189,7 +190,7 @@ def _report(loaded: LoadedRun, settings: Settings, measured: Measured) -> dict[s
         "run": loaded.run.name,
         "run_folder": str(loaded.run.folder),
         "teacher": {"weights": str(loaded.run.teacher.weights), "sha256": loaded.plan.model.teacher},
-        "model": dataclasses.asdict(loaded.plan.model),
+        "model": loaded.plan.model.to_json() | {"branches": loaded.plan.model.branches},
         "guidance": dataclasses.asdict(loaded.plan.guidance),
         "headline": headline(comparisons),
         "sentences": told,

@@ -23,7 +23,7 @@ from export.runtime.programs import lower
 from export.runtime.sampler import CachedSampler
 from export.runtime.sessions import CONDITION, WEIGHTS
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.rollout.noise import drawn_labels
+from tc_lightning.plan.given import Arrays, drawn
 
 PROOF_IMAGES = 1
 ROOM = 0.5  # of the free memory, for samplers that stay loaded between their turns
@@ -54,7 +54,7 @@ class Requests:
     """The images that are made.
 
     Args:
-        seed: seed of the noise and of the labels, which are drawn (`tc_lightning.rollout.noise.drawn_labels`).
+        seed: seed of the noise and of the conditions, which are drawn (`tc_lightning.plan.given.drawn`).
         images: how many.
         batch: images a request.
     """
@@ -108,7 +108,10 @@ def export(weights: WeightFiles, subject: Subject, folder: Path, provider: str, 
 
 
 def make_in_turns(
-    artefacts: Sequence[Exported], requests: Requests, classes: int, on_request: Callable[[str], object] = lambda _: None
+    artefacts: Sequence[Exported],
+    requests: Requests,
+    examples: Arrays | None = None,
+    on_request: Callable[[str], object] = lambda _: None,
 ) -> list[Made | Failed]:
     """Make the same images with every artefact, one request each in turn, so that what else the machine does slows all of them alike.
 
@@ -119,7 +122,7 @@ def make_in_turns(
     times: list[list[float]] = [[] for _ in artefacts]
     failures: dict[int, Failed] = {}
     for part in requests.parts:
-        labels = drawn_labels(requests.seed, part, classes).tolist()
+        given = drawn(artefacts[0].sampler.conditions, requests.seed, part, examples) if artefacts else {}
         for j, artefact in enumerate(artefacts):
             on_request(artefact.subject.name)
             if j in failures:
@@ -127,8 +130,8 @@ def make_in_turns(
             try:
                 _load(artefact.sampler)
                 started = time.perf_counter()
-                latents[j].append(artefact.sampler.sample(labels, requests.seed, first_index=part.start).latents)
-                times[j].append(1e3 * (time.perf_counter() - started) / len(labels))
+                latents[j].append(artefact.sampler.sample(None, requests.seed, first_index=part.start, conditions=given).latents)
+                times[j].append(1e3 * (time.perf_counter() - started) / len(part))
             except (TokenCacheError, RuntimeError) as error:
                 failures[j] = Failed(artefact.subject, str(error).strip())
             if not stay:

@@ -196,14 +196,18 @@ def _method(report: dict[str, Any]) -> str:
         "command": f"<code>{escape(settings['command'])}</code>",
         "run": escape(report["run_folder"]),
         "teacher sha256": f"<code>{report['teacher']['sha256']}</code>",
-        "images": f"{settings['images']}, seed {settings['seed']}, {settings['batch']} a request; classes drawn from all "
-        f"{report['model']['num_classes']}",
+        "images": f"{settings['images']}, seed {settings['seed']}, {settings['batch']} a request; {_drawn(report)}",
         "guidance": f"scale {guidance['scale']:g} on {guidance['channels']} channel(s)",
         "tuning": f"spacings and methods' choices on other images, seed {settings['seed'] + 1}",
         **{key.replace("_", " "): escape(str(value)) for key, value in report["environment"].items()},
     }
     rows = "".join(f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in facts.items())
     return f'<div class="scroll"><table class="facts">{rows}</table></div><p class="dim">All figures are in report.json.</p>'
+
+
+def _drawn(report: dict[str, Any]) -> str:
+    conditions = report["model"]["conditions"]
+    return "; ".join(f"{c['name']} drawn from all {c['classes']}" if c["classes"] else f"{c['name']} from examples" for c in conditions)
 
 
 def _spread(value: dict[str, float]) -> str:

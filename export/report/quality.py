@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.measure.psnr import is_pixels
+from tc_lightning.models.conditions import Asked, given_of
 from tc_lightning.models.network import Network
 from tc_lightning.rollout.sampling import device_of
 
@@ -41,12 +42,12 @@ def ssim(actual_BCHW: np.ndarray, expected_BCHW: np.ndarray, span: float) -> np.
 
 
 @torch.no_grad()
-def teacher_features(model: Network, latents_BCHW: np.ndarray, labels_B: Tensor, batch: int = 32) -> np.ndarray:
-    """Tokens after the teacher's middle block at a small time and the image's class, averaged over tokens, [B, D] float64."""
+def teacher_features(model: Network, latents_BCHW: np.ndarray, asked: Asked, batch: int = 32) -> np.ndarray:
+    """Tokens after the teacher's middle block at a small time and the image's conditions, averaged over tokens, [B, D] float64."""
     device, parts = device_of(model), []
-    for x, y in zip(torch.from_numpy(latents_BCHW).split(batch), labels_B.split(batch), strict=True):
+    for x, y in zip(torch.from_numpy(latents_BCHW).split(batch), given_of(model.conditions, asked).split(batch), strict=True):
         z_BND = model.embed(x.to(device))
-        mods, _ = model.modulations(model.condition(torch.full((len(x),), FEATURE_TIME, device=device), y.to(device)))
+        mods, _ = model.modulations(model.condition(torch.full((len(x),), FEATURE_TIME, device=device), **y.to(device)))
         for block, mod in list(zip(model.blocks, mods, strict=True))[: (model.config.depth + 1) // 2]:
             z_BND = block(z_BND, mod)
         parts.append(z_BND.double().mean(1).cpu())

@@ -16,6 +16,7 @@ from export.report.quality import InceptionFID, frechet_distance, ssim, teacher_
 from export.report.subjects import Subject
 from tc_lightning.measure.psnr import data_range, psnr, squared_errors
 from tc_lightning.models.network import Network
+from tc_lightning.plan.conditions import class_label
 from tc_lightning.rollout.targets import Targets
 
 TARGETS = {"ode": "converged ODE", "reference": "reference run"}
@@ -69,7 +70,7 @@ class Ruler:
         self.model, self.targets, self.judge = model, targets, judge
         self.reference = targets.reference.numpy()
         self.span = data_range(self.reference)
-        self.features = teacher_features(model, self.reference, targets.labels)
+        self.features = teacher_features(model, self.reference, targets.given)
         self.fid = None if inception is None else InceptionFID(inception, self.reference)
 
     def row(self, exported: Exported, made: Made, reference_ms: float) -> Row:
@@ -97,17 +98,22 @@ class Ruler:
         }
         return Row(subject, made.latents, errors, figures)
 
+    def _accuracy(self, latents: np.ndarray) -> float | None:
+        """Share of the images that the judge takes for what they were asked to be."""
+        if self.judge is None:
+            return None
+        return self.judge.accuracy(latents, self.targets.given[class_label(self.model.conditions).name].numpy())
+
     def _closeness(self, latents: np.ndarray) -> dict[str, Any]:
         """Figures of the images against those of the reference run: PSNR of what was made, SSIM of what is seen of it."""
         seen, expected = visible(latents), visible(self.reference)
         similarity = ssim(seen, expected, self.span)
-        features = teacher_features(self.model, latents, self.targets.labels)
-        labels = self.targets.labels.numpy()
+        features = teacher_features(self.model, latents, self.targets.given)
         return {
             "psnr_db": psnr(latents, self.reference),
             "ssim": None if similarity is None else float(similarity.mean()),
             "frechet_teacher_features": frechet_distance(features, self.features),
-            "classifier_accuracy": None if self.judge is None else self.judge.accuracy(latents, labels),
+            "classifier_accuracy": self._accuracy(latents),
             "fid_inception": None if self.fid is None else self.fid(latents),
         }
 

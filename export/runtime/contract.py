@@ -25,20 +25,6 @@ from tc_lightning.plan.dataflow import Entry
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 _MOST = 2**53  # beyond it JSON's numbers are not integers any more
-_SHAPE = {
-    "input_size": int,
-    "patch_size": int,
-    "in_channels": int,
-    "hidden_size": int,
-    "depth": int,
-    "num_heads": int,
-    "mlp_ratio": float,
-    "num_classes": int,
-    "learn_sigma": bool,
-    "freq_shift": float,
-    "mlp_norm_eps": float,
-    "null_label": bool,
-}
 
 
 def planned(plan: CachePlan, lowered: LoweredPlan, precision: str) -> dict[str, Any]:
@@ -50,7 +36,7 @@ def planned(plan: CachePlan, lowered: LoweredPlan, precision: str) -> dict[str, 
         "fit": _fit(plan),
         "selector": plan.selector,
         "teacher": plan.model.teacher,
-        "model": dataclasses.asdict(plan.model),
+        "model": plan.model.to_json() | {"branches": plan.model.branches},
         "sampler": {"name": plan.sampler.name, "spacing": plan.sampler.spacing},
         "reference": {"name": plan.reference.name, "spacing": plan.reference.spacing},
         "guidance": dataclasses.asdict(plan.guidance),
@@ -66,7 +52,7 @@ def planned(plan: CachePlan, lowered: LoweredPlan, precision: str) -> dict[str, 
 
 
 def condition_declared(header: Header) -> dict[str, Any]:
-    """What a manifest says that the condition graph declares: its weights, and how many terms it writes for each step and label."""
+    """What a manifest says that the condition graph declares: its weights, and how many terms it writes for each step and row."""
     terms = header.sizes.get("mods", ())[2:3]
     return {CONDITION: {"weights": declared(header)["weights"]}, "modulations": sum(terms)}
 
@@ -154,7 +140,7 @@ def require_consistent(path: Path, manifest: dict[str, Any], plan: CachePlan, gr
     for key in ("condition_values", "modulations"):
         if not _is_int(manifest[key], 1):
             _fail(path, f"{key} is {manifest[key]!r}; a positive integer was expected")
-    _check_shape(path, manifest["dit_config"], manifest["model"])
+    _check_network(path, manifest["network"], plan.model.family)
     _check_weights(path, manifest["weights"], precision, manifest["files"][WEIGHTS]["bytes"])
     for stem in {FULL, CONDITION, *(program["graph"] for program in programs.values())}:
         _check_graph(path, stem, graphs[stem], manifest["weights"])
@@ -177,30 +163,15 @@ def _graph(path: Path, graphs: Mapping[str, Header], stem: str) -> Header:
     return graphs[stem]
 
 
-def _check_shape(path: Path, config: Any, model: Mapping[str, Any]) -> None:
-    """The model's shape in full, against what the plan knows of it."""
-    if not isinstance(config, dict) or set(config) != set(_SHAPE):
-        _fail(path, f"dit_config must be an object with {', '.join(_SHAPE)}")
-    for name, kind in _SHAPE.items():
-        value = config[name]
-        if type(value) is not kind and not (kind is float and type(value) is int and abs(value) < _MOST):
-            _fail(path, f"dit_config.{name} is {value!r}; {kind.__name__} was expected")
-    if not math.isfinite(config["freq_shift"]) or not 0.0 < config["mlp_norm_eps"] < 1.0 or not 0.0 < config["mlp_ratio"] < _MOST:
-        _fail(path, "dit_config has a freq_shift, mlp_norm_eps or mlp_ratio that no model has")
-    said = {
-        "input_size": config["input_size"],
-        "patch_size": config["patch_size"],
-        "in_channels": config["in_channels"],
-        "width": config["hidden_size"],
-        "depth": config["depth"],
-        "tokens": (config["input_size"] // max(config["patch_size"], 1)) ** 2,
-        "heads": config["num_heads"],
-        "mlp_width": int(config["hidden_size"] * config["mlp_ratio"]),
-        "num_classes": config["num_classes"],
-        "out_channels": config["in_channels"] * (2 if config["learn_sigma"] else 1),
-    }
-    if clashes := [name for name, value in said.items() if value != model[name]]:
-        _fail(path, f"dit_config is not the model that the plan was made for: they differ in {', '.join(clashes)}")
+def _check_network(path: Path, network: Any, family: str) -> None:
+    """The network is of the plan's family and has a shape of plain values; what they mean the family knows, where it is rebuilt."""
+    if not isinstance(network, dict) or set(network) != {"family", "config"} or not isinstance(network["config"], dict):
+        _fail(path, "network must be an object with family and config")
+    if network["family"] != family:
+        _fail(path, f"network is of the family {network['family']!r}, and the plan was made for {family!r}")
+    for name, value in network["config"].items():
+        if type(value) not in (bool, int, float, str) or (type(value) in (int, float) and not abs(value) < _MOST):
+            _fail(path, f"network.config.{name} is {value!r}; a plain value was expected")
 
 
 def _check_weights(path: Path, weights: Any, precision: str, size: int) -> None:

@@ -8,8 +8,9 @@ Buffers go by name:
     m.0 m.1 ...                 outputs of the solver, in a ring as long as the sampler looks back, and one more
     ENTRY@SLOT                  a slot of a cache entry
     mods, first_step            modulations of a chunk of steps, and the chunk's first step: what the condition program writes
-    steps.J, offset, labels     what it reads: the steps of chunk J, and where the run's first one is among the times that it knows
-    rows.both, numbers.both     label row and number of every row of the batch; rows.half, numbers.half of the conditional half alone
+    steps.J, offset             what it reads: the steps of chunk J, and where the run's first one is among the times that it knows
+    given.NAME                  and the distinct rows of each condition
+    rows.both, numbers.both     row of conditions and number of every row of the batch; rows.half, numbers.half of the conditional half
     guidance                    its scale
 """
 
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 CONDITION, FULL = "condition", "step_full"
 PAST = ("m_prev", "m_prev2")  # the solver's last outputs, latest first; the sampler weighs them with next_m_prev, next_m_prev2
-SLOT = "@"
+SLOT, GIVEN = "@", "given."
 ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16, "int64": 7}  # ONNX's numbers of the types of buffers and weights
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8}
 
@@ -90,26 +91,27 @@ class Layout:
     chunks: tuple[range, ...]
 
 
-def lay_out(manifest: dict[str, Any], images: int, labels: int, full: bool = False) -> Layout:
+def lay_out(manifest: dict[str, Any], images: int, given: int, full: bool = False) -> Layout:
     """The layout of a request.
 
     Args:
         manifest: the artefact's.
         images: images in it, B.
-        labels: distinct labels in it, the unconditional one counted, U.
+        given: distinct rows of conditions in it, the unconditional one counted, U.
         full: run the reference, which computes everything at every step, rather than the plan.
     """
     model, sampling = manifest["model"], sampling_runs(manifest, full)
-    table = (labels, manifest["modulations"], model["width"])
+    table = (given, manifest["modulations"], model["width"])
     chunks = split_steps(len(sampling), manifest["condition_values"] // math.prod(table))
-    runs = _with_condition(sampling, chunks)
+    runs = _with_condition(sampling, chunks, [condition["name"] for condition in model["conditions"]])
     latent = Spec("fp32", (images, model["in_channels"], model["input_size"], model["input_size"]))
     batch = images * (2 if manifest["guidance"]["scale"] != 1.0 else 1)
     buffers = {"x.0": latent, "x.1": latent} | {f"m.{j}": latent for j in range(len(PAST) + 1)}
     buffers |= {f"{name}.{j}": Spec("int64", ()) for name in ("step", "first_bad") for j in range(2)}
     buffers |= {f"{name}.{half}": Spec("int64", (rows,)) for name in ("rows", "numbers") for half, rows in _halves(images, batch)}
     buffers |= {"first_step": Spec("int64", ()), "offset": Spec("int64", ()), "guidance": Spec("fp32", ())}
-    buffers |= {"labels": Spec("int64", (labels,)), "mods": Spec(manifest["precision"], (len(chunks[0]), *table))}
+    buffers |= {GIVEN + c["name"]: Spec(c["dtype"], (given, *c["shape"])) for c in model["conditions"]}
+    buffers |= {"mods": Spec(manifest["precision"], (len(chunks[0]), *table))}
     buffers |= {f"steps.{j}": Spec("int64", (len(chunk),)) for j, chunk in enumerate(chunks)}
     for name, entry in {} if full else manifest["entries"].items():
         spec = Spec(entry["dtype"], (images * entry["rows"], *entry["shape"]))
@@ -170,12 +172,12 @@ def _bind(program: dict[str, Any], bound: dict[str, Any], step: int, ring: int) 
     return Run(bound["program"], inputs, tuple((name, target[name]) for name in program["outputs"] if name in target), step, unread)
 
 
-def _with_condition(sampling: tuple[Run, ...], chunks: tuple[range, ...]) -> tuple[Run, ...]:
+def _with_condition(sampling: tuple[Run, ...], chunks: tuple[range, ...], conditions: list[str]) -> tuple[Run, ...]:
     """Put the condition program before the first step of each chunk."""
     runs: list[Run] = []
     covered = 0
     for j, chunk in enumerate(chunks):
-        inputs = (("steps", f"steps.{j}"), ("offset", "offset"), ("labels", "labels"))
+        inputs = (("steps", f"steps.{j}"), ("offset", "offset"), *((GIVEN + name, GIVEN + name) for name in conditions))
         runs.append(Run(CONDITION, inputs, (("mods", "mods"), ("first_step", "first_step"))))
         runs += sampling[covered : chunk.stop]
         covered = chunk.stop

@@ -14,7 +14,7 @@ from typing import Any
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.atomic import write_atomically
 
-FORMAT_VERSION = 5  # 4: says which onnxruntime it needs; 5: says how many terms the condition graph writes
+FORMAT_VERSION = 6  # 4: says which onnxruntime it needs; 5: how many terms the condition graph writes; 6: conditions, any family
 NAME, WEIGHTS, PLAN = "manifest.json", "weights.data", "plan.json"
 AGAIN = "Export it again with `python export/to_onnx.py`."
 _KEYS = (
@@ -25,7 +25,7 @@ _KEYS = (
     "plan_summary",
     "teacher",
     "model",
-    "dit_config",
+    "network",
     "guidance",
     "steps",
     "full_steps",

@@ -1,6 +1,6 @@
 """One request, or a part of one that is not larger than the batch: fills its buffers, runs its layout, and counts what ran.
 
-Shape suffixes: B images, C H W latent, M rows of the (doubled) batch, U distinct labels.
+Shape suffixes: B images, C H W latent, M rows of the (doubled) batch, U distinct rows of conditions.
 """
 
 from __future__ import annotations
@@ -8,35 +8,42 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from export.runtime.buffers import Workspace
-from export.runtime.layout import BYTES, SLOT, Layout, Run, read_first
+from export.runtime.layout import BYTES, GIVEN, SLOT, Layout, Run, read_first
 from export.runtime.sessions import arena_is_ours, is_int
 from tc_lightning.errors import TokenCacheError
+from tc_lightning.plan.conditions import Conditions, class_label, conditions_from_json
+from tc_lightning.plan.given import Arrays, checked, with_nulls
 from tc_lightning.rollout.noise import initial_noise
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What is asked for: image j of the part depends on (seed, first + j) and its label alone.
+    """What is asked for: image j of the part depends on (seed, first + j) and its conditions alone.
 
     Args:
-        labels_B: classes.
+        given: conditions, [B, ...] each.
         seed: seed of the request.
         first: index of the first image.
         scale: guidance scale.
         full: run the reference instead of the plan.
     """
 
-    labels_B: np.ndarray
+    given: Arrays
     seed: int
     first: int
     scale: float
     full: bool
+
+    @property
+    def images(self) -> int:
+        """B, how many there are."""
+        return rows_in(self.given)
 
 
 @dataclasses.dataclass
@@ -65,21 +72,53 @@ class Tally:
         self.modulation_bytes = max(self.modulation_bytes, other.modulation_bytes)
 
 
-def check_request(manifest: dict[str, Any], labels: Sequence[int], seed: int, first_index: int, guidance: float | None) -> float:
-    """Check what is asked for, and return its guidance scale.
+def rows_in(given: Arrays) -> int:
+    """How many images there are conditions of."""
+    return len(next(iter(given.values())))
+
+
+def asked_for(conditions: Conditions, labels: Sequence[int] | None, named: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The conditions of a request by name, [B, ...] each, checked.
+
+    Args:
+        conditions: of the model.
+        labels: classes, for a class-conditional model; None if conditions are named.
+        named: conditions by name.
 
     Raises:
-        TokenCacheError: if a label, the seed, the first index or the guidance cannot be used.
+        TokenCacheError: if nothing is asked for, a condition is missing or unknown, or a value is not one that it can have.
     """
-    classes, plan = manifest["model"]["num_classes"], manifest["guidance"]
-    if len(labels) == 0:
-        raise TokenCacheError("no labels were given: name one class for each image.")
-    for label in labels:
-        if not is_int(label) or not 0 <= label < classes:
-            raise TokenCacheError(f"label {label!r} is not a class: this artefact has classes 0 to {classes - 1}.")
+    if labels is not None:
+        label = class_label(conditions)
+        if named:
+            raise TokenCacheError(f"labels and {', '.join(named)} were given: labels are the condition {label.name}, give it once.")
+        for value in labels:
+            if not is_int(value) or not 0 <= value < label.classes:
+                raise TokenCacheError(f"label {value!r} is not a class: this artefact has {label.in_words}.")
+        named = {label.name: np.asarray(labels, dtype=np.int64)}
+    given = checked(conditions, named)
+    if rows_in(given) == 0:
+        what = "labels were given: name one class" if labels is not None else "images were asked for: give one row of every condition"
+        raise TokenCacheError(f"no {what} for each image.")
+    return given
+
+
+def echoed(conditions: Conditions, given: Arrays) -> dict[str, Any]:
+    """What a receipt says of a request's conditions: labels of a class-conditional model; else classes, and of others shapes."""
+    said = {c.name: given[c.name].tolist() if c.classes else list(given[c.name].shape) for c in conditions}
+    return {"labels": said[conditions[0].name]} if len(said) == 1 and conditions[0].classes else {"conditions": said}
+
+
+def check_request(manifest: dict[str, Any], images: int, seed: int, first_index: int, guidance: float | None) -> float:
+    """Check what is asked for beside conditions, and return its guidance scale.
+
+    Raises:
+        TokenCacheError: if the seed, the first index or the guidance cannot be used.
+    """
+    plan = manifest["guidance"]
     if not is_int(seed) or not 0 <= seed < 2**63:
         raise TokenCacheError(f"seed {seed!r} is out of range: choose an integer, 0 to 2**63 - 1.")
-    if not is_int(first_index) or not 0 <= first_index < 2**63 - len(labels):
+    if not is_int(first_index) or not 0 <= first_index < 2**63 - images:
         raise TokenCacheError(f"first_index {first_index!r} is out of range: choose an integer, 0 to 2**63 - 1 less the images.")
     scale = float(plan["scale"] if guidance is None else guidance)
     if not np.isfinite(scale):
@@ -92,22 +131,25 @@ def check_request(manifest: dict[str, Any], labels: Sequence[int], seed: int, fi
     return scale
 
 
-def distinct_labels(manifest: dict[str, Any], labels_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row of each batch entry in the list of distinct labels [M], and that list [U]; the unconditional half shares one."""
-    null = manifest["model"]["num_classes"]
-    doubled = manifest["guidance"]["scale"] != 1.0
-    labels_M = np.concatenate([labels_B, np.full_like(labels_B, null)]) if doubled else labels_B
-    distinct_U, rows_M = np.unique(labels_M, return_inverse=True)
-    return rows_M, distinct_U
+def distinct_rows(conditions: Conditions, doubled: bool, given: Arrays) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Place of each batch entry among the distinct rows of conditions [M], and these rows [U, ...]; all null ones are one."""
+    rows = with_nulls(conditions, given) if doubled else dict(given)
+    first, *others = rows.values()
+    if others or first.ndim > 1:  # rows are equal if their bytes are
+        bytes_MF = np.concatenate([np.ascontiguousarray(value).reshape(len(value), -1).view(np.uint8) for value in rows.values()], 1)
+        _, first_U, rows_M = np.unique(bytes_MF, axis=0, return_index=True, return_inverse=True)
+    else:
+        _, first_U, rows_M = np.unique(first, return_index=True, return_inverse=True)
+    return rows_M.reshape(-1), {name: value[first_U] for name, value in rows.items()}
 
 
 def fill(workspace: Workspace, manifest: dict[str, Any], part: Part) -> None:
     """Write everything that the layout reads before it writes it: of what was in these buffers, nothing is left to read."""
     layout = workspace.layout
-    rows_M, distinct_U = distinct_labels(manifest, part.labels_B)
+    conditions = conditions_from_json(manifest["model"]["conditions"], "conditions")
+    rows_M, distinct = distinct_rows(conditions, manifest["guidance"]["scale"] != 1.0, part.given)
     x = layout.buffers["x.0"].shape
-    padding = layout.buffers["labels"].shape[0] - len(distinct_U)
-    half_B = rows_M[: len(part.labels_B)]  # the conditional half, which is all that some programs compute
+    half_B = rows_M[: part.images]  # the conditional half, which is all that some programs compute
     values: dict[str, Any] = {
         "x.0": initial_noise(part.seed, range(part.first, part.first + x[0]), x[1:]),
         "step.0": np.int64(0),
@@ -118,8 +160,10 @@ def fill(workspace: Workspace, manifest: dict[str, Any], part: Part) -> None:
         "numbers.half": np.arange(len(half_B)),
         "offset": np.int64(manifest["full_offset"] if part.full else 0),
         "guidance": np.float32(part.scale),
-        "labels": np.concatenate([distinct_U, np.repeat(distinct_U[-1:], padding)]),
     }
+    for name, rows_U in distinct.items():
+        padding = layout.buffers[GIVEN + name].shape[0] - len(rows_U)
+        values[GIVEN + name] = np.concatenate([rows_U, np.repeat(rows_U[-1:], padding, axis=0)])
     values |= {f"steps.{j}": np.arange(chunk.start, chunk.stop) for j, chunk in enumerate(layout.chunks)}
     values |= {name: np.zeros(spec.shape) for name, spec in layout.buffers.items() if name.startswith("m.")}  # before the first step
     for name in sorted(read_first(layout.runs)):

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -26,8 +27,18 @@ from export.runtime.buffers import Pool, ProgramError
 from export.runtime.contract import read_artefact
 from export.runtime.cuda_provider import lane, why_no_graphs
 from export.runtime.layout import CONDITION, lay_out
-from export.runtime.manifest import WEIGHTS
-from export.runtime.request import Part, Tally, check_request, distinct_labels, fill, outside_the_fit, run_part
+from export.runtime.receipt import receipt_of
+from export.runtime.request import (
+    Part,
+    Tally,
+    asked_for,
+    check_request,
+    distinct_rows,
+    echoed,
+    fill,
+    rows_in,
+    run_part,
+)
 from export.runtime.sessions import (
     PROVIDERS,
     RuntimeUnavailableError,
@@ -40,6 +51,8 @@ from export.runtime.sessions import (
     session_options,
 )
 from tc_lightning.errors import TokenCacheError
+from tc_lightning.plan.conditions import Conditions, conditions_from_json
+from tc_lightning.plan.signature import PIXELS
 
 T = TypeVar("T")
 
@@ -50,7 +63,7 @@ class Result:
 
     Args:
         latents: the model's own output, [B, C, H, W] float32.
-        images: pixels in [-1, 1], [B, 3 or 1, H, W] float32; None for a model of latents, which its own decoder turns into images.
+        images: pixels in [-1, 1], [B, C, H, W] float32; None for a model of latents, which its own decoder turns into images.
         receipt: what ran, in plain JSON values.
     """
 
@@ -124,6 +137,11 @@ class CachedSampler:
         self._pool = Pool(self.session, provider, keep=self._no_graphs is None, device=device)
         self._exclusively(lambda _: self._load(preload))
 
+    @functools.cached_property
+    def conditions(self) -> Conditions:
+        """What a request must bring."""
+        return conditions_from_json(self.manifest["model"]["conditions"], "conditions")
+
     def session(self, name: str) -> ort.InferenceSession:
         """The session of `condition` or of a step program's graph, loaded on first use; the sampler keeps it until `release`."""
         self._require_own_process()
@@ -167,19 +185,21 @@ class CachedSampler:
 
     def sample(
         self,
-        labels: Sequence[int],
+        labels: Sequence[int] | None = None,
         seed: int = 0,
         guidance: float | None = None,
         first_index: int = 0,
         full: bool = False,
         on_step: Callable[[int, int], None] | None = None,
         timing: bool = False,
+        conditions: Mapping[str, Any] | None = None,
+        **named: Any,
     ) -> Result:
-        """Make one image for each label, `max_batch` of them at a time.
+        """Make one image for each label, or row of conditions, `max_batch` of them at a time.
 
         Args:
-            labels: classes.
-            seed: seed of the request; image i depends on (seed, first_index + i) and its label alone.
+            labels: classes, for a class-conditional model.
+            seed: seed of the request; image i depends on (seed, first_index + i) and its conditions alone.
             guidance: guidance scale; None takes the plan's.
             first_index: index of the first image, to continue a series.
             full: run the reference instead (the baseline): everything is computed at every step, with the reference's sampler.
@@ -187,16 +207,19 @@ class CachedSampler:
                 it is in the GPU's queue, and the call comes from another thread.
             timing: on CUDA, wait for each program to measure it; otherwise the receipt has no times of programs there. On the CPU
                 every request is measured.
+            conditions: conditions by name, [images, ...] each, for any model.
+            named: the same, as arguments of their own.
 
         Raises:
-            TokenCacheError: if a label is out of range, guidance was not exported, or latents become NaN.
+            TokenCacheError: if a condition is missing, unknown or not what it can be, guidance was not exported, or latents become NaN.
         """
         self._require_own_process()
-        scale = check_request(self.manifest, labels, seed, first_index, guidance)
-        started = time.perf_counter()
-        labels_B = np.asarray(labels, dtype=np.int64)
-        starts = range(0, len(labels), self.max_batch)
-        parts = [Part(labels_B[i : i + self.max_batch], seed, first_index + i, scale, full) for i in starts]
+        given = asked_for(self.conditions, labels, {**(conditions or {}), **named})
+        images = rows_in(given)
+        scale = check_request(self.manifest, images, seed, first_index, guidance)
+        started, size = time.perf_counter(), self.max_batch
+        cuts = [slice(i, i + size) for i in range(0, images, size)]
+        parts = [Part({n: v[cut] for n, v in given.items()}, seed, first_index + cut.start, scale, full) for cut in cuts]
         tally, steps = Tally(), self.manifest["full_steps" if full else "steps"]
         nodes: dict[str, dict[str, int]] = {}
 
@@ -215,10 +238,11 @@ class CachedSampler:
             return latents
 
         result = np.concatenate(self._exclusively(run))
-        images = np.clip(result, -1.0, 1.0) if self.manifest["model"]["in_channels"] in (1, 3) else None
-        asked = {"seed": seed, "first_index": first_index, "images": len(labels), "labels": labels_B.tolist(), "parts": len(parts)}
-        receipt = self._receipt(tally, nodes, asked, scale, full, time.perf_counter() - started)
-        return Result(result, images, receipt)
+        pixels = np.clip(result, -1.0, 1.0) if self.manifest["model"]["output"] == PIXELS else None
+        asked = {"seed": seed, "first_index": first_index, "images": images, **echoed(self.conditions, given), "parts": len(parts)}
+        place = {"provider": self.provider, "device": self.device, "nodes_per_provider": nodes}
+        receipt = receipt_of(self.manifest, tally, asked, place, scale, full, self._no_graphs, time.perf_counter() - started)
+        return Result(result, pixels, receipt)
 
     def _run(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, Tally]:
         """Run a part of a request; once more without CUDA graphs, should they fail here."""
@@ -234,10 +258,10 @@ class CachedSampler:
 
     def _run_once(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, Tally]:
         """Run a part of a request in buffers that nobody else uses meanwhile."""
-        images, on_cpu = len(part.labels_B), self.provider == "cpu"
-        labels = len(distinct_labels(self.manifest, part.labels_B)[1]) if on_cpu else self._most_labels(images)
-        key = (images, labels, part.full)
-        workspace = self._pool.take(key, lay_out(self.manifest, images, labels, part.full))
+        images, on_cpu = part.images, self.provider == "cpu"
+        rows = rows_in(distinct_rows(self.conditions, self._doubled, part.given)[1]) if on_cpu else self._most_rows(images)
+        key = (images, rows, part.full)
+        workspace = self._pool.take(key, lay_out(self.manifest, images, rows, part.full))
         try:
             fill(workspace, self.manifest, part)
             return run_part(workspace, self.manifest, on_cpu, timing, on_step)
@@ -246,9 +270,14 @@ class CachedSampler:
             self._weights.forget()  # a third of the weights is conditioning, which the steps did not read
             self._pool.put_back(key, workspace)
 
-    def _most_labels(self, images: int) -> int:
-        """Distinct labels that so many images can have: on CUDA the shapes depend on the size of the request alone."""
-        return min(images, self.manifest["model"]["num_classes"]) + (self.manifest["guidance"]["scale"] != 1.0)
+    @property
+    def _doubled(self) -> bool:
+        return self.manifest["guidance"]["scale"] != 1.0
+
+    def _most_rows(self, images: int) -> int:
+        """Distinct rows of conditions that so many images can have: on CUDA the shapes depend on the size of the request alone."""
+        few = math.prod(c.classes or images for c in self.conditions)
+        return min(images, few) + self._doubled
 
     def _open(self, name: str) -> ort.InferenceSession:
         profile = None if self._profile is None else f"{self._profile}-{name}"
@@ -283,34 +312,3 @@ class CachedSampler:
         if self.provider == "cpu":
             return "the provider is the CPU"
         return why_no_graphs() if wanted else "cuda_graphs=False"
-
-    def _receipt(
-        self, tally: Tally, nodes: dict[str, dict[str, int]], asked: dict[str, Any], scale: float, full: bool, seconds: float
-    ) -> dict[str, Any]:
-        m = self.manifest
-        planned = float(m["guidance"]["scale"])
-        everything = asked["parts"] * m["full_steps"] * m["model"]["depth"] * m["model"]["tokens"]
-        return {
-            "plan_digest": m["plan_digest"],
-            "plan": m.get("plan_in_words"),
-            "outside_the_fit": outside_the_fit(None if full else m.get("fit"), scale, asked["labels"]),
-            "weights_sha256": m.get("files", {}).get(WEIGHTS, {}).get("sha256"),
-            "teacher": m["teacher"],
-            "precision": m["precision"],
-            **asked,
-            "guidance": {"scale": scale, "planned": planned, "as_planned": scale == planned, "steps": dict(tally.guidance)},
-            "provider": self.provider,
-            "device": self.device,
-            "nodes_per_provider": nodes,
-            "full_compute": full,
-            "steps_per_program": {name: count for name, count in tally.ran.items() if name != CONDITION},
-            "steps_reading_cache": tally.cached_steps,
-            "cache_engaged": tally.cached_steps > 0,
-            "blocks_x_tokens_computed": tally.computed,
-            "blocks_x_tokens_share": tally.computed / everything,
-            "cache_bytes": tally.cache_bytes,
-            "modulation_bytes": tally.modulation_bytes,
-            "cuda_graphs": {name: tally.graphs[name] for name in ("captured", "replayed", "plain")} | {"off": self._no_graphs},
-            "ms_per_program": {name: 1e3 * value for name, value in tally.seconds.items()} or None,  # see `timing`
-            "ms": 1e3 * seconds,
-        }

@@ -17,16 +17,17 @@ from torch import Tensor
 
 from tc_lightning.cache.soft import BlockCache, BranchCache, full_block, mixed_block, mixed_branches
 from tc_lightning.diffusion.update import guide
+from tc_lightning.models.conditions import Asked, given_of
 from tc_lightning.models.network import Network
 from tc_lightning.plan.guidance import Guidance
 
 
-def enter(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, list[Any], Any]:
+def enter(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, asked: Asked) -> tuple[Tensor, list[Any], Any]:
     """Tokens and adaLN terms; with guidance the conditional half of the batch comes first, then the unconditional one."""
+    given = given_of(model.conditions, asked)
     if guidance.doubles_batch:
-        x_BCHW, t_B = torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B])
-        labels_B = torch.cat([labels_B, torch.full_like(labels_B, model.config.num_classes)])
-    return model.embed(x_BCHW), *model.modulations(model.condition(t_B, labels_B))
+        x_BCHW, t_B, given = torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), given.with_nulls(model.conditions)
+    return model.embed(x_BCHW), *model.modulations(model.condition(t_B, **given))
 
 
 def guided_eps(model: Network, guidance: Guidance, z_BND: Tensor, final: Any) -> Tensor:
@@ -44,9 +45,9 @@ class StepCaches(NamedTuple):
     branches: list[BranchCache]
 
 
-def full_eps(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> tuple[Tensor, StepCaches]:
+def full_eps(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, asked: Asked) -> tuple[Tensor, StepCaches]:
     """Guided eps [B, C, H, W] at full compute, and what the next step can reuse of it."""
-    z_BND, mods, final = enter(model, guidance, x_BCHW, t_B, labels_B)
+    z_BND, mods, final = enter(model, guidance, x_BCHW, t_B, asked)
     caches = StepCaches([], [])
     for block, mod in zip(model.blocks, mods, strict=True):
         z_BND, whole, branches = full_block(block, z_BND, mod)  # type: ignore[arg-type]
@@ -56,9 +57,9 @@ def full_eps(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, la
 
 
 @torch.no_grad()
-def record_caches(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor) -> list[BlockCache]:
+def record_caches(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, asked: Asked) -> list[BlockCache]:
     """Run every block in full and return what `mixed_eps` reuses of it."""
-    return full_eps(model, guidance, x_BCHW, t_B, labels_B)[1].blocks
+    return full_eps(model, guidance, x_BCHW, t_B, asked)[1].blocks
 
 
 def mixed_eps(
@@ -67,14 +68,14 @@ def mixed_eps(
     caches: Sequence[BlockCache],
     x_BCHW: Tensor,
     t_B: Tensor,
-    labels_B: Tensor,
+    asked: Asked,
     w_BLN: Tensor,
 ) -> Tensor:
     """Guided eps [B, C, H, W] when block l computes its tokens with weight w and takes them from `caches` with weight 1 - w.
 
     Both halves of guidance use the same weights.
     """
-    z_BND, mods, final = enter(model, guidance, x_BCHW, t_B, labels_B)
+    z_BND, mods, final = enter(model, guidance, x_BCHW, t_B, asked)
     w_BLN = torch.cat([w_BLN, w_BLN]) if guidance.doubles_batch else w_BLN
     for block, mod, w_BN, cache in zip(model.blocks, mods, w_BLN.unbind(1), caches, strict=True):
         z_BND = mixed_block(block, z_BND, mod, w_BN, cache)  # type: ignore[arg-type]
@@ -87,14 +88,14 @@ def mixed_branches_eps(
     caches: Sequence[BranchCache],
     x_BCHW: Tensor,
     t_B: Tensor,
-    labels_B: Tensor,
+    asked: Asked,
     w_BL2: Tensor,
 ) -> tuple[Tensor, list[BranchCache]]:
     """Guided eps [B, C, H, W] when the branches of block l are computed with the weights w[:, l] (attn, mlp) and otherwise reused.
 
     Both halves of guidance use the same weights. The caches returned are those of the next step.
     """
-    z_BND, mods, final = enter(model, guidance, x_BCHW, t_B, labels_B)
+    z_BND, mods, final = enter(model, guidance, x_BCHW, t_B, asked)
     w_BL211 = (torch.cat([w_BL2, w_BL2]) if guidance.doubles_batch else w_BL2)[..., None, None]
     mixtures = []
     for block, mod, w_B211, cache in zip(model.blocks, mods, w_BL211.unbind(1), caches, strict=True):
@@ -105,11 +106,9 @@ def mixed_branches_eps(
 
 
 @torch.no_grad()
-def reused_eps(
-    model: Network, guidance: Guidance, caches: Sequence[BlockCache], x_BCHW: Tensor, t_B: Tensor, labels_B: Tensor
-) -> Tensor:
+def reused_eps(model: Network, guidance: Guidance, caches: Sequence[BlockCache], x_BCHW: Tensor, t_B: Tensor, asked: Asked) -> Tensor:
     """`mixed_eps` with w = 0 everywhere: all residuals come from `caches`, and no block is run."""
-    z_BND, _, final = enter(model, guidance, x_BCHW, t_B, labels_B)
+    z_BND, _, final = enter(model, guidance, x_BCHW, t_B, asked)
     for cache in caches:
         z_BND = z_BND + cache.residual
     return guided_eps(model, guidance, z_BND, final)

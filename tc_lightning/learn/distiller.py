@@ -27,12 +27,13 @@ from tc_lightning.learn.objectives.superposition import PairBatch, TokenSuperpos
 from tc_lightning.learn.planning import Distilled, PlanningJob
 from tc_lightning.measure.scores import sampler_digest
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, teacher_digest
+from tc_lightning.models.conditions import require_null
 from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.policies.base import Policy
 from tc_lightning.policies.tprr import TPRRPolicy
-from tc_lightning.rollout.sampling import model_signature, require_null_label
+from tc_lightning.rollout.sampling import model_signature
 from tc_lightning.runs.folder import FIT, PURPOSES
 
 SHOWN = ("loss", "distil_mse", "mean_w", "router_error", "router_mean_w")  # beside the progress bar
@@ -62,7 +63,7 @@ class TokenCacheDistiller(LightningModule):
         purpose: what the run says that it is for: `fit`, or `ablation`, which later commands do not take for the user's newest run.
 
     Raises:
-        TeacherError: if the teacher cannot be loaded, or has no null label and guidance is asked for.
+        TeacherError: if the teacher cannot be loaded, or has no null value of a condition and guidance is asked for.
         TokenCacheError: if the sampler, its spacing, or a number is out of range.
     """
 
@@ -108,7 +109,7 @@ class TokenCacheDistiller(LightningModule):
         self.sampler = make_sampler(self.teacher.schedule, sampler, num_steps, spacing)
         self.guidance = Guidance(guidance_scale, c.in_channels if guidance_channels is None else guidance_channels)
         _check_guidance(self.guidance, c.in_channels)
-        require_null_label(c, self.guidance)
+        require_null(self.teacher.conditions, self.guidance)
         self.policy = policy or TPRRPolicy()
         self.lr = lr
         self.sensitivity_samples, self.sensitivity_probes = sensitivity_samples, sensitivity_probes

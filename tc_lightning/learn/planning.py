@@ -24,6 +24,7 @@ from tc_lightning.measure.figures import importance_figure, router_figure, sensi
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.measure.sensitivity import branch_sensitivity, probes_for
 from tc_lightning.models.checkpoints import TeacherSpec
+from tc_lightning.models.conditions import Asked, Given, given_of
 from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
@@ -40,24 +41,25 @@ from tc_lightning.runs.folder import CONTENT, write_run
 STEPS_AT_ONCE = 8  # steps of one trajectory that share a forward and a backward pass
 
 
-def trajectory_sensitivity(model: Network, plan: CachePlan, x_1CHW: Tensor, label_1: Tensor, sample: int, probes: int) -> Tensor:
+def trajectory_sensitivity(model: Network, plan: CachePlan, x_1CHW: Tensor, asked: Asked, sample: int, probes: int) -> Tensor:
     """Branch sensitivities along one trajectory at full compute, [T, L, 2] float64 on the CPU; row 0 is zero.
 
     Args:
         model: the teacher.
         plan: the full plan, which tells sampler and guidance.
         x_1CHW: initial noise.
-        label_1: its class.
+        asked: its conditions.
         sample: index of the trajectory, which keys its probes.
         probes: probes for each step.
     """
-    x_TCHW = torch.cat([state.x for state in sample_steps(model, plan, x_1CHW, label_1)])
+    given = given_of(model.conditions, asked)
+    x_TCHW = torch.cat([state.x for state in sample_steps(model, plan, x_1CHW, asked)])
     t_T = torch.tensor([step.t for step in plan.sampler.steps], device=x_TCHW.device)
     rows = [torch.zeros(1, plan.model.depth, len(plan.model.block.names))]
     for steps in torch.arange(1, len(t_T)).split(STEPS_AT_ONCE):
         v = probes_for(model, sample, steps.tolist(), probes).to(x_TCHW)
         x_prev, x, t_prev, t = x_TCHW[steps - 1], x_TCHW[steps], t_T[steps - 1], t_T[steps]
-        rows.append(branch_sensitivity(model, plan.guidance, x_prev, x, t_prev, t, label_1.expand(len(t)), v).cpu())
+        rows.append(branch_sensitivity(model, plan.guidance, x_prev, x, t_prev, t, given.part(torch.zeros_like(steps)), v).cpu())
     return torch.cat(rows).double()
 
 
@@ -133,25 +135,27 @@ class PlanningJob:
         """Mean over trajectories, [T, L, 2]. Ranks add zeros to what another computed: their number changes no sum."""
         task, world = self.task, self.trainer.world_size
         plan = full_plan(self.signature, task.sampler, task.guidance)
-        x_SCHW, labels_S, _ = self._endpoints("train_endpoints", self.distilled.sensitivity_samples)
-        total_STL2 = torch.zeros(len(x_SCHW), plan.num_steps, self.signature.depth, 2, dtype=torch.float64)
+        x_SCHW, given_S, _ = self._endpoints("train_endpoints", self.distilled.sensitivity_samples)
+        total_STL2 = torch.zeros(
+            len(x_SCHW), plan.num_steps, self.signature.depth, len(self.signature.block.names), dtype=torch.float64
+        )
         mine = range(self.trainer.global_rank, len(x_SCHW), world)
         for s in tqdm(mine, "sensitivity", disable=not self.trainer.is_global_zero, unit="trajectory"):
-            x, y = x_SCHW[s : s + 1], labels_S[s : s + 1]
+            x, y = x_SCHW[s : s + 1], given_S.part(slice(s, s + 1))
             total_STL2[s] = trajectory_sensitivity(self.teacher, plan, x, y, s, self.distilled.sensitivity_probes)
         if world > 1:
             total_STL2 = self.trainer.strategy.reduce(total_STL2.to(self.device), reduce_op="sum").cpu()
         return total_STL2.mean(0).float()
 
-    def _endpoints(self, name: str, count: int | None = None) -> list[Tensor]:
-        """Noise, labels and final latents of the first trajectories of the data module."""
-        endpoints = getattr(self.trainer.datamodule, name)()  # type: ignore[attr-defined]
-        return [values[:count].to(self.device) for values in endpoints]
+    def _endpoints(self, name: str, count: int | None = None) -> tuple[Tensor, Given, Tensor]:
+        """Noise, conditions and final latents of the first trajectories of the data module."""
+        noise, given, latents = getattr(self.trainer.datamodule, name)()  # type: ignore[attr-defined]
+        return noise[:count].to(self.device), given.part(slice(count)).to(self.device), latents[:count].to(self.device)
 
     def _choose(self, scores: Scores) -> PlanChoice:
         task = self.task
-        x_T, labels, x_0 = self._endpoints("heldout")
-        evaluate = RolloutEvaluator(self.teacher, x_T, labels, x_0, self.selector)
+        x_T, given, x_0 = self._endpoints("heldout")
+        evaluate = RolloutEvaluator(self.teacher, x_T, given, x_0, self.selector)
         full = full_plan(self.signature, task.sampler, task.guidance)
         calibrate = functools.partial(run_calibration, self.teacher, full, self.folder, keep=self.trainer.is_global_zero)
         context = PlanningContext(

@@ -11,6 +11,7 @@ from torchvision.utils import save_image
 
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.models.network import Network
+from tc_lightning.plan.conditions import class_label
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample
 
@@ -43,10 +44,11 @@ class SampleGrid(Callback):
     def _sample(self, model: Network, device: torch.device) -> torch.Tensor:
         """Images in [0, 1]; of a latent model, the first three channels."""
         c = model.config
-        classes = torch.arange(min(c.num_classes, self.max_classes), device=device)
+        label = class_label(model.conditions)
+        classes = torch.arange(min(label.classes, self.max_classes), device=device)
         labels = classes.repeat_interleave(self.images_per_class)
         signature = model_signature(model, "in training")
-        guidance = Guidance(self.guidance_scale if c.null_label else 1.0, c.in_channels)
+        guidance = Guidance(self.guidance_scale if label.null is not None else 1.0, c.in_channels)
         plan = full_plan(signature, make_sampler(model.schedule, "ddim", self.num_steps), guidance)
         x = sample(model, plan, noise_for(0, range(len(labels)), model, device), labels)
         return (x[:, : 1 if c.in_channels == 1 else 3].clamp(-1, 1) + 1).div(2).cpu()

@@ -14,7 +14,7 @@ from tc_lightning.diffusion.loss import Times, training_loss
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.checkpoints import save_teacher
 from tc_lightning.models.dit import DiTConfig
-from tc_lightning.models.families import family_of
+from tc_lightning.models.families import shaped_as_dit
 
 
 class TeacherModule(LightningModule):
@@ -49,7 +49,7 @@ class TeacherModule(LightningModule):
             raise TeacherError(
                 f"label_dropout is {label_dropout:g}, and the model has no null label: set it to 0, or `dit.null_label` to true."
             )
-        self.model = family_of(family)(dit)
+        self.model = shaped_as_dit(family)(dit)
         self.loss = training_loss(self.model.schedule, times)
         self.lr, self.warmup_steps, self.weight_decay, self.label_dropout = lr, warmup_steps, weight_decay, label_dropout
 

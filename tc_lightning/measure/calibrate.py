@@ -23,16 +23,17 @@ from tc_lightning.errors import TokenCacheError
 from tc_lightning.measure.calibration import MAX_GAP, Calibration
 from tc_lightning.measure.scores import sampler_digest
 from tc_lightning.measure.step_effect import step_effect
+from tc_lightning.models.conditions import Asked, given_of
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.dataflow import Entry, lagrange_weights
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import MAX_ORDER, compute
-from tc_lightning.rollout.sampling import device_of, full_plan, labels_for, noise_for, sample_steps
+from tc_lightning.rollout.sampling import device_of, full_plan, given_for, noise_for, sample_steps
 
 BATCH = 4  # trajectories at a time: the branches of the last G steps of each are held
 IMAGES = 8  # of a run's calibration
-SEED = 0x63616C6962  # of its noise and labels: apart from any seed that a person would choose for images
+SEED = 0x63616C6962  # of its noise and conditions: apart from any seed that a person would choose for images
 NAME = "calibration.safetensors"
 
 
@@ -56,39 +57,38 @@ def run_calibration(model: Network, plan: CachePlan, folder: Path, keep: bool = 
         if (known.teacher, known.sampler, known.made_of) == (plan.model.teacher, digest, made_of):
             return known
     device, images = device_of(model), range(IMAGES)
-    labels = labels_for(SEED, images, plan.model.num_classes, device)
-    measured = dataclasses.replace(calibrate(model, plan, noise_for(SEED, images, model, device), labels), made_of=made_of)
+    given = given_for(SEED, images, model, device)
+    measured = dataclasses.replace(calibrate(model, plan, noise_for(SEED, images, model, device), given), made_of=made_of)
     if keep:
         measured.save(path)
     return measured
 
 
-def calibrate(
-    model: Network, plan: CachePlan, x_T: Tensor, labels_B: Tensor, max_gap: int = MAX_GAP, progress: bool = True
-) -> Calibration:
+def calibrate(model: Network, plan: CachePlan, x_T: Tensor, asked: Asked, max_gap: int = MAX_GAP, progress: bool = True) -> Calibration:
     """Measure drifts, reuse errors and step effects, each the mean over the given trajectories.
 
     Args:
         model: the teacher.
         plan: tells model, sampler and guidance; the trajectories are those of full compute, whatever it caches.
         x_T: initial noise [B, C, H, W].
-        labels_B: class of each image.
+        asked: conditions of each image; of a class-conditional model its labels [B] will do.
         max_gap: largest distance between a computation and its reuse; no more than there are steps.
         progress: show a progress bar.
 
     Raises:
-        TokenCacheError: if there is no trajectory, a label is out of range, or the latents become NaN.
+        TokenCacheError: if there is no trajectory, a condition cannot be what it is, or the latents become NaN.
     """
     if not len(x_T) or max_gap < 1:
         raise TokenCacheError(f"cannot calibrate on {len(x_T)} trajectories with gaps up to {max_gap}: both must be at least 1.")
-    full = full_plan(plan.model, plan.sampler, plan.guidance)
+    full, given = full_plan(plan.model, plan.sampler, plan.guidance), given_of(model.conditions, asked)
     gaps = min(max_gap, max(plan.num_steps - 1, 1))
     drifts = (plan.num_steps, gaps, plan.model.depth, len(plan.model.block.names))
     sums = [np.zeros(drifts), np.zeros((plan.num_steps, gaps, gaps, MAX_ORDER + 1))]
     effect_T = np.zeros(plan.num_steps)
     with tqdm(total=len(x_T), desc="calibration", unit="trajectory", disable=not progress) as bar:
         for start in range(0, len(x_T), BATCH):
-            x, y = x_T[start : start + BATCH], labels_B[start : start + BATCH]
+            part = slice(start, start + BATCH)
+            x, y = x_T[part], given.part(part)
             for total, mean in zip(sums, _trajectory_tables(model, full, x, y, gaps), strict=True):
                 total += len(x) * mean
             effect_T += len(x) * step_effect(model, full, x, y, first_index=start).numpy()
@@ -108,14 +108,14 @@ class _Known(NamedTuple):
 
 
 @torch.no_grad()
-def _trajectory_tables(model: Network, full: CachePlan, x_T: Tensor, labels_B: Tensor, gaps: int) -> tuple[np.ndarray, np.ndarray]:
+def _trajectory_tables(model: Network, full: CachePlan, x_T: Tensor, asked: Asked, gaps: int) -> tuple[np.ndarray, np.ndarray]:
     """Drifts [T, G, L, 2] and gap errors [T, G, S, O] of some trajectories."""
     drift = np.zeros((full.num_steps, gaps, full.model.depth, len(full.model.block.names)))
     error = np.zeros((full.num_steps, gaps, gaps, MAX_ORDER + 1))
     branches: list[list[Tensor]] = []  # of the last steps, latest first
     spans: list[Tensor] = []
-    for state in sample_steps(model, full, x_T, labels_B):
-        known = _known(model, full.guidance, state.x, full.sampler.steps[state.step].t, labels_B)
+    for state in sample_steps(model, full, x_T, asked):
+        known = _known(model, full.guidance, state.x, full.sampler.steps[state.step].t, asked)
         for g, earlier in enumerate(branches):
             drift[state.step, g] = _drift(earlier, known.branches).reshape(drift.shape[2:])
         for g in range(min(gaps, state.step)):
@@ -125,9 +125,9 @@ def _trajectory_tables(model: Network, full: CachePlan, x_T: Tensor, labels_B: T
     return drift, error
 
 
-def _known(model: Network, guidance: Guidance, x_BCHW: Tensor, t: float, labels_B: Tensor) -> _Known:
+def _known(model: Network, guidance: Guidance, x_BCHW: Tensor, t: float, asked: Asked) -> _Known:
     L = len(model.blocks)
-    z_BND, mods, final = enter(model, guidance, x_BCHW, torch.full((len(x_BCHW),), t, device=x_BCHW.device), labels_B)
+    z_BND, mods, final = enter(model, guidance, x_BCHW, torch.full((len(x_BCHW),), t, device=x_BCHW.device), asked)
     span, entries = Entry("span", 0, L), [Entry(branch, b, b + 1) for b in range(L) for branch in model.blocks[b].branches]  # type: ignore[union-attr]
     out_BND, writes = run_blocks(Step((compute(0, L),), (None,), {}, [span, *entries]), z_BND, list(model.blocks), mods)
     return _Known(z_BND, writes[span], [writes[e] for e in entries], final, guided_eps(model, guidance, out_BND, final))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tc_lightning.cache.soft import BranchCache
 from tc_lightning.cache.soft_network import enter, full_eps, guided_eps
+from tc_lightning.models.conditions import Asked
 from tc_lightning.models.network import Network, Take, compose
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.rollout.noise import initial_noise
@@ -41,7 +42,7 @@ def branch_sensitivity(
     x_BCHW: Tensor,
     t_prev_B: Tensor,
     t_B: Tensor,
-    labels_B: Tensor,
+    asked: Asked,
     probes_PBCHW: Tensor,
 ) -> Tensor:
     """Estimated mean squared change of the guided eps when a branch is reused from the step before (order 0), [B, L, 2].
@@ -53,10 +54,10 @@ def branch_sensitivity(
         x_BCHW: latents of this step.
         t_prev_B: times of the step before, in the network's units.
         t_B: times of this step.
-        labels_B: class of each image.
+        asked: conditions of each image; of a class-conditional model its asked [B] will do.
         probes_PBCHW: standard normal probes, P for each image; the estimate is the mean over them.
     """
-    shifts = _probe_shifts(model, guidance, x_prev_BCHW, x_BCHW, t_prev_B, t_B, labels_B, probes_PBCHW)
+    shifts = _probe_shifts(model, guidance, x_prev_BCHW, x_BCHW, t_prev_B, t_B, asked, probes_PBCHW)
     return shifts.sum(-1).square().mean(0) / x_BCHW[0].numel()
 
 
@@ -67,11 +68,11 @@ def token_sensitivity(
     x_BCHW: Tensor,
     t_prev_B: Tensor,
     t_B: Tensor,
-    labels_B: Tensor,
+    asked: Asked,
     probes_PBCHW: Tensor,
 ) -> Tensor:
     """As `branch_sensitivity`, when a single token of a branch is reused, [B, L, 2, N]."""
-    shifts = _probe_shifts(model, guidance, x_prev_BCHW, x_BCHW, t_prev_B, t_B, labels_B, probes_PBCHW)
+    shifts = _probe_shifts(model, guidance, x_prev_BCHW, x_BCHW, t_prev_B, t_B, asked, probes_PBCHW)
     return shifts.square().mean(0) / x_BCHW[0].numel()
 
 
@@ -82,11 +83,11 @@ def _probe_shifts(
     x: Tensor,
     t_prev: Tensor,
     t: Tensor,
-    labels: Tensor,
+    asked: Asked,
     probes_PBCHW: Tensor,
 ) -> Tensor:
     """v . J delta by token, [P, B, L, 2, N]; both halves of guidance reuse together, so their shifts add."""
-    eps, sums, deltas = _trace(model, guidance, x, t, labels, _branches(model, guidance, x_prev, t_prev, labels))
+    eps, sums, deltas = _trace(model, guidance, x, t, asked, _branches(model, guidance, x_prev, t_prev, asked))
     shifts = []
     for probe in probes_PBCHW:
         grads = torch.autograd.grad(eps, sums, probe, retain_graph=True)
@@ -100,17 +101,17 @@ def _probe_shifts(
 
 
 @torch.no_grad()
-def _branches(model: Network, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor) -> list[BranchCache]:
+def _branches(model: Network, guidance: Guidance, x: Tensor, t: Tensor, asked: Asked) -> list[BranchCache]:
     """Branch outputs before the gate, [B, N, D] each, of every block."""
-    return full_eps(model, guidance, x, t, labels)[1].branches
+    return full_eps(model, guidance, x, t, asked)[1].branches
 
 
 @torch.enable_grad()
 def _trace(
-    model: Network, guidance: Guidance, x: Tensor, t: Tensor, labels: Tensor, cached: list[BranchCache]
+    model: Network, guidance: Guidance, x: Tensor, t: Tensor, asked: Asked, cached: list[BranchCache]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Guided eps, the residual stream after each branch (where v J is read off), and delta of each branch."""
-    z_BND, mods, final = enter(model, guidance, x, t, labels)
+    z_BND, mods, final = enter(model, guidance, x, t, asked)
     z_BND = z_BND.detach().requires_grad_()
     before: list[Tensor] = []
     deltas: list[Tensor] = []

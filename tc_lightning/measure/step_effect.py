@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tc_lightning.cache.soft_network import enter, guided_eps
+from tc_lightning.models.conditions import Asked
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.guidance import Guidance
@@ -26,31 +27,31 @@ from tc_lightning.rollout.sampling import full_plan, sample_steps
 PROBE_SEED = 0x656666656374  # apart from any seed that a person would choose for images
 
 
-def step_effect(model: Network, plan: CachePlan, x_T: Tensor, labels_B: Tensor, first_index: int = 0) -> Tensor:
+def step_effect(model: Network, plan: CachePlan, x_T: Tensor, asked: Asked, first_index: int = 0) -> Tensor:
     """Mean squared error of the final latents over that of the guided eps of each step, [T] float64 on the CPU.
 
     Args:
         model: the teacher.
         plan: tells sampler and guidance; the trajectories are those of full compute, whatever it caches.
         x_T: initial noise [B, C, H, W].
-        labels_B: class of each image.
+        asked: conditions of each image; of a class-conditional model its labels [B] will do.
         first_index: global index of the first image, which keys its probe: the mean over images does not depend on batches.
 
     Returns:
         The mean over the images, one probe each.
 
     Raises:
-        TokenCacheError: if a label is out of range, or the latents become NaN.
+        TokenCacheError: if a condition cannot be what it is, or the latents become NaN.
     """
     full = full_plan(plan.model, plan.sampler, plan.guidance)
-    x_before = [state.x for state in sample_steps(model, full, x_T, labels_B)]
+    x_before = [state.x for state in sample_steps(model, full, x_T, asked)]
     shape = tuple(x_T.shape[1:])
     probe = initial_noise(PROBE_SEED, range(first_index, first_index + len(x_T)), shape)
     effects, adjoint = [], _Adjoint(torch.from_numpy(probe).to(x_T))
     for x_BCHW, row in zip(reversed(x_before), reversed(plan.sampler.steps), strict=True):
         g_eps = adjoint.through_update(row)
         effects.append(float(g_eps.double().square().sum() / probe.size))
-        adjoint.x = adjoint.x + _eps_adjoint(model, plan.guidance, x_BCHW, row.t, labels_B, g_eps)
+        adjoint.x = adjoint.x + _eps_adjoint(model, plan.guidance, x_BCHW, row.t, asked, g_eps)
     return torch.tensor(effects[::-1], dtype=torch.float64)
 
 
@@ -69,10 +70,10 @@ class _Adjoint:
 
 
 @torch.enable_grad()
-def _eps_adjoint(model: Network, guidance: Guidance, x_BCHW: Tensor, t: float, labels_B: Tensor, g_eps: Tensor) -> Tensor:
+def _eps_adjoint(model: Network, guidance: Guidance, x_BCHW: Tensor, t: float, asked: Asked, g_eps: Tensor) -> Tensor:
     """Gradient by the latents of g_eps . eps, where eps is the guided output at full compute."""
     x_BCHW = x_BCHW.detach().requires_grad_()
-    z_BND, mods, final = enter(model, guidance, x_BCHW, torch.full((len(x_BCHW),), t, device=x_BCHW.device), labels_B)
+    z_BND, mods, final = enter(model, guidance, x_BCHW, torch.full((len(x_BCHW),), t, device=x_BCHW.device), asked)
     for block, mod in zip(model.blocks, mods, strict=True):
         z_BND = block(z_BND, mod)
     (grad,) = torch.autograd.grad(guided_eps(model, guidance, z_BND, final), x_BCHW, g_eps)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tc_lightning.errors import PlanError, RunError, TeacherError
+from tc_lightning.models.conditions import null_rows
 from tc_lightning.models.dit import NORM_EPS, DiTBlock, DiTConfig, Modulation
 from tc_lightning.models.network import Network
 from tc_lightning.models.predictor import INITIAL_IMPORTANCE, LOGIT_BOUND
@@ -59,8 +60,7 @@ class ContentPredictor(nn.Module):
 
     def modulation(self, model: Network, t_B: Tensor) -> Modulation:
         """adaLN terms of the block at times [B] in the network's units."""
-        null_B = torch.full(t_B.shape, model.config.num_classes, device=t_B.device)
-        return self.block.modulation(model.condition(t_B, null_B))
+        return self.block.modulation(model.condition(t_B, **null_rows(model.conditions, t_B)))
 
     def forward(self, z_BND: Tensor, mod: Modulation) -> Tensor:
         """Scores [B, L, N], in fp32 also under autocast, from the teacher's tokens of x_t."""

@@ -23,8 +23,9 @@ from tc_lightning.errors import TeacherError
 from tc_lightning.models.embedders import FREQUENCIES, LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
 from tc_lightning.models.lean import attend
 from tc_lightning.models.network import Block, KeyValue, Network, See
-from tc_lightning.plan.segments import Branches
-from tc_lightning.plan.signature import ModelSignature
+from tc_lightning.models.signatures import attention_macs, fixed_macs, mlp_macs, signature_of
+from tc_lightning.plan.conditions import Condition
+from tc_lightning.plan.signature import LATENTS, OUTPUTS, ModelSignature
 
 NORM_EPS = 1e-6
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
@@ -47,6 +48,7 @@ class DiTConfig:
         freq_shift: the timestep frequencies are spaced by 1 / (128 - freq_shift); 0 in the release, 1 in diffusers.
         mlp_norm_eps: epsilon of the norm before each MLP; 1e-6 in the release, 1e-5 by default in diffusers.
         null_label: the label table has a row for the null label; without one (label dropout 0) guidance must be 1.
+        output: what the model makes: `latents` of a decoder, or `pixels`.
 
     Raises:
         TeacherError: if a size is not positive, or sizes do not divide.
@@ -64,11 +66,14 @@ class DiTConfig:
     freq_shift: float = 0.0
     mlp_norm_eps: float = NORM_EPS
     null_label: bool = True
+    output: str = LATENTS
 
     def __post_init__(self) -> None:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise TeacherError(f"DiT {name} is {getattr(self, name)}; it must be at least 1.")
+        if self.output not in OUTPUTS:
+            raise TeacherError(f"DiT output is {self.output!r}; choose one of {', '.join(OUTPUTS)}.")
         for name in ("mlp_ratio", "mlp_norm_eps"):
             if not 0.0 < getattr(self, name) < math.inf:
                 raise TeacherError(f"DiT {name} is {getattr(self, name)}; it must be positive and finite.")
@@ -232,7 +237,8 @@ class DiT(Network):
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, classes = config, config.num_classes
+        self.conditions = (Condition("label", "int64", null=classes if config.null_label else None, classes=classes),)
         self.x_embedder = PatchEmbed(config.in_channels, config.hidden_size, config.patch_size)
         self.t_embedder = TimestepEmbedder(config.hidden_size, config.freq_shift)
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size, config.null_label)
@@ -245,15 +251,17 @@ class DiT(Network):
 
     def signature(self, teacher: str) -> ModelSignature:
         """See `Network`."""
-        return signature_of(self.config, self.family, self.branches, teacher)
+        c = self.config
+        macs = attention_macs(c.hidden_size), mlp_macs(c.hidden_size, c.mlp_size)
+        return signature_of(self, teacher, macs, fixed_macs(c))
 
     def embed(self, x_BCHW: Tensor) -> Tensor:
         """Latents -> tokens [B, N, D]."""
         return self.x_embedder(x_BCHW) + self.pos_embed
 
-    def condition(self, t_B: Tensor, y_B: Tensor) -> Tensor:
+    def condition(self, t_B: Tensor, label: Tensor) -> Tensor:  # type: ignore[override]  # of the names that its conditions have
         """Conditioning vector c [B, D] of times (in the schedule's units) and labels."""
-        return self.t_embedder(t_B) + self.y_embedder(y_B)
+        return self.t_embedder(t_B) + self.y_embedder(label)
 
     def modulations(self, c_BD: Tensor) -> tuple[list[Modulation], FinalModulation]:
         """adaLN terms of all blocks and of the final layer."""
@@ -280,25 +288,6 @@ class DiT(Network):
         for layer in [*self.blocks, self.final_layer]:
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
-
-
-def signature_of(config: DiTConfig, family: str, branches: Branches, teacher: str) -> ModelSignature:
-    """Signature of a network of this shape."""
-    return ModelSignature(
-        family=family,
-        depth=config.depth,
-        tokens=config.num_tokens,
-        width=config.hidden_size,
-        heads=config.num_heads,
-        mlp_width=config.mlp_size,
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        input_size=config.input_size,
-        num_classes=config.num_classes,
-        teacher=teacher,
-        branches=branches.text,
-    )
 
 
 def randomise_(model: DiT, seed: int, std: float = 0.05) -> DiT:

@@ -1,20 +1,59 @@
-"""Families of networks by name: for checkpoints that do not say what they hold, and for training from scratch."""
+"""The families of networks that the package knows: the one place that lists them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 from tc_lightning.errors import TeacherError
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.dit import DiT, DiTConfig
+from tc_lightning.models.network import Network
 from tc_lightning.models.sit import SiT
 
-FAMILIES: dict[str, type[DiT]] = {network.family: network for network in (DiT, SiT)}
+
+class Family(NamedTuple):
+    """A network, and the dataclass of plain values that says its shape: `network(config(**values))` makes one."""
+
+    network: type[Network]
+    config: type
 
 
-def family_of(name: str) -> type[DiT]:
-    """The networks of a family.
+FAMILIES: dict[str, Family] = {"dit": Family(DiT, DiTConfig), "sit": Family(SiT, DiTConfig)}
+
+
+def family_of(name: str) -> Family:
+    """The family of this name.
 
     Raises:
-        TeacherError: if there is no such family.
+        TeacherError: if there is none.
     """
     if name not in FAMILIES:
-        raise TeacherError(f"unknown family {name!r}: choose one of {', '.join(FAMILIES)}.")
+        raise TeacherError(
+            f"there is no family {name!r} of networks here: choose one of {', '.join(FAMILIES)}, or update tc-lightning."
+        )
     return FAMILIES[name]
+
+
+def shaped_as_dit(name: str) -> type[DiT]:
+    """The network of a family that has a DiT's shape and names of weights: what today's readers and the training of teachers take.
+
+    Raises:
+        TeacherError: if there is no such family, or it has a shape of its own.
+    """
+    network = family_of(name).network
+    if not issubclass(network, DiT):
+        raise TeacherError(f"a {name} has not the shape of a DiT, which is what is read and trained here: choose another `family`.")
+    return network
+
+
+def build(name: str, values: Mapping[str, Any]) -> Network:
+    """A network of a family from the values of its shape, on the device that torch creates tensors on.
+
+    Raises:
+        TeacherError: if there is no such family, or it has no such shape.
+    """
+    family = family_of(name)
+    try:
+        return family.network(family.config(**values))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise TeacherError(f"the shape of a {name} cannot be {dict(values)}: {error}.") from error

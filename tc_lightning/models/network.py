@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from tc_lightning.diffusion.schedule import Schedule
+from tc_lightning.models.conditions import Asked, by_name
+from tc_lightning.plan.conditions import Conditions
+from tc_lightning.plan.given import Arrays
 from tc_lightning.plan.segments import Branches
 from tc_lightning.plan.signature import ModelSignature
 
@@ -76,10 +79,12 @@ def compose(block: Block, z_BnD: Tensor, mod: Any, take: Take, at: Tensor | None
 class Network(nn.Module, ABC):
     """A diffusion transformer: tokens in, blocks, tokens out. What depends on time and conditions alone comes from `modulations`."""
 
-    family: str  # its name in signatures and files
     schedule: Schedule  # how it was trained: its times, and what its output predicts
     blocks: nn.ModuleList
-    config: Any  # its shape; input_size, in_channels and num_classes at least
+    family: str  # its name in `tc_lightning.models.families`
+    conditions: Conditions  # what a request must bring
+    config: Any  # its shape, a dataclass of plain values; input_size and in_channels at least
+    examples: Arrays | None = None  # rows of conditions that cannot be drawn, for images that nobody gave any
 
     @property
     def branches(self) -> Branches:
@@ -96,10 +101,11 @@ class Network(nn.Module, ABC):
         """Latents -> tokens [B, N, D]."""
 
     @abstractmethod
-    def condition(self, t_B: Tensor, y_B: Tensor) -> Tensor:
-        """Conditioning vector c [B, D] of times (in the network's own units) and labels.
+    def condition(self, t_B: Tensor, **given: Tensor) -> Tensor:
+        """Conditioning vector c [B, D] of times (in the network's own units) and of all conditions by name, each [B, ...].
 
-        Times [S, 1] and labels [U] give [S, U, D]: the exporter asks for every time of a run and every label of a request at once.
+        Times [S, 1] and conditions [U, ...] give [S, U, D]: the exporter asks for every time of a run and every distinct row of a
+        request's conditions at once.
         """
 
     @abstractmethod
@@ -110,14 +116,14 @@ class Network(nn.Module, ABC):
     def readout(self, z_BND: Tensor, mod: Any) -> Tensor:
         """Tokens -> raw output [B, out_channels, H, W]."""
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
-        """Raw output [B, out_channels, H, W] for latents, times and labels."""
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, asked: Asked) -> Tensor:
+        """Raw output [B, out_channels, H, W] for latents, times and conditions."""
         z_BND = self.embed(x_BCHW)
-        mods, final = self.modulations(self.condition(t_B, y_B))
+        mods, final = self.modulations(self.condition(t_B, **by_name(self.conditions, asked)))
         for block, mod in zip(self.blocks, mods, strict=True):
             z_BND = block(z_BND, mod)
         return self.readout(z_BND, final)
 
-    def eps(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor) -> Tensor:
+    def eps(self, x_BCHW: Tensor, t_B: Tensor, asked: Asked) -> Tensor:
         """What the schedule says that the network predicts, [B, C, H, W]: the first C channels of the output."""
-        return self(x_BCHW, t_B, y_B)[:, : self.config.in_channels]
+        return self(x_BCHW, t_B, asked)[:, : self.config.in_channels]

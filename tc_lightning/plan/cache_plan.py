@@ -40,7 +40,7 @@ from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.segments import MAX_ORDER, Segment, require_branches, require_valid
 from tc_lightning.plan.signature import ModelSignature
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4  # 4: conditions, costs of branches and the output space of the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +172,7 @@ class CachePlan:
             raise PlanError(f"selector: expected a sha256, found {shown(raw['selector'])}.")
         steps = as_list(raw["steps"], "steps")
         return cls(
-            from_fields(ModelSignature, raw["model"], "model", {"branches"}),
+            ModelSignature.from_json(raw["model"], "model"),
             SamplerTable.from_json(raw["sampler"]),
             from_fields(Guidance, raw["guidance"], "guidance"),
             tuple(_segments_from_json(step, i) for i, step in enumerate(steps)),
@@ -238,6 +238,10 @@ def _validate(plan: CachePlan) -> None:
     for i, mode in enumerate(plan.guidance_modes):
         _validate_mode(mode, plan.guidance, f"step {i}, guidance")
     require_branches(plan.model.branches)
+    if len(plan.model.macs) != len(plan.model.block.names):
+        raise PlanError(
+            f"the model has MACs of {len(plan.model.macs)} branches, and has {len(plan.model.block.names)}: give them for each."
+        )
     for i, segments in enumerate(plan.steps):
         reached = 0
         for segment in segments:

@@ -10,23 +10,11 @@ from tc_lightning.plan.guidance import Guidance, GuidanceMode
 from tc_lightning.plan.segments import Segment
 from tc_lightning.plan.signature import ModelSignature
 
-TIME_FEATURES = 256  # width of the sinusoidal timestep features
-
 
 def block_macs(model: ModelSignature, tokens: int, branches: tuple[str, ...] | None = None) -> int:
     """MACs of one block for one sample when `tokens` tokens are computed in `branches` (None: all); attention is over all tokens."""
-    computed = model.block.names if branches is None else branches
-    attention = tokens * 4 * model.width**2 + 2 * tokens * model.tokens * model.width
-    mlp = tokens * 2 * model.width * model.mlp_width
-    return sum(attention if name in model.block.attending else mlp for name in computed)
-
-
-def fixed_macs(model: ModelSignature) -> int:
-    """MACs of one forward outside the blocks' branches, for one sample: embeddings, all adaLN terms, final layer."""
-    patch = model.patch_size**2
-    ends = model.tokens * model.width * patch * (model.in_channels + model.out_channels)
-    conditioning = TIME_FEATURES * model.width + model.width**2 * (1 + 6 * model.depth + 2)
-    return ends + conditioning
+    costs = zip(model.block.names, model.macs, strict=True)
+    return sum(macs.of(tokens, model.tokens) for name, macs in costs if branches is None or name in branches)
 
 
 def segment_macs(model: ModelSignature, segment: Segment) -> int:
@@ -49,12 +37,12 @@ def selector_macs(model: ModelSignature) -> int:
 def step_macs(model: ModelSignature, segments: tuple[Segment, ...], selector_runs: float = 1) -> float:
     """MACs of one step for one sample; the content predictor, where segments need one, runs so many times for it."""
     chosen = any(s.is_content for s in segments)
-    return fixed_macs(model) + sum(segment_macs(model, s) for s in segments) + chosen * selector_runs * selector_macs(model)
+    return model.fixed_macs + sum(segment_macs(model, s) for s in segments) + chosen * selector_runs * selector_macs(model)
 
 
 def full_step_macs(model: ModelSignature) -> int:
     """MACs of a full forward for one sample."""
-    return fixed_macs(model) + model.depth * block_macs(model, model.tokens)
+    return model.fixed_macs + model.depth * block_macs(model, model.tokens)
 
 
 def halves_share(mode: GuidanceMode) -> float:

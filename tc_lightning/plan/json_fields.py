@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tc_lightning.errors import PlanError
@@ -25,8 +26,16 @@ def check_keys(raw: Any, required: set[str], optional: set[str], where: str) -> 
         raise PlanError(f"{where}: unknown {', '.join(sorted(unknown))}.")
 
 
-def from_fields(cls: Any, raw: Any, where: str, optional: frozenset[str] | set[str] = frozenset()) -> Any:
+def from_fields(
+    cls: Any,
+    raw: Any,
+    where: str,
+    optional: frozenset[str] | set[str] = frozenset(),
+    made: Mapping[str, Callable[[Any, str], Any]] | None = None,
+) -> Any:
     """A dataclass of plain numbers and strings from its JSON object, from which `optional` keys may be absent.
+
+    Fields of any other type are made by the functions `made`, of the JSON value and where it stands.
 
     Raises:
         PlanError: naming the key that is missing, unknown or of another type.
@@ -34,10 +43,11 @@ def from_fields(cls: Any, raw: Any, where: str, optional: frozenset[str] | set[s
     types = {field.name: field.type for field in dataclasses.fields(cls)}
     check_keys(raw, set(types) - optional, {*optional}, where)
     fits = {"int": is_int, "float": is_number, "str": is_name, "bool": lambda value: isinstance(value, bool)}
-    for name, kind in ((name, types[name]) for name in raw):
+    made = made or {}
+    for name, kind in ((name, types[name]) for name in raw if name not in made):
         if not fits[str(kind)](raw[name]):
             raise PlanError(f"{where}.{name}: expected {kind}, found {shown(raw[name])}.")
-    return cls(**raw)
+    return cls(**{name: made[name](value, f"{where}.{name}") if name in made else value for name, value in raw.items()})
 
 
 def shown(value: Any) -> str:

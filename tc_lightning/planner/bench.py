@@ -123,7 +123,9 @@ class Bench:
         ]
         counts = torch.tensor([self.fitted, len(t.x_T)], dtype=torch.float64, device=t.x_T.device)  # of all processes: one name
         noise_B = t.x_T.double().flatten(1).sum(1)
-        images = torch.stack([values.double().sum() for values in (noise_B, t.labels_B, t.labels_B * noise_B, t.counts_B)])
+        sums_B = [value.double().flatten(1).sum(1) if value.ndim > 1 else value for value in t.given.values()]
+        given = [values_B for value_B in sums_B for values_B in (value_B, value_B * noise_B)]
+        images = torch.stack([values.double().sum() for values in (noise_B, *given, t.counts_B)])
         sums = self.ranks.total(torch.cat([counts, images])).tolist()
         return hashlib.sha256(json.dumps([*parts, self.ranks.world, sums]).encode()).hexdigest()[:16]
 

@@ -7,6 +7,7 @@ import dataclasses
 
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.models.conditions import labels_in
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.fit import fit_sampler
@@ -54,6 +55,6 @@ def fitted_fewer_steps(model: Network, plan: CachePlan, num_steps: int, progress
         raise TokenCacheError(f"{num_steps} steps make the latents NaN or infinite at every spacing: allow more steps.")
     best = fit_sampler(model, min(fits)[2], target, FIT + JUDGE).plan
     refined = refine_sampler(model, best, target, REFINEMENTS)
-    on = {"target": "reference", "guidance": plan.guidance.scale, "images": FIT + JUDGE, "labels": noise[1].unique().tolist()}
+    on = {"target": "reference", "guidance": plan.guidance.scale, "images": FIT + JUDGE} | labels_in(plan.model.conditions, noise[1])
     provenance = {"policy": "fewer_steps_fitted", "arguments": {"steps": num_steps}, "fit": on}
     return dataclasses.replace(refined, provenance=provenance)

@@ -67,7 +67,7 @@ def fit_sampler(
     """
     if plan.eps_scale or plan.sampler.stochastic:
         raise PlanError("a sampler that scales eps or adds noise cannot be fitted: start from ddim or dpmpp_2m.")
-    run = Rollout(model, plan, target.labels_B)
+    run = Rollout(model, plan, target.given)
     run.check()
     solver = _Fitter(plan.sampler, target, fitted, ranks or ALONE)
     end = _run(run, target.x_T, solver, images_at_a_time(plan, target.x_T.device))
@@ -77,7 +77,7 @@ def fit_sampler(
 
 def _run(run: Rollout, x_BCHW: Tensor, solver: _Fitter, batch: int) -> Tensor:
     """Final latents of all images, [B, C, H, W], of which the network sees so many at a time."""
-    runs = [dataclasses.replace(run, labels_B=labels_b) for labels_b in run.labels_B.split(batch)]
+    runs = [dataclasses.replace(run, asked=given) for given in run.given.split(batch)]
     states = [part.start(x_bCHW) for part, x_bCHW in zip(runs, x_BCHW.split(batch), strict=True)]
     for step in range(run.plan.num_steps):
         eps, writes = zip(*(part.predict(state) for part, state in zip(runs, states, strict=True)), strict=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tc_lightning.models.dit import DiT, DiTConfig
+from tc_lightning.models.conditions import null_rows
+from tc_lightning.models.families import build
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.gradients import advance_with, as_leaves, own_coefficients, tensors
 from tc_lightning.rollout.sampling import Rollout
@@ -58,12 +60,12 @@ def graph_size(run: Rollout, x_BCHW: Tensor) -> GraphSize:
     return GraphSize(kept.size + graphs, tuple(steps))
 
 
-def graph_size_on_paper(config: DiTConfig, plan: CachePlan) -> GraphSize:
+def graph_size_on_paper(config: Any, plan: CachePlan) -> GraphSize:
     """The same for one image and a model that is not there: nothing is computed, and no weights are made."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = DiT(config).eval().requires_grad_(False)
-        noise = torch.empty(1, config.in_channels, config.input_size, config.input_size)
-        return graph_size(Rollout(model, plan, torch.zeros(1, dtype=torch.long)), noise)
+        model = build(plan.model.family, dataclasses.asdict(config)).eval().requires_grad_(False)
+        noise = torch.empty(1, *plan.model.latent)
+        return graph_size(Rollout(model, plan, null_rows(model.conditions, torch.zeros(1))), noise)
 
 
 class _Storages:

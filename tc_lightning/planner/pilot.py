@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.models.conditions import Asked, Given
 from tc_lightning.models.network import Network
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.planner.target import run_target
-from tc_lightning.rollout.sampling import labels_for, noise_for
+from tc_lightning.rollout.sampling import given_for, noise_for
 
 COARSE = ((0.28, "quadratic"), (0.4, "mix:0.5"))  # steps of the two runs over those of the run that is replaced; their spacing
 FEWEST = 4
@@ -51,11 +52,11 @@ class Sample:
         return Sample(self.indices[which], self.weights[which])
 
 
-def images(model: Network, indices: list[int]) -> tuple[Tensor, Tensor]:
-    """Noise [B, C, H, W] and labels [B] of the planner's images, on the model's device."""
+def images(model: Network, indices: list[int]) -> tuple[Tensor, Given]:
+    """Noise [B, C, H, W] and conditions of the planner's images, on the model's device."""
     device = next(model.parameters()).device
     noise = torch.cat([noise_for(SEED, range(index, index + 1), model, device) for index in indices])
-    return noise, labels_for(SEED, indices, model.config.num_classes, device)
+    return noise, given_for(SEED, indices, model, device)
 
 
 def as_they_come(start: int, count: int) -> Sample:
@@ -87,7 +88,7 @@ def stratified(ranking: list[int], count: int) -> Sample:
 
 
 def difficulty(
-    model: Network, guidance: Guidance, steps: int, x_PCHW: Tensor, labels_P: Tensor, batch: int, progress: str | None
+    model: Network, guidance: Guidance, steps: int, x_PCHW: Tensor, asked: Asked, batch: int, progress: str | None
 ) -> Tensor:
     """Mean squared difference of two coarse runs, [P].
 
@@ -96,7 +97,7 @@ def difficulty(
         guidance: guidance scale and channels.
         steps: sampling steps of the run that is replaced.
         x_PCHW: initial noise.
-        labels_P: class of each image.
+        asked: their conditions.
         batch: images at a time.
         progress: what a progress bar is to say; None for none.
 
@@ -104,7 +105,7 @@ def difficulty(
         TokenCacheError: if the latents become NaN.
     """
     ends = [
-        run_target(model, make_sampler(model.schedule, "dpmpp_2m", count, spacing), guidance, x_PCHW, labels_P, batch, progress).x_0
+        run_target(model, make_sampler(model.schedule, "dpmpp_2m", count, spacing), guidance, x_PCHW, asked, batch, progress).x_0
         for count, spacing in ((max(FEWEST, round(share * steps)), spacing) for share, spacing in COARSE)
     ]
     return (ends[0] - ends[1]).square().flatten(1).mean(1)

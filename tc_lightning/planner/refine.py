@@ -140,7 +140,7 @@ class _Refiner:
 
     def _errors(self, plan: CachePlan, target: TargetRun) -> Tensor:
         try:
-            end = sample(self._model, plan, target.x_T, target.labels_B)
+            end = sample(self._model, plan, target.x_T, target.given)
         except PlanError:
             raise
         except TokenCacheError:
@@ -148,7 +148,7 @@ class _Refiner:
         return (end - target.x_0).square().flatten(1).mean(1)
 
     def _rollout(self, plan: CachePlan, target: TargetRun) -> Rollout:
-        return Rollout(self._model, plan, target.labels_B)
+        return Rollout(self._model, plan, target.given)
 
     def value(self, errors_B: Tensor) -> float:
         """Robust mean over the images of all processes."""

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.psnr import psnr_db
 from tc_lightning.measure.scores import Scores
+from tc_lightning.models.conditions import Given, labels_in
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.guidance import Guidance
@@ -260,9 +261,10 @@ class PlannerRun:
     @functools.cached_property
     def _fit_record(self) -> dict[str, Any]:
         """What the coefficients were fitted on: plain JSON values for the plan's provenance."""
-        labels_B = self.ranks.gathered(self._seen.labels_B[:, None].double()).int()
-        guidance = self.subject.guidance.scale
-        return {"target": self.settings.target, "guidance": guidance, "images": len(labels_B), "labels": labels_B.unique().tolist()}
+        images, conditions = len(self.ranks.gathered(self._seen.counts_B[:, None])), self.model.conditions
+        labels = {c.name: self.ranks.gathered(self._seen.given[c.name][:, None].double())[:, 0].long() for c in conditions if c.classes}
+        seen = labels_in(conditions, Given(labels))
+        return {"target": self.settings.target, "guidance": self.subject.guidance.scale, "images": images} | seen
 
     def _point(self, plan: CachePlan, budgets: list[float], role: Role, chosen: bool) -> FrontPoint:
         mse_B = self.ranks.gathered(self._errors(plan, self.target.part(slice(self.compared, None))))
@@ -274,7 +276,7 @@ class PlannerRun:
         return FrontPoint(plan, self.settings.target, float(mse_B.mean()), stderr, chosen, role, tuple(budgets))
 
     def _errors(self, plan: CachePlan, target: TargetRun) -> torch.Tensor:
-        found = RolloutEvaluator(self.model, target.x_T, target.labels_B, target.x_0).mse_per_image(plan)
+        found = RolloutEvaluator(self.model, target.x_T, target.given, target.x_0).mse_per_image(plan)
         return found.double().to(target.x_0.device)
 
     def _run_target(self, parts: list[Sample]) -> TargetRun:

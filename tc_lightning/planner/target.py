@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.measure.scores import sampler_digest
+from tc_lightning.models.conditions import Asked, Given, given_of
 from tc_lightning.models.network import Network
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
@@ -31,7 +32,7 @@ class TargetRun:
         schedule: the network's, which says what the times mean.
         times: times of its steps in the network's own units, noisiest first, [S].
         path_SBCHW: latents before each step.
-        labels_B: class of each image.
+        given: conditions of each image.
         x_0: final latents, [B, C, H, W].
         sampler: digest of the sampler that made it.
         weights_B: how much each image counts, [B]; None: all alike.
@@ -40,7 +41,7 @@ class TargetRun:
     schedule: Schedule
     times: np.ndarray
     path_SBCHW: Tensor
-    labels_B: Tensor
+    given: Given
     x_0: Tensor
     sampler: str = ""
     weights_B: Tensor | None = None
@@ -82,12 +83,12 @@ class TargetRun:
     def part(self, images: slice) -> TargetRun:
         """The same of some images."""
         weights_B = None if self.weights_B is None else self.weights_B[images]
-        path_SBCHW, labels_B, x_0 = self.path_SBCHW[:, images], self.labels_B[images], self.x_0[images]
-        return TargetRun(self.schedule, self.times, path_SBCHW, labels_B, x_0, self.sampler, weights_B)
+        path_SBCHW, given, x_0 = self.path_SBCHW[:, images], self.given.part(images), self.x_0[images]
+        return TargetRun(self.schedule, self.times, path_SBCHW, given, x_0, self.sampler, weights_B)
 
 
 def run_target(
-    model: Network, sampler: SamplerTable, guidance: Guidance, x_BCHW: Tensor, labels_B: Tensor, batch: int, progress: str | None = None
+    model: Network, sampler: SamplerTable, guidance: Guidance, x_BCHW: Tensor, asked: Asked, batch: int, progress: str | None = None
 ) -> TargetRun:
     """Compute a target run in full.
 
@@ -96,27 +97,28 @@ def run_target(
         sampler: its sampler.
         guidance: guidance scale and channels.
         x_BCHW: initial noise.
-        labels_B: class of each image.
+        asked: conditions of each image; of a class-conditional model its labels [B] will do.
         batch: images at a time.
         progress: what a progress bar is to say; None for none.
 
     Raises:
-        TokenCacheError: if a label is out of range, or the latents become NaN.
+        TokenCacheError: if a condition cannot be what it is, or the latents become NaN.
     """
     plan = full_plan(model_signature(model, "target"), sampler, guidance)
+    given = given_of(model.conditions, asked)
     paths, ends = [], []
     starts = range(0, len(x_BCHW), batch)
     with tqdm(total=len(starts) * len(sampler), desc=progress, unit="step", disable=progress is None) as bar:
         for start in starts:
             part = slice(start, start + batch)
             states = []
-            for state in sample_steps(model, plan, x_BCHW[part], labels_B[part]):
+            for state in sample_steps(model, plan, x_BCHW[part], given.part(part)):
                 states.append(state.x)
                 bar.update()
             paths.append(torch.stack(states))
             ends.append(state.x_next)
     times = np.array([row.t for row in sampler.steps])
-    return TargetRun(model.schedule, times, torch.cat(paths, 1), labels_B, torch.cat(ends), sampler_digest(sampler))
+    return TargetRun(model.schedule, times, torch.cat(paths, 1), given, torch.cat(ends), sampler_digest(sampler))
 
 
 def _lagrange(known: Iterable[float], at: float) -> list[float]:

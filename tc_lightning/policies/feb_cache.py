@@ -16,7 +16,7 @@ from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.segments import Segment, compute, reuse
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
-from tc_lightning.policies.targeted import MAX_INTERVAL, Offer, Steps, TargetedPolicy
+from tc_lightning.policies.targeted import MAX_INTERVAL, Offer, Steps, TargetedPolicy, require_attention
 
 EPS_SCALE = (0.98, 0.96)
 
@@ -97,11 +97,12 @@ class FEBCachePolicy(TargetedPolicy):
         return [Offer(steps, arguments | {"eps_scale": None}), with_factor]
 
     def _steps(self, signature: ModelSignature, sampler: SamplerTable, short: int, long: int) -> Steps:
-        boundary = round(self.boundary_share * len(sampler))
+        boundary, block = round(self.boundary_share * len(sampler)), signature.block
+        require_attention(signature, self.name)
 
         def reused(i: int) -> tuple[str, ...]:
-            attn, mlp = (short, long) if i < boundary else (long, short)
-            return tuple(branch for branch, interval in (("attn", attn), ("mlp", mlp)) if i % interval)
+            attention, others = (short, long) if i < boundary else (long, short)
+            return tuple(branch for branch in block.names if i % (attention if branch in block.attending else others))
 
         return tuple(branch_step(signature, reused(i)) for i in range(len(sampler)))
 

@@ -11,7 +11,7 @@ from abc import abstractmethod
 import numpy as np
 
 from tc_lightning.errors import PlanError
-from tc_lightning.plan.costs import block_macs, fixed_macs
+from tc_lightning.plan.costs import block_macs
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.segments import BRANCHES, Segment, compute, reuse
 from tc_lightning.plan.signature import ModelSignature
@@ -120,4 +120,4 @@ def _branch_macs(signature: ModelSignature) -> np.ndarray:
 
 def _macs(signature: ModelSignature, computed_TL2: np.ndarray) -> float:
     """MACs of a whole plan."""
-    return float(len(computed_TL2) * fixed_macs(signature) + (computed_TL2 * _branch_macs(signature)).sum())
+    return float(len(computed_TL2) * signature.fixed_macs + (computed_TL2 * _branch_macs(signature)).sum())

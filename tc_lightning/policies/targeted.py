@@ -163,3 +163,17 @@ def _row(name: str, offer: Offer, plan: CachePlan, mse: float | None, chosen: bo
         "mse_screen": mse,
         "chosen": chosen,
     }
+
+
+def require_attention(signature: ModelSignature, policy: str) -> None:
+    """Refuse a model of which no branch attends, or none does not.
+
+    Raises:
+        PlanError: naming its branches.
+    """
+    block = signature.block
+    if not block.attending or not block.tokenwise:
+        raise PlanError(
+            f"{policy} treats branches that attend to all tokens and those that do not differently, and the model's are "
+            f"{', '.join(block.names)}, all of one kind: choose another policy."
+        )

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from tc_lightning.errors import PlanError
 from tc_lightning.plan.costs import step_macs
 from tc_lightning.plan.sampler_table import SamplerTable
-from tc_lightning.plan.segments import BRANCHES, Segment, compute, partial, reuse
+from tc_lightning.plan.segments import Segment, compute, partial, reuse
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import top_tokens
-from tc_lightning.policies.targeted import MAX_INTERVAL, Offer, TargetedPolicy, largest
+from tc_lightning.policies.targeted import MAX_INTERVAL, Offer, TargetedPolicy, largest, require_attention
 
 STEP_WEIGHT, BLOCK_WEIGHT, MLP_WEIGHT = 0.4, 0.8, 2.5  # the last holds attention's part, too: there nothing is recomputed
 RATIOS = 1000  # fineness of the search for a ratio
@@ -95,14 +95,17 @@ def toca_tokens(signature: ModelSignature, num_steps: int, ratio: float, step: i
 def _segment(signature: ModelSignature, block: int, tokens: tuple[int, ...]) -> Segment:
     """One block: all branches reused without tokens, attention alone with all of them."""
     if len(tokens) == signature.tokens:
-        return reuse(block, block + 1, ("attn",))
-    return partial(block, block + 1, tokens, 0, ("mlp",)) if tokens else reuse(block, block + 1, BRANCHES)
+        return reuse(block, block + 1, signature.block.attending)
+    if tokens:
+        return partial(block, block + 1, tokens, 0, signature.block.tokenwise)
+    return reuse(block, block + 1, signature.block.names)
 
 
 def _steps(
     signature: ModelSignature, num_steps: int, interval: int, ratio: float, choose: Callable[[int, int, int], tuple[int, ...]]
 ) -> tuple[tuple[Segment, ...], ...]:
     """All steps; `choose(step, block, count)` names tokens."""
+    require_attention(signature, "toca")
     full = set(toca_full_steps(num_steps, interval))
 
     def pruned(i: int) -> tuple[Segment, ...]:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.models.conditions import Asked, given_of, require_given
 from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.rollout.sampling import check_labels, device_of, sample_steps
+from tc_lightning.rollout.sampling import device_of, sample_steps
 
 BATCH = 16  # images a forward; guidance doubles them
 
@@ -22,7 +23,7 @@ def final_latents(
     model: Network,
     plan: CachePlan,
     x_T: Tensor,
-    labels: Tensor,
+    asked: Asked,
     selector: Selector | None = None,
     batch: int = BATCH,
     on_step: OnStep = lambda _: None,
@@ -33,17 +34,17 @@ def final_latents(
         model: the teacher.
         plan: a plan whose sampler adds no noise.
         x_T: initial noise [B, C, H, W].
-        labels: class of each image [B].
+        asked: conditions of each image; of a class-conditional model its labels [B] will do.
         selector: the content predictor that the plan names, on the model's device.
         batch: images at a time.
         on_step: called after each step with the number of images that went through it.
 
     Raises:
-        TokenCacheError: if a label is out of range, or the latents become NaN.
+        TokenCacheError: if a condition cannot be what it is, or the latents become NaN.
         PlanError: if the plan is for another model or content predictor.
     """
     device, parts = device_of(model), []
-    for x, y in zip(x_T.split(batch), labels.split(batch), strict=True):
+    for x, y in zip(x_T.split(batch), given_of(model.conditions, asked).split(batch), strict=True):
         made = x.to(device)
         for state in sample_steps(model, plan, made, y.to(device), selector=selector):
             made = state.x_next
@@ -60,7 +61,7 @@ class RolloutEvaluator:
     Args:
         model: the teacher.
         x_T: initial noise [B, C, H, W].
-        labels: class of each image [B].
+        asked: conditions of each image; of a class-conditional model its labels [B] will do.
         x_0: final latents of full compute from that noise [B, C, H, W].
         selector: content predictor for plans that have content segments, on the model's device.
 
@@ -68,16 +69,17 @@ class RolloutEvaluator:
         TokenCacheError: if the numbers of images differ or are zero, a label is out of range, or `x_0` is not finite.
     """
 
-    def __init__(self, model: Network, x_T: Tensor, labels: Tensor, x_0: Tensor, selector: Selector | None = None) -> None:
-        if not len(x_T) or x_T.shape != x_0.shape or len(labels) != len(x_T):
+    def __init__(self, model: Network, x_T: Tensor, asked: Asked, x_0: Tensor, selector: Selector | None = None) -> None:
+        given = given_of(model.conditions, asked)
+        if not len(x_T) or x_T.shape != x_0.shape or given.images != len(x_T):
             raise TokenCacheError(
-                f"cannot evaluate: noise {tuple(x_T.shape)}, labels {tuple(labels.shape)} and final latents "
+                f"cannot evaluate: noise {tuple(x_T.shape)}, conditions of {given.images} images and final latents "
                 f"{tuple(x_0.shape)} must belong to the same images, at least one."
             )
         if not torch.isfinite(x_0).all():
             raise TokenCacheError("cannot evaluate: the final latents of full compute hold NaN or infinite values.")
-        check_labels(labels, model.config.num_classes)
-        self.model, self.x_T, self.labels, self.x_0, self.selector = model, x_T, labels, x_0, selector
+        require_given(model.conditions, given)
+        self.model, self.x_T, self.given, self.x_0, self.selector = model, x_T, given, x_0, selector
 
     def __call__(self, plan: CachePlan, num_images: int | None = None) -> float:
         """Mean squared error over the first images (None, or more than there are: all); infinite if the plan diverges."""
@@ -106,5 +108,5 @@ class RolloutEvaluator:
 
     def _batch(self, plan: CachePlan, images: range) -> Tensor:
         part = slice(images.start, images.stop)
-        x = final_latents(self.model, plan, self.x_T[part], self.labels[part], self.selector).to(self.x_0.device)
+        x = final_latents(self.model, plan, self.x_T[part], self.given.part(part), self.selector).to(self.x_0.device)
         return (x - self.x_0[part]).square().flatten(1).mean(1)

@@ -14,18 +14,19 @@ from torch import Tensor
 
 from tc_lightning.cache.semantics import Guided, Step, forecast, predict
 from tc_lightning.diffusion.update import advance, coefficients
-from tc_lightning.errors import TeacherError, TokenCacheError
+from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.checkpoints import teacher_digest
+from tc_lightning.models.conditions import Asked, Given, drawn_given, given_of, require_given, require_null
 from tc_lightning.models.content_predictor import Selector, require_selector
-from tc_lightning.models.dit import DiTConfig
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.dataflow import Entry, StepFlow
+from tc_lightning.plan.given import drawn_labels
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.segments import Segment, compute
 from tc_lightning.plan.signature import ModelSignature
-from tc_lightning.rollout.noise import drawn_labels, initial_noise
+from tc_lightning.rollout.noise import initial_noise
 
 Store = dict[tuple[Entry, int], Tensor]  # (entry, step that wrote it) -> value
 
@@ -47,26 +48,31 @@ class Rollout:
     Args:
         model: the teacher.
         plan: a plan for it.
-        labels_B: class of each image.
+        asked: conditions of each image; of a class-conditional model its labels [B] will do.
         selector: the content predictor that the plan names.
     """
 
     model: Network
     plan: CachePlan
-    labels_B: Tensor
+    asked: Asked
     selector: Selector | None = None
+
+    @property
+    def given(self) -> Given:
+        """Conditions of each image, by name."""
+        return given_of(self.model.conditions, self.asked)
 
     def check(self) -> None:
         """Refuse what does not belong together.
 
         Raises:
-            TokenCacheError: if a label is out of range.
+            TokenCacheError: if a condition is missing, or cannot be what it is.
             PlanError: if the plan is for another model or content predictor.
-            TeacherError: if the plan is guided and the model has no null label.
+            TeacherError: if the plan is guided and a condition of the model has no null value.
         """
-        check_labels(self.labels_B, self.plan.model.num_classes)
+        require_given(self.model.conditions, self.given)
         self.plan.require_model(model_signature(self.model, self.plan.model.teacher))
-        require_null_label(self.model.config, self.plan.guidance)
+        require_null(self.model.conditions, self.plan.guidance)
         require_selector(self.plan, self.selector)
 
     def start(self, x_BCHW: Tensor) -> RunState:
@@ -76,7 +82,7 @@ class Rollout:
     def predict(self, state: RunState) -> tuple[Tensor, dict[Entry, Tensor]]:
         """Guided eps [B, C, H, W] of a step, and what it writes; gradients are recorded if they are wanted."""
         flow = self.plan.flows[state.step]
-        return _predict(self.model, self.plan, state.step, flow, state.x, self.labels_B, state.store, self.selector)
+        return _predict(self.model, self.plan, state.step, flow, state.x, self.given, state.store, self.selector)
 
     def after(self, state: RunState, x_next: Tensor, m: Tensor, writes: dict[Entry, Tensor]) -> RunState:
         """The state that a step leads to; the old one belongs to whoever kept it."""
@@ -128,9 +134,18 @@ def noise_for(seed: int, indices: range, model: Network, device: torch.device | 
     return torch.from_numpy(initial_noise(seed, indices, (c.in_channels, c.input_size, c.input_size), stream)).to(device)
 
 
-def labels_for(seed: int, indices: Sequence[int], num_classes: int, device: torch.device | str = "cpu") -> Tensor:
+def given_for(seed: int, indices: Sequence[int], model: Network, device: torch.device | str = "cpu") -> Given:
+    """Conditions of images `indices` that nobody gave any: drawn labels, and rows of the model's examples.
+
+    Raises:
+        TokenCacheError: if there is a condition that cannot be drawn, and the model has no examples of it.
+    """
+    return drawn_given(model.conditions, seed, indices, model.examples, device)
+
+
+def labels_for(seed: int, indices: Sequence[int], classes: int, device: torch.device | str = "cpu") -> Tensor:
     """Class of images `indices`, [B] int64, as `drawn_labels` draws it: few images are of all classes alike."""
-    return torch.from_numpy(drawn_labels(seed, indices, num_classes)).to(device)
+    return torch.from_numpy(drawn_labels(seed, indices, classes)).to(device)
 
 
 @torch.no_grad()
@@ -138,7 +153,7 @@ def sample_steps(
     model: Network,
     plan: CachePlan,
     x_BCHW: Tensor,
-    labels_B: Tensor,
+    asked: Asked,
     seed: int = 0,
     first_index: int = 0,
     selector: Selector | None = None,
@@ -149,17 +164,17 @@ def sample_steps(
         model: the teacher.
         plan: a plan for this teacher (its shape is checked here; its digest by whoever loaded both).
         x_BCHW: initial noise.
-        labels_B: class of each image.
+        asked: conditions of each image; of a class-conditional model its labels [B] will do.
         seed: seed of what a stochastic sampler adds.
         first_index: global index of the first image, which keys that noise.
         selector: the content predictor that the plan names, on the device of the latents; not looked at by plans without one.
 
     Raises:
-        TokenCacheError: if a label is out of range, or the latents become NaN.
+        TokenCacheError: if a condition is missing or cannot be what it is, or the latents become NaN.
         PlanError: if the plan is for another model or content predictor.
-        TeacherError: if the plan is guided and the model has no null label.
+        TeacherError: if the plan is guided and a condition of the model has no null value.
     """
-    run = Rollout(model, plan, labels_B, selector)
+    run = Rollout(model, plan, asked, selector)
     run.check()
     state = run.start(x_BCHW)
     for i, row in enumerate(plan.scaled_sampler.steps):
@@ -175,39 +190,11 @@ def sample_steps(
         state = run.after(state, x_next, m, writes)
 
 
-def sample(
-    model: Network, plan: CachePlan, x_BCHW: Tensor, labels_B: Tensor, seed: int = 0, selector: Selector | None = None
-) -> Tensor:
+def sample(model: Network, plan: CachePlan, x_BCHW: Tensor, asked: Asked, seed: int = 0, selector: Selector | None = None) -> Tensor:
     """Final latents [B, C, H, W] of a plan; arguments and errors of `sample_steps`."""
-    for state in sample_steps(model, plan, x_BCHW, labels_B, seed, selector=selector):
+    for state in sample_steps(model, plan, x_BCHW, asked, seed, selector=selector):
         x_BCHW = state.x_next
     return x_BCHW
-
-
-def require_null_label(config: DiTConfig, guidance: Guidance) -> None:
-    """Refuse guidance where there is nothing to guide away from.
-
-    Raises:
-        TeacherError: if the guidance scale is not 1 and the model has no null label.
-    """
-    if guidance.doubles_batch and not config.null_label:
-        classes = config.num_classes
-        other = f", or, if the last row is the null label, `num_classes` to {classes - 1}" if classes > 1 else ""
-        raise TeacherError(
-            f"guidance {guidance.scale:g} needs a null label, and the teacher has none: the rows of its label table are as many as its "
-            f"classes ({classes}). Set `guidance_scale` to 1{other}."
-        )
-
-
-def check_labels(labels_B: Tensor, num_classes: int) -> None:
-    """Refuse labels outside 0 to num_classes - 1.
-
-    Raises:
-        TokenCacheError: naming the first such label.
-    """
-    bad = labels_B[(labels_B < 0) | (labels_B >= num_classes)]
-    if len(bad):
-        raise TokenCacheError(f"label {int(bad[0])} is out of range: the model has classes 0 to {num_classes - 1}.")
 
 
 def _predict(
@@ -216,27 +203,21 @@ def _predict(
     i: int,
     flow: StepFlow,
     x_BCHW: Tensor,
-    labels_B: Tensor,
+    given: Given,
     store: Store,
     selector: Selector | None,
 ) -> tuple[Tensor, dict[Entry, Tensor]]:
     """Guided eps of step i, and what it writes."""
     cached = {r.entry: forecast([store[r.entry, s] for s in r.sources], r.weights) for r in flow.reads}
     kept = tuple(kept_tokens(s, x_BCHW.device) for s in plan.steps[i])
-    y = _rows(plan, i, labels_B)
-    t_M = torch.full((len(y),), plan.sampler.steps[i].t, device=x_BCHW.device)
-    mods, final = model.modulations(model.condition(t_M, y))
+    doubled = plan.guidance.doubles_batch and not plan.guidance_mode(i).single
+    rows = given.with_nulls(model.conditions) if doubled else given
+    t_M = torch.full((rows.images,), plan.sampler.steps[i].t, device=x_BCHW.device)
+    mods, final = model.modulations(model.condition(t_M, **rows))
     guidance = plan.guidance
     guided = Guided(plan.guidance_mode(i).mode, guidance.scale, guidance.channels) if guidance.doubles_batch else None
     step = Step(plan.steps[i], kept, cached, flow.writes, None if selector is None else selector.scorer(model, t_M[: len(x_BCHW)]))
     return predict(step, guided, x_BCHW, model, mods, final, plan.model.in_channels)
-
-
-def _rows(plan: CachePlan, i: int, labels_B: Tensor) -> Tensor:
-    """Labels of the rows that step i computes: those given, then as many of the null class where it computes both halves."""
-    if not plan.guidance.doubles_batch or plan.guidance_mode(i).single:
-        return labels_B
-    return torch.cat([labels_B, torch.full_like(labels_B, plan.model.num_classes)])
 
 
 def kept_tokens(segment: Segment, device: torch.device | str = "cpu") -> Tensor | None:

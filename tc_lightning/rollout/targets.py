@@ -14,15 +14,17 @@ from torch import Tensor
 
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.diffusion.schedule import Schedule
+from tc_lightning.models.conditions import Given, drawn_given
 from tc_lightning.models.network import Network
 from tc_lightning.plan.atomic import write_atomically
 from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.given import Arrays
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.plan.tensor_files import TensorFileError, read_tensors
 from tc_lightning.rollout.evaluation import OnStep, final_latents
-from tc_lightning.rollout.sampling import full_plan, labels_for, noise_for
+from tc_lightning.rollout.sampling import full_plan, noise_for
 
 ODE_SAMPLER, ODE_SPACING, ODE_STEPS = "dpmpp_2m", "logsnr", 400
 
@@ -42,8 +44,9 @@ class TargetKey:
         reference: sampler of the reference run.
         guidance: guidance scale and channels.
         seed: seed of the noise.
-        images: number of images; their labels are drawn (`tc_lightning.rollout.noise.drawn_labels`).
+        images: number of images; their conditions are drawn (`tc_lightning.plan.given.drawn`).
         ode_steps: steps of the solver that stands for the converged ODE.
+        examples: of conditions that cannot be drawn.
     """
 
     model: ModelSignature
@@ -53,6 +56,7 @@ class TargetKey:
     seed: int
     images: int
     ode_steps: int = ODE_STEPS
+    examples: Arrays | None = dataclasses.field(default=None, compare=False)
 
     @property
     def plans(self) -> dict[str, CachePlan]:
@@ -62,14 +66,15 @@ class TargetKey:
 
     @property
     def digest(self) -> str:
-        """sha256 of both plans, seed and labels."""
-        content = [self.seed, self.labels.tolist(), *(plan.digest for plan in self.plans.values())]
+        """sha256 of both plans, seed and conditions."""
+        given = {name: value.tolist() for name, value in self.given.items()}
+        content = [self.seed, given, *(plan.digest for plan in self.plans.values())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
-    def labels(self) -> Tensor:
-        """Class of each image, [B]."""
-        return labels_for(self.seed, range(self.images), self.model.num_classes)
+    def given(self) -> Given:
+        """Conditions of each image."""
+        return drawn_given(self.model.conditions, self.seed, range(self.images), self.examples)
 
     @property
     def image_steps(self) -> int:
@@ -79,10 +84,10 @@ class TargetKey:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Targets:
-    """Noise, labels, and final latents [B, C, H, W] of the reference run and of the converged ODE, all on the CPU."""
+    """Noise, conditions, and final latents [B, C, H, W] of the reference run and of the converged ODE, all on the CPU."""
 
     x_T: Tensor
-    labels: Tensor
+    given: Given
     reference: Tensor
     ode: Tensor
 
@@ -93,9 +98,9 @@ def compute_targets(model: Network, key: TargetKey, on_step: OnStep = lambda _: 
     Raises:
         TokenCacheError: if the teacher's latents become NaN.
     """
-    x_T, labels = noise_for(key.seed, range(key.images), model), key.labels
-    finals = {name: final_latents(model, plan, x_T, labels, on_step=on_step) for name, plan in key.plans.items()}
-    return Targets(x_T, labels, finals["reference"], finals["ode"])
+    x_T, given = noise_for(key.seed, range(key.images), model), key.given
+    finals = {name: final_latents(model, plan, x_T, given, on_step=on_step) for name, plan in key.plans.items()}
+    return Targets(x_T, given, finals["reference"], finals["ode"])
 
 
 def cached_targets(model: Network, key: TargetKey, folder: Path, on_step: OnStep = lambda _: None) -> Targets:
@@ -122,4 +127,4 @@ def _read(path: Path, key: TargetKey, model: Network) -> Targets | None:
     fit = all(final.shape == x_T.shape and final.dtype == x_T.dtype for final in finals.values())
     if metadata.get("digest") != key.digest or set(finals) != {"reference", "ode"} or not fit:
         return None
-    return Targets(x_T, key.labels, **finals)
+    return Targets(x_T, key.given, **finals)

@@ -55,12 +55,19 @@ def write_run(folder: Path, name: str, teacher: TeacherSpec, teacher_digest: str
         "format_version": FORMAT_VERSION,
         "purpose": purpose,
         "name": name,
-        "teacher": dataclasses.asdict(teacher) | {"weights": _anywhere(teacher.weights)},
+        "teacher": _lasting(teacher),
         "teacher_digest": teacher_digest,
         "plan": "plan.json",
         "scores": "scores.safetensors",
     } | ({"content": CONTENT} if content else {})
     write_atomically(folder / NAME, json.dumps(listing, indent=1).encode())
+
+
+def _lasting(teacher: TeacherSpec) -> dict[str, Any]:
+    """A teacher's description, with paths that hold anywhere."""
+    said = dataclasses.asdict(teacher) | {"weights": _anywhere(teacher.weights)}
+    conditions = said.pop("conditions")
+    return said if conditions is None else said | {"conditions": _anywhere(conditions)}
 
 
 def _anywhere(weights: str) -> str:
@@ -138,7 +145,7 @@ def _run_from_json(raw: dict[str, Any], folder: Path) -> Run:
 
 
 def _teacher(raw: Any) -> TeacherSpec:
-    check_keys(raw, {"weights", "preset", "dit", "input_size"}, {"family"}, "teacher")
+    check_keys(raw, {"weights", "preset", "dit", "input_size"}, {"family", "conditions"}, "teacher")
     weights, preset, size, family = raw["weights"], raw["preset"], raw["input_size"], raw.get("family")
     if not is_name(weights) or not weights or "\0" in weights:
         raise RunError(f"teacher.weights is {shown(weights)}; it must be a path")
@@ -147,8 +154,14 @@ def _teacher(raw: Any) -> TeacherSpec:
         raise RunError(f"{found}; a name and a number were expected, or null")
     if not (family is None or is_name(family)):
         raise RunError(f"teacher.family is {shown(family)}; a name was expected, or null")
-    dit = None if raw["dit"] is None else from_fields(DiTConfig, raw["dit"], "teacher.dit")
-    return TeacherSpec(weights, preset, dit, size, family)
+    dit = None if raw["dit"] is None else from_fields(DiTConfig, raw["dit"], "teacher.dit", {"output"})
+    return TeacherSpec(weights, preset, dit, size, family, _path(raw.get("conditions")))
+
+
+def _path(value: Any) -> str | None:
+    if value is not None and (not is_name(value) or not value or "\0" in value):
+        raise RunError(f"teacher.conditions is {shown(value)}; it must be a path, or null")
+    return value
 
 
 def _is_file_name(value: Any) -> bool:

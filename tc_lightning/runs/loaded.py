@@ -82,7 +82,7 @@ def planning_context(loaded: LoadedRun, targets: Targets) -> PlanningContext:
         targets: images that neither training nor a later comparison of the plans uses.
     """
     plan = loaded.reference
-    evaluate = RolloutEvaluator(loaded.model, targets.x_T, targets.labels, targets.reference, loaded.selector)
+    evaluate = RolloutEvaluator(loaded.model, targets.x_T, targets.given, targets.reference, loaded.selector)
     return PlanningContext(
         plan.model,
         loaded.model.schedule,

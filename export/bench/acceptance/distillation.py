@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.pilot import images
 from tc_lightning.planner.refine import DAMPING, PROBES, refine_sampler
 from tc_lightning.planner.target import TargetRun, run_target
+from tc_lightning.rollout.sampling import given_for
 
 ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
@@ -185,5 +186,6 @@ def _pairs(model: Network, pairs: int, steps: int, device: str) -> PairBatch:
     c = model.config
     x_prev, x, eps = torch.randn(3, pairs, c.in_channels, c.input_size, c.input_size, device=device)
     step = torch.arange(pairs, device=device) % (steps - 1) + 1
-    label = torch.arange(pairs, device=device) % c.num_classes
-    return PairBatch(x_prev=x_prev, x=x, eps=eps, label=label, step=step, index=torch.arange(pairs, device=device))
+    given = given_for(0, range(pairs), model, device)
+    pairs_B = PairBatch(x_prev=x_prev, x=x, eps=eps, step=step, index=torch.arange(pairs, device=device))
+    return cast(PairBatch, {**pairs_B, **given})

@@ -30,6 +30,7 @@ from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.conditions import class_label
 from tc_lightning.plan.costs import cache_bytes_per_image, plan_macs
 from tc_lightning.rollout.sampling import noise_for, reference_plan
 
@@ -70,7 +71,7 @@ class Loaded:
 
     def labels(self, batch: int) -> list[int]:
         """Labels of a request."""
-        return [i % self.plan.model.num_classes for i in range(batch)]
+        return [i % class_label(self.plan.model.conditions).classes for i in range(batch)]
 
     def cached(self, batch: int) -> Requests:
         """Requests to ONNX Runtime: full compute and every plan."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tc_lightning.cache.soft_network import StepCaches, full_eps, reused_eps
 from tc_lightning.errors import RunError
+from tc_lightning.models.conditions import Given
 from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.guidance import Guidance
@@ -65,6 +66,11 @@ class Batch:
         """Sampling step of each image, [B]."""
         return self.content["step"]
 
+    @property
+    def given(self) -> Given:
+        """Conditions of each image."""
+        return Given({condition.name: self.content[condition.name] for condition in self.task.signature.conditions})
+
     def times(self, steps_B: Tensor) -> Tensor:
         """Times of sampling steps in the network's units, [B]."""
         return self.task.times.to(steps_B.device)[steps_B]
@@ -74,13 +80,13 @@ class Batch:
     def caches(self) -> StepCaches:
         """What the step before each pair's step leaves, computed in full."""
         b = self.content
-        return full_eps(self.task.teacher, self.task.guidance, b["x_prev"], self.times(self.step - 1), b["label"])[1]
+        return full_eps(self.task.teacher, self.task.guidance, b["x_prev"], self.times(self.step - 1), self.given)[1]
 
     @functools.cached_property
     def reuse_error_B(self) -> Tensor:
         """Mean squared error of eps with everything reused, by image."""
         b, task = self.content, self.task
-        return self.error_B(reused_eps(task.teacher, task.guidance, self.caches.blocks, b["x"], self.times(self.step), b["label"]))
+        return self.error_B(reused_eps(task.teacher, task.guidance, self.caches.blocks, b["x"], self.times(self.step), self.given))
 
     def error_B(self, eps_BCHW: Tensor) -> Tensor:
         """Mean squared error against the recorded eps, by image."""

@@ -103,7 +103,7 @@ class ContentSuperposition(Objective):
         hard_BS = torch.zeros_like(scores_BS).scatter_(1, scores_BS.topk(keep, dim=1).indices, 1.0)
         w_BLN = torch.cat([hard_BS.unflatten(1, (self.cached_blocks, -1)), a_BLN[:, self.cached_blocks :]], 1)
         b, (teacher, _, _, guidance) = batch.content, self.task
-        eps = mixed_eps(teacher, guidance, batch.caches.blocks, b["x"], batch.times(batch.step), b["label"], w_BLN)
+        eps = mixed_eps(teacher, guidance, batch.caches.blocks, b["x"], batch.times(batch.step), batch.given, w_BLN)
         return {"distil_mse": batch.error_B(eps).mean(), "reuse_mse": batch.reuse_error_B.mean()}
 
     @torch.no_grad()
@@ -139,7 +139,7 @@ class ContentSuperposition(Objective):
     def _token_errors(self, batch: Batch, a_BLN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean squared error of x_L by image, the same with everything reused, and the mean square of x_L."""
         b, (teacher, _, _, guidance) = batch.content, self.task
-        z_MND, mods, _ = enter(teacher, guidance, b["x"], batch.times(batch.step), b["label"])
+        z_MND, mods, _ = enter(teacher, guidance, b["x"], batch.times(batch.step), batch.given)
         w_MLN = torch.cat([a_BLN, a_BLN]) if guidance.doubles_batch else a_BLN
         full, mixed, reused = z_MND, z_MND, z_MND
         for l, (block, mod, cache) in enumerate(zip(teacher.blocks, mods, batch.caches.blocks, strict=True)):  # noqa: E741

@@ -17,6 +17,7 @@ from tc_lightning.diffusion.update import advance, coefficients
 from tc_lightning.errors import RunError
 from tc_lightning.learn.objectives.base import Batch, Loss, Task
 from tc_lightning.learn.objectives.routers import THRESHOLD, RouterObjective
+from tc_lightning.models.conditions import Given
 from tc_lightning.models.predictor import INITIAL_IMPORTANCE, RouterTable
 
 
@@ -90,12 +91,12 @@ class RouterRollout(RouterObjective):
         """Weighted error of one denoising step plus the cost of computing; moves the student on."""
         if "noise" not in batch.content:
             raise RunError("a rollout starts from noise: use data.rollouts.RolloutDataModule with RouterRollout.")
-        step, label_B = int(batch.step[0]), batch.content["label"]
+        step, given = int(batch.step[0]), batch.given
         student = self._before(step, batch)
         w_TL2 = self._taken()
-        eps, caches = self._eps(student, label_B, w_TL2[step])
+        eps, caches = self._eps(student, given, w_TL2[step])
         with torch.no_grad():
-            target, _ = full_eps(self.task.teacher, self.task.guidance, student.x, self._time(student), label_B)
+            target, _ = full_eps(self.task.teacher, self.task.guidance, student.x, self._time(student), given)
             self._student = self._moved(student, eps, caches)
         return self.priced(self.weight_T[step] * (eps - target).square().flatten(1).mean(1), w_TL2)
 
@@ -109,13 +110,13 @@ class RouterRollout(RouterObjective):
     @torch.no_grad()
     def _replay(self, step: int, batch: Batch) -> Student:
         """Run the rollouts from noise to before a step: step 0 in full, the others with the present weights."""
-        x, label_B = batch.content["noise"], batch.content["label"]
+        x, given = batch.content["noise"], batch.given
         first = Student(batch.content["index"], 0, x, (), [])
-        eps, caches = full_eps(self.task.teacher, self.task.guidance, x, self._time(first), label_B)
+        eps, caches = full_eps(self.task.teacher, self.task.guidance, x, self._time(first), given)
         student = self._moved(first, eps, caches.branches)
         w_TL2 = self._taken()
         while student.step < step:
-            student = self._moved(student, *self._eps(student, label_B, w_TL2[student.step]))
+            student = self._moved(student, *self._eps(student, given, w_TL2[student.step]))
         return student
 
     def _taken(self) -> Tensor:
@@ -128,10 +129,10 @@ class RouterRollout(RouterObjective):
     def _time(self, student: Student) -> Tensor:
         return torch.full((len(student.x),), self.task.sampler.steps[student.step].t, device=student.x.device)
 
-    def _eps(self, student: Student, label_B: Tensor, w_L2: Tensor) -> tuple[Tensor, list[BranchCache]]:
+    def _eps(self, student: Student, given: Given, w_L2: Tensor) -> tuple[Tensor, list[BranchCache]]:
         """Guided eps of the student's step, and what it leaves."""
-        w_BL2 = w_L2.expand(len(label_B), -1, -1)
-        args = student.caches, student.x, self._time(student), label_B, w_BL2
+        w_BL2 = w_L2.expand(given.images, -1, -1)
+        args = student.caches, student.x, self._time(student), given, w_BL2
         return mixed_branches_eps(self.task.teacher, self.task.guidance, *args)
 
     def _moved(self, student: Student, eps: Tensor, caches: list[BranchCache]) -> Student:

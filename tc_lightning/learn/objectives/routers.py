@@ -26,7 +26,8 @@ from tc_lightning.diffusion.update import advance, coefficients
 from tc_lightning.errors import RunError
 from tc_lightning.learn.objectives.base import Batch, Budgeted, Loss, Task
 from tc_lightning.measure.step_effect import step_effect
-from tc_lightning.rollout.sampling import full_plan, labels_for, noise_for
+from tc_lightning.models.conditions import Asked
+from tc_lightning.rollout.sampling import full_plan, given_for, noise_for
 
 WEIGHTINGS = ("effect", "none", "image_error", "relative")
 CAP = 4.0  # most that reusing everything at a step may cost, in units of the median step
@@ -81,8 +82,8 @@ class RouterObjective(Budgeted):
     def start(self, device: torch.device) -> None:
         """Measure the weights of the steps: the same in every process."""
         x_BCHW = noise_for(MEASURE_SEED, range(self.samples), self.task.teacher, device)
-        labels_B = labels_for(MEASURE_SEED, range(self.samples), self.task.signature.num_classes, device)
-        self.weight_T = step_weights(self.weighting, self.task, x_BCHW, labels_B).to(device, torch.float32)
+        given = given_for(MEASURE_SEED, range(self.samples), self.task.teacher, device)
+        self.weight_T = step_weights(self.weighting, self.task, x_BCHW, given).to(device, torch.float32)
 
     def priced(self, weighted_B: Tensor, w_TL2: Tensor) -> Loss:
         """Weighted errors plus the cost of computing."""
@@ -100,7 +101,7 @@ class RouterObjective(Budgeted):
         """Error and computed share of branches when those with w above `THRESHOLD` are computed and the others reused."""
         b, (teacher, _, _, guidance) = batch.content, self.task
         hard_BL2 = (self.predictor() > THRESHOLD).float()[batch.step]
-        args = b["x"], batch.times(batch.step), b["label"], hard_BL2
+        args = b["x"], batch.times(batch.step), batch.given, hard_BL2
         eps, _ = mixed_branches_eps(teacher, guidance, batch.caches.branches, *args)
         return {"router_mse": batch.error_B(eps).mean(), "router_computed": hard_BL2.mean()}
 
@@ -112,7 +113,7 @@ class RouterObjective(Budgeted):
         return w_TL2
 
 
-def step_weights(weighting: str, task: Task, x_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+def step_weights(weighting: str, task: Task, x_BCHW: Tensor, asked: Asked) -> Tensor:
     """Weight of the squared error of each step, [T] float64 on the CPU; 0 at step 0.
 
     Weight x damage has the median 1, and is nowhere above `CAP`.
@@ -121,17 +122,17 @@ def step_weights(weighting: str, task: Task, x_BCHW: Tensor, labels_B: Tensor) -
         weighting: one of `WEIGHTINGS`.
         task: what is distilled.
         x_BCHW: noise of the images to measure on.
-        labels_B: their classes.
+        asked: their conditions.
 
     Raises:
         RunError: if reusing everything does no damage at all.
     """
-    damage_T = reuse_damage(task, x_BCHW, labels_B)
+    damage_T = reuse_damage(task, x_BCHW, asked)
     if not bool((damage_T[1:] > 0).all() and damage_T.isfinite().all()):
         raise RunError(f"reusing everything changes eps by {damage_T.tolist()}: the teacher's blocks do nothing, or it is damaged.")
     weight_T = torch.ones_like(damage_T)
     if weighting in ("effect", "image_error"):
-        weight_T = step_effect(task.teacher, full_plan(task.signature, task.sampler, task.guidance), x_BCHW, labels_B)
+        weight_T = step_effect(task.teacher, full_plan(task.signature, task.sampler, task.guidance), x_BCHW, asked)
     if weighting == "image_error":
         weight_T = weight_T * damage_T
     if weighting == "relative":
@@ -142,7 +143,7 @@ def step_weights(weighting: str, task: Task, x_BCHW: Tensor, labels_B: Tensor) -
 
 
 @torch.no_grad()
-def reuse_damage(task: Task, x_BCHW: Tensor, labels_B: Tensor) -> Tensor:
+def reuse_damage(task: Task, x_BCHW: Tensor, asked: Asked) -> Tensor:
     """Mean squared change of the guided eps when a step reuses all branches of the step before, [T] float64 on the CPU; 0 at step 0.
 
     The trajectories are those of full compute.
@@ -154,8 +155,8 @@ def reuse_damage(task: Task, x_BCHW: Tensor, labels_B: Tensor) -> Tensor:
     branches = None
     for row in sampler.steps:
         t_B = torch.full((len(x_BCHW),), row.t, device=x_BCHW.device)
-        eps, caches = full_eps(teacher, guidance, x_BCHW, t_B, labels_B)
-        reused = eps if branches is None else mixed_branches_eps(teacher, guidance, branches, x_BCHW, t_B, labels_B, none_BL2)[0]
+        eps, caches = full_eps(teacher, guidance, x_BCHW, t_B, asked)
+        reused = eps if branches is None else mixed_branches_eps(teacher, guidance, branches, x_BCHW, t_B, asked, none_BL2)[0]
         damage.append(float((reused - eps).double().square().mean()))
         x_BCHW, m = advance(x_BCHW, eps, past, coefficients(row))
         branches, past = caches.branches, (m, *past)[: sampler.history]

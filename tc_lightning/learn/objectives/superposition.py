@@ -21,12 +21,14 @@ FLOOR = 1e-12  # mean squared eps below which reuse does no damage worth dividin
 
 
 class PairBatch(TypedDict):
-    """Neighbouring steps of recorded trajectories; steps may differ within a batch."""
+    """Neighbouring steps of recorded trajectories; steps may differ within a batch.
+
+    Beside these, each condition by its name, [B, ...].
+    """
 
     x_prev: Tensor  # [B, C, H, W] latents of step - 1
     x: Tensor  # [B, C, H, W] latents of step
     eps: Tensor  # [B, C, H, W] guided eps of step at full compute
-    label: Tensor  # [B]
     step: Tensor  # [B] 1 to T - 1
     index: Tensor  # [B] which trajectory
 
@@ -90,7 +92,7 @@ class TokenSuperposition(Budgeted):
     def _error(self, batch: Batch, w_BLN: Tensor) -> Tensor:
         """Mean squared error of eps with importances w, by image."""
         b, (teacher, _, _, guidance) = batch.content, self.task
-        return batch.error_B(mixed_eps(teacher, guidance, batch.caches.blocks, b["x"], batch.times(batch.step), b["label"], w_BLN))
+        return batch.error_B(mixed_eps(teacher, guidance, batch.caches.blocks, b["x"], batch.times(batch.step), batch.given, w_BLN))
 
     def _macs_share(self, mean_w: Tensor) -> Tensor:
         signature = self.task.signature
@@ -140,5 +142,5 @@ class RouterSuperposition(RouterObjective):
         if batch_idx % self.every:
             return self.idle(w_TL2)
         b, (teacher, _, _, guidance), w_BL2 = batch.content, self.task, w_TL2[batch.step]
-        eps, _ = mixed_branches_eps(teacher, guidance, batch.caches.branches, b["x"], batch.times(batch.step), b["label"], w_BL2)
+        eps, _ = mixed_branches_eps(teacher, guidance, batch.caches.branches, b["x"], batch.times(batch.step), batch.given, w_BL2)
         return self.priced(self.weight_T[batch.step] * batch.error_B(eps), w_TL2)

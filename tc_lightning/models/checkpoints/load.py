@@ -17,6 +17,7 @@ from tc_lightning.models.checkpoints.spec import TeacherSpec, locate, resolve, r
 from tc_lightning.models.checkpoints.state import State
 from tc_lightning.models.checkpoints.torch_file import read_torch
 from tc_lightning.models.dit import DiT, DiTConfig
+from tc_lightning.plan.given import read_examples
 
 
 def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> DiT:
@@ -39,6 +40,8 @@ def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> DiT:
         raise TeacherError(f"{path} does not tell the model's shape: set `preset` ({like}) or `dit`.")
     config, labels = _with_labels(config, read.state)
     model = _build(family, config, read.state, path, f"its {CONFIG}" if is_diffusers(path) else CONFIGURATION)
+    if spec.conditions is not None:
+        model.examples = read_examples(Path(spec.conditions).expanduser(), model.conditions)
     if notes := [*read.notes, *labels]:
         tell(f"{path}: {'; '.join(notes)}")
     return model

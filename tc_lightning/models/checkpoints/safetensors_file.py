@@ -13,6 +13,7 @@ from tc_lightning.models.checkpoints.digest import FAMILY, digest
 from tc_lightning.models.checkpoints.state import fits, parse_json
 from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.models.families import FAMILIES
+from tc_lightning.plan.signature import OUTPUTS, PIXELS
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], DiTConfig | None, str | None]:
@@ -31,7 +32,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], DiTConfig | None, s
         return raw, None, None
     if metadata.get("sha256") != digest(metadata["dit_config"], raw):
         raise TeacherError(f"{path} is damaged: its content does not have the sha256 it was written with. Copy or create it again.")
-    return raw, *_parse_config(metadata["dit_config"], path)
+    output = metadata.get("output", PIXELS)  # before there was a word for it, what this package trained made pixels
+    if output not in OUTPUTS:
+        raise TeacherError(f"{path}: its metadata has the output {output!r}, which this version does not understand.")
+    config, family = _parse_config(metadata["dit_config"], path)
+    return raw, dataclasses.replace(config, output=output), family
 
 
 def _parse_config(text: str, path: Path) -> tuple[DiTConfig, str]:

@@ -24,7 +24,7 @@ def save_teacher(model: DiT, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, temporary, {"dit_config": config, "sha256": digest(config, state)})
+        save_file(state, temporary, {"dit_config": config, "output": model.config.output, "sha256": digest(config, state)})
         temporary.chmod(0o644)  # safetensors makes it private
         _fsync(temporary)
         os.replace(temporary, path)

@@ -8,8 +8,10 @@ from typing import Any
 
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.dit import DiT, DiTConfig, preset
-from tc_lightning.models.families import family_of
+from tc_lightning.models.families import shaped_as_dit
+from tc_lightning.plan.signature import LATENTS
 
+_TOLD = (("null_label", True), ("output", LATENTS))  # what a `dit` says by saying nothing
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -25,6 +27,7 @@ class TeacherSpec:
         input_size: height and width of the latents, where they are not the preset's 32.
         family: which networks these are weights of (`tc_lightning.models.families`), where the file does not tell: several share
             names and shapes. None: what the file tells, or else dit.
+        conditions: a `.npz` file with examples of conditions that cannot be drawn as class labels are: an array [rows, ...] of each.
     """
 
     weights: str
@@ -32,6 +35,7 @@ class TeacherSpec:
     dit: DiTConfig | None = None
     input_size: int | None = None
     family: str | None = None
+    conditions: str | None = None
 
 
 def locate(weights: str) -> Path:
@@ -72,20 +76,20 @@ def resolve_family(spec: TeacherSpec, found: str | None, path: Path) -> type[DiT
     Raises:
         TeacherError: if they disagree, or there is no such family.
     """
-    asked = None if spec.family is None else family_of(spec.family).family
+    asked = spec.family
     if None not in (asked, found) and asked != found:
         raise TeacherError(f"{path} holds a {found}, and `family` is {asked}: correct or remove the latter.")
-    return family_of(asked or found or DiT.family)
+    return shaped_as_dit(asked or found or DiT.family)
 
 
 def _asked(spec: TeacherSpec) -> dict[str, Any]:
     """Fields that the user has set."""
     asked: dict[str, Any] = {}
     if spec.dit is not None:
-        asked = {k: v for k, v in dataclasses.asdict(spec.dit).items() if (k, v) != ("null_label", True)}  # the table tells
+        asked = {k: v for k, v in dataclasses.asdict(spec.dit).items() if (k, v) not in _TOLD}  # the checkpoint tells
         if spec.input_size not in (None, spec.dit.input_size):
             raise TeacherError(f"`input_size` is {spec.input_size} and `dit.input_size` is {spec.dit.input_size}: set one of them.")
     elif spec.preset is not None:
-        conventions = ("freq_shift", "mlp_norm_eps", "null_label")  # not part of a shape's name: the checkpoint's own hold
+        conventions = ("freq_shift", "mlp_norm_eps", "null_label", "output")  # not part of a shape's name: the checkpoint's own hold
         asked = {k: v for k, v in dataclasses.asdict(preset(spec.preset)).items() if k not in conventions}
     return asked if spec.input_size is None else asked | {"input_size": spec.input_size}

@@ -104,14 +104,14 @@ class Bench:
 
 
 def _full_run(model: Network, layout: Layout, count: int) -> TargetRun:
-    x_T, labels = images(model, list(range(count)))
-    return run_target(model, layout.sampler, layout.guidance, x_T, labels, BATCH, "full run")
+    x_T, given = images(model, list(range(count)))
+    return run_target(model, layout.sampler, layout.guidance, x_T, given, BATCH, "full run")
 
 
 def _errors(model: Network, variant: Variant, target: TargetRun) -> np.ndarray:
     """Mean squared error of each image."""
     selector = None if variant.selector is None else variant.selector.to(target.x_0.device)
-    mse_B = RolloutEvaluator(model, target.x_T, target.labels_B, target.x_0, selector).mse_per_image(variant.plan)
+    mse_B = RolloutEvaluator(model, target.x_T, target.given, target.x_0, selector).mse_per_image(variant.plan)
     if not torch.isfinite(mse_B).all():
         raise RunError(f"{variant.name!r} makes the latents NaN or infinite: raise --full, or lower --order.")
     return mse_B.double().cpu().numpy()

@@ -1,0 +1,58 @@
+"""What a request's receipt says, in plain JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from export.runtime.layout import CONDITION
+from export.runtime.manifest import WEIGHTS
+from export.runtime.request import Tally, outside_the_fit
+
+
+def receipt_of(
+    m: Mapping[str, Any],
+    tally: Tally,
+    asked: Mapping[str, Any],
+    place: Mapping[str, Any],
+    scale: float,
+    full: bool,
+    no_graphs: str | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """The receipt of a request.
+
+    Args:
+        m: the artefact's manifest.
+        tally: what ran.
+        asked: what was asked for.
+        place: where it ran: provider, device, nodes on each provider.
+        scale: guidance scale.
+        full: whether the reference ran instead of the plan.
+        no_graphs: why no CUDA graphs were used; None if they were.
+        seconds: how long it took.
+    """
+    planned = float(m["guidance"]["scale"])
+    everything = asked["parts"] * m["full_steps"] * m["model"]["depth"] * m["model"]["tokens"]
+    return {
+        "plan_digest": m["plan_digest"],
+        "plan": m.get("plan_in_words"),
+        "outside_the_fit": outside_the_fit(None if full else m.get("fit"), scale, asked.get("labels", [])),
+        "weights_sha256": m.get("files", {}).get(WEIGHTS, {}).get("sha256"),
+        "teacher": m["teacher"],
+        "precision": m["precision"],
+        **asked,
+        "guidance": {"scale": scale, "planned": planned, "as_planned": scale == planned, "steps": dict(tally.guidance)},
+        **place,
+        "full_compute": full,
+        "steps_per_program": {name: count for name, count in tally.ran.items() if name != CONDITION},
+        "steps_reading_cache": tally.cached_steps,
+        "cache_engaged": tally.cached_steps > 0,
+        "blocks_x_tokens_computed": tally.computed,
+        "blocks_x_tokens_share": tally.computed / everything,
+        "cache_bytes": tally.cache_bytes,
+        "modulation_bytes": tally.modulation_bytes,
+        "cuda_graphs": {name: tally.graphs[name] for name in ("captured", "replayed", "plain")} | {"off": no_graphs},
+        "ms_per_program": {name: 1e3 * value for name, value in tally.seconds.items()} or None,  # see `timing`
+        "ms": 1e3 * seconds,
+    }
