@@ -21,15 +21,16 @@ from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from export.bench.clock import ProgramClock
-from tc_lightning.errors import RunError
+from tc_lightning.errors import PlanError, RunError
 from tc_lightning.measure.psnr import psnr_db
 from tc_lightning.measure.scores import sampler_digest
+from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.planner.finalists import CACHE_USES
 from tc_lightning.planner.front import write_front
 from tc_lightning.planner.policy import TARGETS, PlannerPolicy
 from tc_lightning.planner.price import ClockPrice, SharedPrice
-from tc_lightning.planner.run import Subject
+from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.choice import FOLDER, PlanChoice
 from tc_lightning.rollout.ranks import Ranks
 from tc_lightning.runs.candidates import write_candidates
@@ -55,10 +56,10 @@ def _plan(args: argparse.Namespace) -> None:
         policy.check(loaded.plan.model, loaded.plan.reference)
     fabric = fabric_of(args.devices)
     fabric.launch()
-    subject = subject_of(loaded, fabric)
+    context = context_of(loaded, fabric)
     if args.clock is not None:
-        policy = timed(args, loaded, subject, fabric)
-    choice = policy.search(subject)
+        policy = timed(args, loaded, context.ranks, fabric)
+    choice = policy.plan(context)
     if fabric.is_global_zero:
         write(choice, loaded, keep_plan=args.keep_plan)
 
@@ -93,10 +94,10 @@ def fabric_of(devices: str) -> Fabric:
         raise RunError(f"--devices {devices} cannot be used here: {error}") from error
 
 
-def timed(args: argparse.Namespace, loaded: LoadedRun, subject: Subject, fabric: Fabric) -> PlannerPolicy:
+def timed(args: argparse.Namespace, loaded: LoadedRun, ranks: Ranks, fabric: Fabric) -> PlannerPolicy:
     """The planner with budgets in time, which the first process measures for all."""
     clock, plan = clock_price(loaded, args.clock, args.batch), loaded.plan
-    price, speedup = SharedPrice(clock, subject.ranks, fabric.device), args.target_speedup
+    price, speedup = SharedPrice(clock, ranks, fabric.device), args.target_speedup
     if args.target_ms is not None:
         full_ms = price.of(lambda: clock.reference_ms(plan))
         speedup, most = full_ms / args.target_ms, len(plan.reference) / 2
@@ -111,13 +112,19 @@ def timed(args: argparse.Namespace, loaded: LoadedRun, subject: Subject, fabric:
     return policy
 
 
-def subject_of(loaded: LoadedRun, fabric: Fabric) -> Subject:
+def context_of(loaded: LoadedRun, fabric: Fabric) -> PlanningContext:
     """What the planner looks at, of a run; images are split over the processes of `fabric`."""
-    plan, folder = loaded.plan, loaded.run.folder / FOLDER
+    plan, folder, scores = loaded.plan, loaded.run.folder / FOLDER, loaded.scores
     folder.mkdir(parents=True, exist_ok=True)
     ranks = Ranks(fabric.global_rank, fabric.world_size, lambda values: fabric.all_reduce(values, reduce_op="sum"))  # type: ignore[return-value, arg-type]
     model = loaded.model.to(fabric.device)
-    return Subject(model, plan.model, plan.guidance, loaded.scores, plan.reference, plan.reference, ranks, folder)
+    subject = plan.model, model.schedule, plan.reference, plan.guidance, scores, plan.reference
+    return PlanningContext(*subject, _no_judge, model=model, ranks=ranks, folder=folder)
+
+
+def _no_judge(plan: CachePlan, images: int | None) -> float:
+    """The planner judges plans by runs of its own."""
+    raise PlanError("plans are judged by the planner itself here.")
 
 
 def clock_price(loaded: LoadedRun, provider: str, batch: int) -> ClockPrice:

@@ -17,11 +17,12 @@ from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.sampler_table import FITTED, SamplerStep, SamplerTable
 from tc_lightning.planner.fit import FittedPlan, fit_sampler
 from tc_lightning.planner.price import Price
-from tc_lightning.planner.recipe import Kitchen, Recipe
+from tc_lightning.planner.recipe import Recipe, build_plan
 from tc_lightning.planner.record import TrialRecord, code_digest
 from tc_lightning.planner.refine import OnPass, refine_sampler
 from tc_lightning.planner.robust import robust_mean_of_all
 from tc_lightning.planner.target import TargetRun
+from tc_lightning.policies.subject import Subject
 from tc_lightning.rollout.ranks import Ranks
 
 
@@ -45,7 +46,7 @@ class Bench:
 
     Args:
         model: the teacher.
-        kitchen: builds plans.
+        subject: what is planned for.
         price: what they cost.
         target: the run to reproduce, of this process's images: first those that samplers are fitted on, then those that judge.
         fitted: how many of this process's images are fitted on.
@@ -54,15 +55,15 @@ class Bench:
     """
 
     def __init__(
-        self, model: Network, kitchen: Kitchen, price: Price, target: TargetRun, fitted: int, ranks: Ranks, record: Path | None = None
+        self, model: Network, subject: Subject, price: Price, target: TargetRun, fitted: int, ranks: Ranks, record: Path | None = None
     ) -> None:
-        self.model, self.kitchen, self.price, self.target, self.fitted, self.ranks = model, kitchen, price, target, fitted, ranks
+        self.model, self.subject, self.price, self.target, self.fitted, self.ranks = model, subject, price, target, fitted, ranks
         self.record, self._record = record, TrialRecord(record, self._name())
 
     def cost(self, recipe: Recipe) -> float:
         """Cost of a recipe's plan in full steps; infinite if it describes none."""
         try:
-            plan = self.kitchen.build(recipe)
+            plan = build_plan(self.subject, recipe)
         except TokenCacheError:  # the run that is replaced may have a sampler of another name than any known here, too
             return math.inf
         return self.price(plan)
@@ -78,7 +79,7 @@ class Bench:
 
     def fit(self, recipe: Recipe) -> FittedPlan:
         """The recipe's plan with its sampler fitted."""
-        return fit_sampler(self.model, self.kitchen.build(recipe), self.target, self.fitted, ranks=self.ranks)
+        return fit_sampler(self.model, build_plan(self.subject, recipe), self.target, self.fitted, ranks=self.ranks)
 
     def refined(self, recipe: Recipe, iterations: int, on_pass: OnPass) -> CachePlan:
         """The recipe's plan, fitted and then refined on all images of the bench, unless that was done before.
@@ -88,7 +89,7 @@ class Bench:
             iterations: steps of Gauss-Newton at most.
             on_pass: called after each of them.
         """
-        plan, name = self.kitchen.build(recipe), f"{recipe.digest}-{iterations}"
+        plan, name = build_plan(self.subject, recipe), f"{recipe.digest}-{iterations}"
         width, device = len(dataclasses.fields(SamplerStep)), self.target.x_0.device
         known = self._record.refined(name, (plan.num_steps, width))
         if self.ranks.of_first(float(known is not None), device):  # another process may not see the file
@@ -110,14 +111,14 @@ class Bench:
 
     def _name(self) -> str:
         """Digest of all that an error depends on beside the recipe."""
-        k, t = self.kitchen, self.target
+        s, t = self.subject, self.target
         parts = [
             code_digest(),
-            dataclasses.asdict(k.signature),
-            k.scores.digest,
-            sampler_digest(k.scored),
-            sampler_digest(k.reference),
-            dataclasses.asdict(k.guidance),
+            dataclasses.asdict(s.signature),
+            s.scores.digest,
+            sampler_digest(s.sampler),
+            sampler_digest(s.reference),
+            dataclasses.asdict(s.guidance),
             t.times.tolist(),
             t.sampler,
         ]

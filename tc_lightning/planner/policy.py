@@ -12,7 +12,7 @@ from tc_lightning.planner.bench import Trial
 from tc_lightning.planner.fewer_steps import FIT, JUDGE, REFINEMENTS
 from tc_lightning.planner.finalists import CACHE_USES, CacheUse
 from tc_lightning.planner.price import Price, macs_price
-from tc_lightning.planner.run import Choice, PlannerRun, Settings, Subject
+from tc_lightning.planner.run import Choice, PlannerRun, Settings
 from tc_lightning.policies.base import PlanningContext, Policy
 from tc_lightning.policies.choice import PlanChoice
 from tc_lightning.rollout.targets import ODE_STEPS
@@ -111,15 +111,8 @@ class PlannerPolicy(Policy):
         Raises:
             PlanError: if the context has no model, or no plan fits the budget.
         """
-        if context.model is None:
-            raise PlanError("the planner runs plans and needs the model: plan with `lightning fit` or `python -m tc_lightning plan`.")
-        c = context
-        self.check(c.signature, c.reference)
-        return self.search(Subject(context.model, c.signature, c.guidance, c.scores, c.sampler, c.reference, c.ranks, c.folder))
-
-    def search(self, subject: Subject) -> PlanChoice:
-        """As `plan`, for what can be planned without being asked through a context."""
-        run = PlannerRun(dataclasses.replace(self.settings, price=self.price), subject)
+        self.check(context.signature, context.reference)
+        run = PlannerRun(dataclasses.replace(self.settings, price=self.price), context)
         searches = run.searches()
         choices = run.finish(searches)
         known = {recipe: trial for search in searches.values() for recipe, trial in search.trials.items()}

@@ -13,14 +13,13 @@ from typing import Any, Literal
 import numpy as np
 
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.measure.scores import Scores
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.plan.guidance import BOTH, Guidance, GuidanceMode
+from tc_lightning.plan.guidance import BOTH, GuidanceMode
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.segments import MAX_ORDER, compute
-from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.pruned_steps import PrunedStep
+from tc_lightning.policies.subject import Subject
 
 # full compute with fewer steps; the same with halves of guidance forecast; with steps that skip or prune
 Kind = Literal["full", "halves", "cache"]
@@ -63,56 +62,35 @@ class Recipe:
         return dataclasses.asdict(self) | {"full": list(self.full), "alone": list(self.alone)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Kitchen:
-    """All that it takes to build a plan from a recipe.
+def build_plan(subject: Subject, recipe: Recipe) -> CachePlan:
+    """The plan of a recipe, with its solver's own coefficients.
 
-    Args:
-        signature: the model.
-        schedule: its schedule, of which samplers are made.
-        guidance: guidance scale and channels.
-        scores: importances and sensitivities, at the steps of `scored`.
-        scored: the sampler that the scores belong to.
-        reference: the full-compute run that plans replace.
+    Raises:
+        PlanError: if the recipe describes none.
+        TokenCacheError: if its sampler or spacing is unknown.
     """
+    s, sampler = subject, make_sampler(subject.schedule, recipe.solver, recipe.num_steps, recipe.spacing)
+    scores, full = _scores_at(subject, sampler), set(recipe.full)
+    pruned = [i for i in range(recipe.num_steps) if i not in full]
+    everything = (compute(0, s.signature.depth),)
+    steps = tuple(everything if i in full else recipe.pruned.segments(s.signature, scores, pruned, i) for i in range(recipe.num_steps))
+    modes = tuple(GuidanceMode("forecast", MAX_ORDER) if i in recipe.alone else BOTH for i in range(recipe.num_steps))
+    provenance = {"policy": "planner", "arguments": recipe.to_json(), "scores": s.scores.digest}
+    modes = modes if recipe.alone else ()
+    return CachePlan(s.signature, sampler, s.guidance, steps, s.reference, provenance, guidance_modes=modes)
 
-    signature: ModelSignature
-    schedule: Schedule
-    guidance: Guidance
-    scores: Scores
-    scored: SamplerTable
-    reference: SamplerTable
 
-    def build(self, recipe: Recipe) -> CachePlan:
-        """The plan, with its solver's own coefficients.
+def _scores_at(subject: Subject, sampler: SamplerTable) -> Scores:
+    """The scores at the times of another sampler: those of the nearest time that was scored, step 0 apart.
 
-        Raises:
-            PlanError: if the recipe describes none.
-            TokenCacheError: if its sampler or spacing is unknown.
-        """
-        sampler = make_sampler(self.schedule, recipe.solver, recipe.num_steps, recipe.spacing)
-        scores, full = self._scores_at(sampler), set(recipe.full)
-        pruned = [i for i in range(recipe.num_steps) if i not in full]
-        everything = (compute(0, self.signature.depth),)
-        steps = tuple(
-            everything if i in full else recipe.pruned.segments(self.signature, scores, pruned, i) for i in range(recipe.num_steps)
-        )
-        modes = tuple(GuidanceMode("forecast", MAX_ORDER) if i in recipe.alone else BOTH for i in range(recipe.num_steps))
-        provenance = {"policy": "planner", "arguments": recipe.to_json(), "scores": self.scores.digest}
-        return CachePlan(
-            self.signature, sampler, self.guidance, steps, self.reference, provenance, guidance_modes=modes if recipe.alone else ()
-        )
-
-    def _scores_at(self, sampler: SamplerTable) -> Scores:
-        """The scores at the times of another sampler: those of the nearest time that was scored, step 0 apart.
-
-        Nearness is in the network's own time, along which its output changes, whichever way that runs.
-        """
-        known, wanted = (np.array([row.t for row in table.steps]) for table in (self.scored, sampler))
-        rows = np.maximum(np.abs(wanted[:, None] - known[None]).argmin(1), min(1, len(known) - 1))
-        importance_TLN, sensitivity_TL2 = self.scores.importance_TLN[rows].copy(), self.scores.sensitivity_TL2[rows].copy()
-        importance_TLN[0], sensitivity_TL2[0] = 1.0, 0.0
-        return dataclasses.replace(self.scores, importance_TLN=importance_TLN, sensitivity_TL2=sensitivity_TL2, router_TL2=None)
+    Nearness is in the network's own time, along which its output changes, whichever way that runs.
+    """
+    scores = subject.scores
+    known, wanted = (np.array([row.t for row in table.steps]) for table in (subject.sampler, sampler))
+    rows = np.maximum(np.abs(wanted[:, None] - known[None]).argmin(1), min(1, len(known) - 1))
+    importance_TLN, sensitivity_TL2 = scores.importance_TLN[rows].copy(), scores.sensitivity_TL2[rows].copy()
+    importance_TLN[0], sensitivity_TL2[0] = 1.0, 0.0
+    return dataclasses.replace(scores, importance_TLN=importance_TLN, sensitivity_TL2=sensitivity_TL2, router_TL2=None)
 
 
 def spread(num_steps: int, count: int, warmup: int, bend: float) -> tuple[int, ...]:

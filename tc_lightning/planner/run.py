@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,26 +12,21 @@ from tqdm import tqdm
 
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.psnr import psnr_db
-from tc_lightning.measure.scores import Scores
 from tc_lightning.models.conditions import Given, labels_in
-from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.plan.guidance import Guidance
-from tc_lightning.plan.sampler_table import SamplerTable
-from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.planner.bench import Bench, Trial
 from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose, finalist_recipes, worth_refining
 from tc_lightning.planner.front import TRIALS
 from tc_lightning.planner.pilot import HARD, Sample, as_they_come, dealt, difficulty, images, stratified
 from tc_lightning.planner.price import Price, macs_price
-from tc_lightning.planner.recipe import Kitchen, Recipe
+from tc_lightning.planner.recipe import Recipe
 from tc_lightning.planner.refine import OnPass
 from tc_lightning.planner.search import Search
 from tc_lightning.planner.shapes import grid, native
 from tc_lightning.planner.target import TargetRun, run_target
+from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.choice import FrontPoint, Role
 from tc_lightning.rollout.evaluation import RolloutEvaluator
-from tc_lightning.rollout.ranks import ALONE, Ranks
 from tc_lightning.rollout.targets import converged_ode
 
 BATCH = 16
@@ -65,31 +59,6 @@ class Settings:
         return tuple(dict.fromkeys((self.target_speedup, *self.front)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """What is planned for.
-
-    Args:
-        model: the teacher, on the device where plans are to run.
-        signature: its signature.
-        guidance: guidance scale and channels.
-        scores: importances and sensitivities.
-        scored: the sampler whose steps the scores are of.
-        reference: the full-compute run that plans replace.
-        ranks: the processes that plan together.
-        folder: where trials are remembered; None for nowhere.
-    """
-
-    model: Network
-    signature: ModelSignature
-    guidance: Guidance
-    scores: Scores
-    scored: SamplerTable
-    reference: SamplerTable
-    ranks: Ranks = ALONE
-    folder: Path | None = None
-
-
 class Choice(NamedTuple):
     """What a budget ends with: the plan; full compute with fewer steps, refined alike, that it has to beat; all that were compared."""
 
@@ -112,14 +81,16 @@ class PlannerRun:
 
     Args:
         settings: what to do.
-        subject: what for.
+        context: what for; it has a model, on the device where plans are to run.
 
     Raises:
-        PlanError: if there are fewer images than processes.
+        PlanError: if there is no model, or there are fewer images than processes.
     """
 
-    def __init__(self, settings: Settings, subject: Subject) -> None:
-        self.settings, self.subject, self.model, self.ranks = settings, subject, subject.model, subject.ranks
+    def __init__(self, settings: Settings, context: PlanningContext) -> None:
+        if context.model is None:
+            raise PlanError("the planner runs plans and needs the model: plan with `lightning fit` or `python -m tc_lightning plan`.")
+        self.settings, self.context, self.model, self.ranks = settings, context, context.model, context.ranks
         least = min(settings.fit_images, settings.judge_images, settings.choice_images, settings.final_images)
         if least < self.ranks.world:
             raise PlanError(
@@ -133,9 +104,8 @@ class PlannerRun:
         parts = [part.part(self.ranks.share(len(part.indices))) for part in (fit, judge, choice, final)]
         self.fitted, self.judged, self.compared = itertools.accumulate(len(part.indices) for part in parts[:3])
         self.target = self._run_target(parts)
-        kitchen = Kitchen(subject.signature, self.model.schedule, subject.guidance, subject.scores, subject.scored, subject.reference)
-        record = None if subject.folder is None else subject.folder / TRIALS
-        self.bench = Bench(self.model, kitchen, settings.price, self._seen, self.fitted, self.ranks, record)
+        record = None if context.folder is None else context.folder / TRIALS
+        self.bench = Bench(self.model, context, settings.price, self._seen, self.fitted, self.ranks, record)
 
     def searches(self) -> dict[float, Search]:
         """The search for the target, then those for the other budgets, which start from what that one found.
@@ -143,7 +113,7 @@ class PlannerRun:
         Raises:
             PlanError: if a budget has no plan.
         """
-        settings, steps = self.settings, len(self.subject.reference)
+        settings, steps = self.settings, len(self.context.reference)
         with tqdm(desc="planning", unit="plan", disable=not self._shown) as bar:
 
             def progress(trial: Trial, best: Trial) -> None:
@@ -203,7 +173,7 @@ class PlannerRun:
 
     @property
     def _reference_run(self) -> tuple[str, str, int]:
-        reference = self.subject.reference
+        reference = self.context.reference
         return reference.name, reference.spacing, len(reference)
 
     def _pick(self) -> tuple[Sample, Sample]:
@@ -213,8 +183,8 @@ class PlannerRun:
             return as_they_come(0, seen), as_they_come(seen, choice)
         own = range(self._pool_size)[self.ranks.share(self._pool_size)]
         what = "hard images" if self._shown else None
-        noise, steps = images(self.model, list(own)), len(self.subject.reference)
-        guidance, device = self.subject.guidance, noise[0].device
+        noise, steps = images(self.model, list(own)), len(self.context.reference)
+        guidance, device = self.context.guidance, noise[0].device
         own_P = self.ranks.together(lambda: difficulty(self.model, guidance, steps, *noise, BATCH, what), device)
         difficulty_P = self.ranks.gathered(own_P)
         first, second = dealt(difficulty_P, seen / (seen + choice))
@@ -222,7 +192,7 @@ class PlannerRun:
 
     def _search(self, search: Search, first: Search) -> None:
         """Search one budget; all but the first one start from what that one found."""
-        settings, guided = self.settings, self.subject.guidance.doubles_batch
+        settings, guided = self.settings, self.context.guidance.doubles_batch
         search.try_without_skips(guided and settings.cache != "none")
         if settings.cache == "none":
             return
@@ -256,7 +226,7 @@ class PlannerRun:
     def _wide_bench(self) -> Bench:
         """Where finalists are fitted and refined: on all images that the search has looked at."""
         bench = self.bench
-        return Bench(self.model, bench.kitchen, bench.price, self._seen, self.judged, self.ranks, bench.record)
+        return Bench(self.model, bench.subject, bench.price, self._seen, self.judged, self.ranks, bench.record)
 
     @functools.cached_property
     def _fit_record(self) -> dict[str, Any]:
@@ -264,7 +234,7 @@ class PlannerRun:
         images, conditions = len(self.ranks.gathered(self._seen.counts_B[:, None])), self.model.conditions
         labels = {c.name: self.ranks.gathered(self._seen.given[c.name][:, None].double())[:, 0].long() for c in conditions if c.classes}
         seen = labels_in(conditions, Given(labels))
-        return {"target": self.settings.target, "guidance": self.subject.guidance.scale, "images": images} | seen
+        return {"target": self.settings.target, "guidance": self.context.guidance.scale, "images": images} | seen
 
     def _point(self, plan: CachePlan, budgets: list[float], role: Role, chosen: bool) -> FrontPoint:
         mse_B = self.ranks.gathered(self._errors(plan, self.target.part(slice(self.compared, None))))
@@ -280,11 +250,11 @@ class PlannerRun:
         return found.double().to(target.x_0.device)
 
     def _run_target(self, parts: list[Sample]) -> TargetRun:
-        settings, subject = self.settings, self.subject
-        sampler = subject.reference if settings.target == "reference" else converged_ode(self.model.schedule, settings.ode_steps)
+        settings, context = self.settings, self.context
+        sampler = context.reference if settings.target == "reference" else converged_ode(self.model.schedule, settings.ode_steps)
         noise = images(self.model, [index for part in parts for index in part.indices])
         what = "target run" if self._shown else None
-        run = self.ranks.together(lambda: run_target(self.model, sampler, subject.guidance, *noise, BATCH, what), noise[0].device)
+        run = self.ranks.together(lambda: run_target(self.model, sampler, context.guidance, *noise, BATCH, what), noise[0].device)
         weights = torch.tensor([weight for part in parts for weight in part.weights], device=run.x_0.device)
         return dataclasses.replace(run, weights_B=weights)
 

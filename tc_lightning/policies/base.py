@@ -10,15 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.calibration import Calibration
-from tc_lightning.measure.scores import Scores, sampler_digest
+from tc_lightning.measure.scores import sampler_digest
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.choice import PlanChoice
+from tc_lightning.policies.subject import Subject
 from tc_lightning.rollout.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -26,31 +25,19 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanningContext:
-    """All that a policy may look at.
+class PlanningContext(Subject):
+    """All that a policy may look at: what is planned for, and what can be found out about it here.
 
     Args:
-        signature: the model.
-        schedule: its schedule, for policies that make samplers of their own.
-        sampler: the sampler whose steps are to be planned.
-        guidance: guidance scale and channels.
-        scores: learned importance of tokens and measured sensitivity of branches.
         evaluate: mean squared error of a plan's final latents against full compute, over the first n held-out images
             (None: all).
-        reference: sampler of the full-compute run that a plan is to replace, and whose MACs targets refer to.
         calibrate: measures the teacher's full-compute trajectories, once and only if a policy asks; None where nothing can.
         model: the teacher, for policies that run more than `evaluate` does; None where there is none.
         ranks: the processes that plan together.
         folder: where a policy may keep what it would need to go on after an interruption; None for nowhere.
     """
 
-    signature: ModelSignature
-    schedule: Schedule
-    sampler: SamplerTable
-    guidance: Guidance
-    scores: Scores
     evaluate: Callable[[CachePlan, int | None], float]
-    reference: SamplerTable
     calibrate: Callable[[], Calibration] | None = None
     model: Network | None = None
     ranks: Ranks = ALONE

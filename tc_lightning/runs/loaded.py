@@ -89,8 +89,8 @@ def planning_context(loaded: LoadedRun, targets: Targets) -> PlanningContext:
         plan.sampler,
         plan.guidance,
         loaded.scores,
-        evaluate,
         plan.sampler,
+        evaluate,
         calibrate=lambda: loaded.calibration,
         model=loaded.model,
     )
