@@ -22,6 +22,8 @@ from tc_lightning.plan.segments import Segment, compute, partial, reuse, skip
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.rollout.sampling import model_signature
 
+pytest_plugins = ("artefacts", "planning", "trajectory_sets")  # files beside this one whose fixtures several tests use
+
 # Tests run side by side, and so does what they start: a thread each.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

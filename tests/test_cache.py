@@ -1,36 +1,25 @@
+"""Sampling with a cache: nothing cached is the teacher, skip and reuse by hand, requests that leave nothing behind."""
+
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from caching import EVERYTHING, LABELS, tokens_of
 from conftest import FULL, make_plan, make_teacher
 from torch import Tensor
 
-from tc_lightning.cache.semantics import Cache, Step, forecast, run_blocks
-from tc_lightning.cache.soft import BlockCache, full_block, mixed_block, mixed_branches
+from tc_lightning.cache.semantics import Step, forecast, run_blocks
 from tc_lightning.errors import PlanError, TokenCacheError
-from tc_lightning.models.dit import DiT, Modulation
+from tc_lightning.models.dit import DiT
 from tc_lightning.models.network import KeyValue
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.dataflow import Entry
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import compute, partial, reuse, skip
 from tc_lightning.rollout.sampling import full_plan, kept_tokens, model_signature, noise_for, sample, sample_steps
-
-LABELS = torch.tensor([0, 3])
-EVERYTHING = tuple(range(16))
-
-
-def tokens_of(model: DiT, t: float = 600.0, seed: int = 0, labels: Tensor = LABELS):
-    """Tokens, adaLN terms of the blocks and of the final layer for noise."""
-    x = noise_for(seed, range(len(labels)), model)
-    mods, final = model.modulations(model.condition(torch.full((len(labels),), t), label=labels))
-    return model.embed(x), mods, final
 
 
 def by_hand(model: DiT, plan: CachePlan, x: Tensor, labels: Tensor) -> Tensor:
@@ -181,187 +170,6 @@ def test_reuse_returns_what_it_computed(teacher):
     _, writes = run_blocks(step, z, list(teacher.blocks), mods)
     assert set(writes) == set(wanted)
     assert all(torch.equal(writes[entry], value) for entry, value in zip(wanted, (a, kv.k, kv.v), strict=True))
-
-
-# Partial
-
-
-def slow_partial(model: DiT, z: Tensor, mods, kept: tuple[int, ...], cached: Cache, start: int, stop: int) -> Tensor:
-    """A partial segment, one token and one head at a time, straight from the weights."""
-    batch, N, D = z.shape
-    M, E = model.config.num_heads, D // model.config.num_heads
-    out = z + cached[Entry("span", start, stop)]
-    for s in range(batch):
-        current = {n: z[s, n] for n in kept}
-        for b in range(start, stop):
-            block, mod = model.blocks[b], Modulation(*(term[s, 0] for term in mods[b]))
-            heads: dict[int, tuple[Tensor, ...]] = {}
-            for n in kept:
-                h = F.layer_norm(current[n], (D,), eps=1e-6) * mod.scale_attn + mod.shift_attn
-                qkv = block.attn.qkv.weight @ h + block.attn.qkv.bias
-                heads[n] = tuple(part.reshape(M, E) for part in qkv.split(D))
-            for n in kept:
-                attended = []
-                for m in range(M):
-                    keys = [heads[j][1][m] if j in heads else cached[Entry("k", b, b + 1)][s, j].reshape(M, E)[m] for j in range(N)]
-                    values = [heads[j][2][m] if j in heads else cached[Entry("v", b, b + 1)][s, j].reshape(M, E)[m] for j in range(N)]
-                    scores = torch.stack([heads[n][0][m] @ key / math.sqrt(E) for key in keys]).softmax(0)
-                    attended.append(sum(w * v for w, v in zip(scores, values, strict=True)))
-                a = block.attn.proj.weight @ torch.cat(attended) + block.attn.proj.bias
-                y = current[n] + mod.gate_attn * a
-                h = F.layer_norm(y, (D,), eps=model.config.mlp_norm_eps) * mod.scale_mlp + mod.shift_mlp
-                current[n] = y + mod.gate_mlp * block.mlp(h)
-        for n in kept:
-            out[s, n] = current[n]
-    return out
-
-
-def cache_of_another_time(model: DiT, start: int, stop: int) -> dict[Entry, Tensor]:
-    """Span, keys, values and attention of blocks as another time step computed them."""
-    z, mods, _ = tokens_of(model, t=900.0, seed=5)
-    entries = [Entry("span", start, stop)]
-    entries += [Entry(kind, b, b + 1) for b in range(start, stop) for kind in ("k", "v", "attn")]
-    return run_blocks(Step(FULL, (None,), {}, entries), z, list(model.blocks), mods)[1]
-
-
-@pytest.mark.parametrize(("start", "stop"), [(1, 2), (0, 3)])
-@torch.no_grad()
-def test_partial_equals_the_slow_definition(start, stop):
-    model = make_teacher(1, mlp_norm_eps=1e-2)
-    kept, cached = (0, 2, 7, 8, 15), cache_of_another_time(model, start, stop)
-    z, mods, _ = tokens_of(model, t=500.0)
-    segment = partial(start, stop, kept)
-    step = Step((segment,), (kept_tokens(segment),), cached, ())
-    out, _ = run_blocks(step, z, list(model.blocks), mods)
-    torch.testing.assert_close(out, slow_partial(model, z, mods, kept, cached, start, stop), rtol=1e-4, atol=1e-4)
-
-    pruned = [n for n in range(16) if n not in kept]
-    span = cached[Entry("span", start, stop)]
-    assert torch.equal(out[:, pruned], (z + span)[:, pruned])
-    assert (out[:, kept] - (z + span)[:, kept]).abs().max() > 0.01
-
-    k = Entry("k", stop - 1, stop)  # a change in the cached key of any pruned token reaches the kept ones
-    for n in (1, 14):
-        moved = dict(cached) | {k: cached[k].clone()}
-        moved[k][:, n] += 5.0
-        assert (run_blocks(step._replace(cached=moved), z, list(model.blocks), mods)[0] - out)[:, kept].abs().max() > 1e-4
-    moved[k] = cached[k].clone()  # of a kept token it does not
-    moved[k][:, 7] += 5.0
-    assert torch.equal(run_blocks(step._replace(cached=moved), z, list(model.blocks), mods)[0], out)
-
-
-@torch.no_grad()
-def test_partial_leaves_the_latest_key_and_value_of_every_token(teacher):
-    """Those of its own tokens, in their places; and the next partial step reads what this one left."""
-    kept, b, blocks = [1, 4, 9], 2, list(teacher.blocks)
-    cached = cache_of_another_time(teacher, b, b + 1)
-    z, mods, _ = tokens_of(teacher, t=500.0)
-    segment = partial(b, b + 1, tuple(kept))
-    _, writes = run_blocks(Step((segment,), (kept_tokens(segment),), cached, ()), z, blocks, mods)
-    _, k, v = blocks[b].qkv(z[:, kept], mods[b])
-    assert set(writes) == {Entry("k", b, b + 1), Entry("v", b, b + 1)}
-    others = [n for n in range(16) if n not in kept]
-    for entry, new in zip(sorted(writes), (k, v), strict=True):
-        assert torch.equal(writes[entry][:, kept], new)
-        assert torch.equal(writes[entry][:, others], cached[entry][:, others])
-
-    plan = make_plan(teacher, (FULL, (partial(0, 4, (1, 4)),), (partial(0, 4, (2, 4)),), FULL, (partial(0, 4, (3,)),)), Guidance())
-    states = list(sample_steps(teacher, plan, noise_for(0, range(2), teacher), LABELS))
-    for entry in (Entry("k", 3, 4), Entry("v", 0, 1)):
-        left = [state.writes[entry] for state in states]
-        same = [[bool((a[:, n] == b[:, n]).all()) for n in range(5)] for a, b in itertools.pairwise(left)]
-        assert same == [
-            [True, False, True, True, False],
-            [True, True, False, True, False],
-            [False] * 5,
-            [True, True, True, False, True],
-        ]
-
-
-@torch.no_grad()
-def test_partial_of_the_mlp_alone(teacher):
-    kept, cached = [1, 4, 9], cache_of_another_time(teacher, 2, 4)
-    z, mods, _ = tokens_of(teacher, t=500.0)
-    expected = z + cached[Entry("span", 2, 4)]
-    part = z[:, kept]
-    for b in (2, 3):
-        part = part + mods[b].gate_attn * cached[Entry("attn", b, b + 1)][:, kept]
-        part = part + mods[b].gate_mlp * teacher.blocks[b].mlp_branch(part, mods[b])
-    expected[:, kept] = part
-    segment = partial(2, 4, tuple(kept), 0, ("mlp",))
-    out, _ = run_blocks(Step((segment,), (kept_tokens(segment),), cached, ()), z, list(teacher.blocks), mods)
-    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
-
-
-# The soft form
-
-
-@pytest.mark.parametrize("kept", [(0, 2, 7, 8, 15), (3,), EVERYTHING, ()])
-@torch.no_grad()
-def test_soft_form_at_zero_and_one_is_the_partial_step(teacher, kept):
-    b = 2
-    cached = cache_of_another_time(teacher, b, b + 1)
-    z, mods, _ = tokens_of(teacher, t=500.0)
-    w = torch.zeros(2, 16)
-    w[:, list(kept)] = 1.0
-    residual, k, v = (cached[Entry(kind, b, b + 1)] for kind in ("span", "k", "v"))
-    soft_cache = BlockCache(residual, KeyValue(k, v))
-    soft = mixed_block(teacher.blocks[b], z, mods[b], w, soft_cache)
-    if kept:
-        segment = partial(b, b + 1, kept)
-        hard, _ = run_blocks(Step((segment,), (kept_tokens(segment),), cached, ()), z, list(teacher.blocks), mods)
-    else:
-        hard = z + soft_cache.residual
-    torch.testing.assert_close(soft, hard, rtol=1e-5, atol=1e-5)
-    if len(kept) == 16:
-        torch.testing.assert_close(soft, teacher.blocks[b](z, mods[b]), rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_soft_weights_mix_per_sample_and_token(teacher):
-    """With the block's own cache every weight gives full compute: nothing is there to differ."""
-    z, mods, _ = tokens_of(teacher)
-    full, cache, _ = full_block(teacher.blocks[0], z, mods[0])
-    assert torch.equal(full, teacher.blocks[0](z, mods[0]))
-    w = torch.rand(2, 16, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(mixed_block(teacher.blocks[0], z, mods[0], w, cache), full, rtol=1e-5, atol=1e-5)
-    other = cache._replace(residual=torch.zeros_like(z))
-    expected = z + w[:, :, None] * cache.residual
-    torch.testing.assert_close(mixed_block(teacher.blocks[0], z, mods[0], w, other), expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("reused", [(), ("attn",), ("mlp",), ("attn", "mlp")])
-@torch.no_grad()
-def test_soft_branches_at_zero_and_one_are_the_reuse_step_bit_for_bit(teacher, reused):
-    b = 2
-    z_old, mods_old, _ = tokens_of(teacher, t=900.0)
-    _, _, old = full_block(teacher.blocks[b], z_old, mods_old[b])
-    z, mods, _ = tokens_of(teacher, t=300.0, seed=1)
-    weights = {branch: torch.full((2, 1, 1), float(branch not in reused)) for branch in ("attn", "mlp")}
-    soft, left = mixed_branches(teacher.blocks[b], z, mods[b], weights, old)
-
-    entries = [Entry("attn", b, b + 1), Entry("mlp", b, b + 1)]
-    segment = reuse(b, b + 1, reused) if reused else compute(b, b + 1)
-    step = Step((segment,), (None,), dict(zip(entries, old.values(), strict=True)), entries)
-    hard, writes = run_blocks(step, z, list(teacher.blocks), mods)
-    assert torch.equal(soft, hard)
-    for entry, before, value in zip(entries, old.values(), left.values(), strict=True):
-        assert torch.equal(value, writes.get(entry, before))  # an entry that is not written keeps its value
-
-
-@torch.no_grad()
-def test_soft_branches_mix_before_the_current_gate_per_image_or_token(teacher):
-    block, b = teacher.blocks[1], 1
-    z_old, mods_old, _ = tokens_of(teacher, t=900.0)
-    _, _, old = full_block(block, z_old, mods_old[b])
-    z, mods, _ = tokens_of(teacher, t=300.0, seed=1)
-    w_attn, w_mlp = torch.rand(2, 1, 1), torch.rand(2, 16, 1)
-    a = w_attn * block.attn_branch(z, mods[b])[0] + (1 - w_attn) * old["attn"]
-    h = z + mods[b].gate_attn * a
-    m = w_mlp * block.mlp_branch(h, mods[b]) + (1 - w_mlp) * old["mlp"]
-    out, left = mixed_branches(block, z, mods[b], {"attn": w_attn, "mlp": w_mlp}, old)
-    torch.testing.assert_close(out, h + mods[b].gate_mlp * m)
-    torch.testing.assert_close(left, {"attn": a, "mlp": m})
 
 
 # Isolation

@@ -11,8 +11,8 @@ from typing import Any
 import onnx
 import onnxruntime as ort
 import pytest
+from artefacts import rewrite_manifest
 from conftest import FULL, make_plan, make_teacher
-from test_runtime import rewrite_manifest
 
 from export.compiler.compile import export_artefact
 from export.runtime.contract import read_artefact

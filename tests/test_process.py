@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-from test_runtime import rewrite_manifest
+from artefacts import rewrite_manifest
 
 from export import sample, verify
 from export.compiler.symbolic import ONNXRUNTIME

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tc_lightning.diffusion.linear_betas import LinearBetas
@@ -36,14 +35,13 @@ class ToyBlock(Block):
 
     def __init__(self, D: int, heads: int, tokens: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.q, self.kv = nn.Linear(D, D), nn.Linear(D, 2 * D, bias=False)
+        self.heads, self.q, self.kv = heads, nn.Linear(D, D), nn.Linear(D, 2 * D, bias=False)
         self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.Tanh(), nn.Linear(2 * D, D))
         self.scale, self.place = nn.Parameter(torch.ones(D)), nn.Parameter(torch.randn(1, tokens, D))
         self.gates = nn.Linear(D, 2 * D)
 
     def branch(self, name: str, z: Tensor, mod: Terms, at: Tensor | None = None, see: See | None = None) -> tuple[Tensor, Any]:
-        h = F.rms_norm(z, z.shape[-1:], self.scale, 1e-5)
+        h = nn.functional.rms_norm(z, z.shape[-1:], self.scale, 1e-5)
         if name == "look":
             own = KeyValue(*self.kv(h).chunk(2, dim=-1))
             kv = see(own) if see else own
@@ -88,15 +86,14 @@ class Toy(Network):
 
     def readout(self, z: Tensor, mod: Readout) -> Tensor:
         P, side, z = self.config.patch_size, self.config.input_size, z[:, REGISTERS:]
-        patches = self.out(F.layer_norm(z, z.shape[-1:]) + mod.lift).unflatten(1, (side // P, -1)).unflatten(3, (P, P, -1))
+        patches = self.out(nn.functional.layer_norm(z, z.shape[-1:]) + mod.lift).unflatten(1, (side // P, -1)).unflatten(3, (P, P, -1))
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def make_toy(seed: int = 0) -> Toy:
     """A frozen one whose branches matter."""
     torch.manual_seed(seed)
-    toy = Toy(DiTConfig(8, 2, 3, hidden_size=16, depth=3, num_heads=2, learn_sigma=False, output="pixels"))
-    with torch.no_grad():
-        for parameter in toy.parameters():
-            parameter.normal_(0.0, 0.3)
-    return toy.eval().requires_grad_(False)
+    toy = Toy(DiTConfig(8, 2, 3, hidden_size=16, depth=3, num_heads=2, learn_sigma=False, output="pixels")).eval().requires_grad_(False)
+    for parameter in toy.parameters():
+        parameter.normal_(0.0, 0.3)
+    return toy
