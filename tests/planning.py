@@ -12,8 +12,8 @@ from tc_lightning.plan.guidance import Guidance
 from tc_lightning.planner.bench import Bench
 from tc_lightning.planner.pilot import images
 from tc_lightning.planner.price import macs_price
-from tc_lightning.planner.recipe import Kitchen
 from tc_lightning.planner.target import TargetRun, run_target
+from tc_lightning.policies.subject import Subject
 from tc_lightning.rollout.ranks import ALONE
 from tc_lightning.rollout.sampling import model_signature
 
@@ -40,11 +40,11 @@ def make_scores(model: DiT, steps: int = STEPS) -> Scores:
 
 
 @pytest.fixture(scope="module")
-def kitchen(model: DiT) -> Kitchen:
+def subject(model: DiT) -> Subject:
     table = vp_sampler("ddim", STEPS)
-    return Kitchen(model_signature(model), VP, GUIDANCE, make_scores(model), table, table)
+    return Subject(model_signature(model), VP, table, GUIDANCE, make_scores(model), table)
 
 
 @pytest.fixture
-def bench(model: DiT, kitchen: Kitchen, target: TargetRun) -> Bench:
-    return Bench(model, kitchen, macs_price, target, 4, ALONE)
+def bench(model: DiT, subject: Subject, target: TargetRun) -> Bench:
+    return Bench(model, subject, macs_price, target, 4, ALONE)

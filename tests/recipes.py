@@ -40,7 +40,7 @@ def xl_context(num_steps: int = 50, drift_TG2: np.ndarray | None = None) -> Plan
         T, G = drift_TG2.shape[:2]
         return Calibration(drift_TG2[:, :, None], np.zeros((T, G, G, 3)), np.ones(T), XL.teacher, sampler_digest(sampler))
 
-    return PlanningContext(XL, VP, sampler, Guidance(1.5, 3), some_scores(XL, sampler), evaluate, sampler, calibrate=given)
+    return PlanningContext(XL, VP, sampler, Guidance(1.5, 3), some_scores(XL, sampler), sampler, evaluate, calibrate=given)
 
 
 def published(policy: Policy, num_steps: int = 50) -> CachePlan:

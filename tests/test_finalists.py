@@ -26,8 +26,8 @@ from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cach
 from tc_lightning.planner.front import write_front
 from tc_lightning.planner.pilot import SEED
 from tc_lightning.planner.policy import PlannerPolicy
-from tc_lightning.planner.recipe import Kind, Recipe
-from tc_lightning.planner.run import Choice, PlannerRun, Subject
+from tc_lightning.planner.recipe import Kind, Recipe, build_plan
+from tc_lightning.planner.run import Choice, PlannerRun
 from tc_lightning.planner.target import TargetRun
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import PrunedStep
@@ -117,7 +117,7 @@ def scores(model: DiT) -> Scores:
 
 def context(folder: Path | None = None) -> PlanningContext:
     table = vp_sampler("ddim", STEPS)
-    what = (model_signature(TEACHER), VP, table, GUIDANCE, scores(TEACHER), lambda plan, n: math.nan, table)
+    what = (model_signature(TEACHER), VP, table, GUIDANCE, scores(TEACHER), table, lambda plan, n: math.nan)
     return PlanningContext(*what, model=TEACHER, folder=folder)
 
 
@@ -130,10 +130,10 @@ class TestPlanner:
         """Budgets 2.5, 2 and 3, of which the first and the last end on one recipe: the plan of 2.5 is the run's own, not that of 2."""
         c = context()
         settings = policy("auto", 2.5, (2.0, 3.0)).settings
-        run = PlannerRun(settings, Subject(TEACHER, c.signature, GUIDANCE, c.scores, c.sampler, c.reference))
-        kitchen = run.bench.kitchen
+        run = PlannerRun(settings, c)
+        subject = run.bench.subject
         shared, other = (
-            Finalist(r, kitchen.build(r), torch.ones(3), torch.ones(3))
+            Finalist(r, build_plan(subject, r), torch.ones(3), torch.ones(3))
             for r in (Recipe("dpmpp_2m", "logsnr", n, tuple(range(n)), PrunedStep("skip", 1)) for n in (4, 6))
         )
         points = run.points(
@@ -147,14 +147,13 @@ class TestPlanner:
     def test_one_run_with_two_rivals_is_one_plan_of_the_front(self) -> None:
         """A recipe that wins two budgets has a rival in each; and a plan without a cache is no rival of another budget beside that."""
         c = context()
-        run = PlannerRun(
-            policy("auto", 2.5, (2.0,)).settings, Subject(TEACHER, c.signature, GUIDANCE, c.scores, c.sampler, c.reference)
-        )
-        build, ones = run.bench.kitchen.build, torch.ones(3)
+        run = PlannerRun(policy("auto", 2.5, (2.0,)).settings, c)
+        subject, ones = run.bench.subject, torch.ones(3)
         skips = Recipe("dpmpp_2m", "logsnr", 8, (0, 1, 2, 5), PrunedStep("skip", 1))
-        winner = Finalist(skips, build(skips), ones, ones)
+        winner = Finalist(skips, build_plan(subject, skips), ones, ones)
         few, more = (
-            Finalist(r, build(r), ones, ones) for r in (Recipe("dpmpp_2m", "logsnr", n, tuple(range(n)), SKIP) for n in (4, 6))
+            Finalist(r, build_plan(subject, r), ones, ones)
+            for r in (Recipe("dpmpp_2m", "logsnr", n, tuple(range(n)), SKIP) for n in (4, 6))
         )
         points = run.points({2.5: Choice(winner, few, []), 2.0: Choice(winner, more, [])})
         assert [(p.role, p.budgets, p.chosen) for p in points] == [
@@ -177,7 +176,7 @@ class TestPlanner:
 
         monkeypatch.setattr(bench, "refine_sampler", refine)
         c = context()
-        run = PlannerRun(policy("auto").settings, Subject(TEACHER, c.signature, GUIDANCE, c.scores, c.sampler, c.reference))
+        run = PlannerRun(policy("auto").settings, c)
         searches = run.searches()
         choices = run.finish(searches)
         kinds: tuple[Kind, ...] = ("full", "halves", "cache")
@@ -230,7 +229,7 @@ class TestPlanner:
         """Native steps included, on which a fitted sampler once took the place of the run that it was to reproduce."""
         table = vp_sampler("ddim", STEPS)
         c = context()
-        run = PlannerRun(policy("auto").settings, Subject(TEACHER, c.signature, GUIDANCE, c.scores, c.sampler, c.reference))
+        run = PlannerRun(policy("auto").settings, c)
         native = Recipe("ddim", "uniform", STEPS, (0, 1, 2, 4, 6, 8, 10, 11), PrunedStep("skip", 1))
         fitted = run.bench.fit(native).plan
         assert fitted.sampler != table
@@ -242,7 +241,7 @@ class TestPlanner:
     def test_finalists_are_compared_on_images_that_nothing_was_fitted_on(self) -> None:
         c = context()
         settings = dataclasses.replace(policy("auto").settings, pool_images=24, fit_images=3, judge_images=3, choice_images=6)
-        run = PlannerRun(settings, Subject(TEACHER, c.signature, GUIDANCE, c.scores, c.sampler, c.reference))
+        run = PlannerRun(settings, c)
         noise = run.target.x_T.flatten(1)
         assert (run.fitted, run.judged, run.compared, len(noise)) == (3, 6, 12, 15)
         assert len({tuple(row.tolist()) for row in noise}) == len(noise)
@@ -260,7 +259,7 @@ def test_a_search_of_other_code_is_another_search(monkeypatch: pytest.MonkeyPatc
     from tc_lightning.planner import bench
 
     c = context()
-    run = PlannerRun(policy("none").settings, Subject(TEACHER, c.signature, GUIDANCE, c.scores, c.sampler, c.reference))
+    run = PlannerRun(policy("none").settings, c)
     names = {run.bench._name()}
     monkeypatch.setattr(bench, "code_digest", lambda: "another version")
     names.add(run.bench._name())

@@ -75,7 +75,7 @@ def context(model: DiT) -> PlanningContext:
     noise = images(model, [0, 1])
     end = run_target(model, table, GUIDANCE, *noise, batch=2).x_0
     evaluate = RolloutEvaluator(model, *noise, end)
-    return PlanningContext(signature, model.schedule, table, GUIDANCE, scores, evaluate, table, model=model)
+    return PlanningContext(signature, model.schedule, table, GUIDANCE, scores, table, evaluate, model=model)
 
 
 def cubic(flow: Schedule, t: float) -> torch.Tensor:

@@ -43,7 +43,7 @@ class TestPolicy:
     def context(self, model: DiT, folder: Path | None = None) -> PlanningContext:
         table = vp_sampler("ddim", STEPS)
         return PlanningContext(
-            model_signature(model), VP, table, GUIDANCE, make_scores(model), lambda plan, n: math.nan, table, model=model, folder=folder
+            model_signature(model), VP, table, GUIDANCE, make_scores(model), table, lambda plan, n: math.nan, model=model, folder=folder
         )
 
     def test_plans_reach_their_speed_ups_and_the_first_is_chosen(self, model: DiT, tmp_path: Path) -> None:

@@ -14,50 +14,51 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.planner import bench as bench_module
 from tc_lightning.planner.bench import Bench
 from tc_lightning.planner.price import macs_price
-from tc_lightning.planner.recipe import Kitchen, Recipe
+from tc_lightning.planner.recipe import Recipe
 from tc_lightning.planner.record import TrialRecord
 from tc_lightning.planner.target import TargetRun
 from tc_lightning.policies.pruned_steps import PrunedStep
+from tc_lightning.policies.subject import Subject
 from tc_lightning.rollout.ranks import ALONE, Ranks
 
 
 class TestRecord:
-    def test_trials_are_not_made_twice(self, tmp_path: Path, model: DiT, kitchen: Kitchen, target: TargetRun) -> None:
+    def test_trials_are_not_made_twice(self, tmp_path: Path, model: DiT, subject: Subject, target: TargetRun) -> None:
         recipe = Recipe("ddim", "uniform", 5, (0, 2, 4), PrunedStep("skip", 1))
-        first = Bench(model, kitchen, macs_price, target, 4, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
+        first = Bench(model, subject, macs_price, target, 4, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
         lines = (tmp_path / "trials.jsonl").read_text(encoding="utf-8").splitlines()
-        again = Bench(model, kitchen, macs_price, target, 4, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
+        again = Bench(model, subject, macs_price, target, 4, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
         assert again == first
         assert (tmp_path / "trials.jsonl").read_text(encoding="utf-8").splitlines() == lines
         assert len(lines) == 1
 
-    def test_another_search_does_not_take_them(self, tmp_path: Path, model: DiT, kitchen: Kitchen, target: TargetRun) -> None:
+    def test_another_search_does_not_take_them(self, tmp_path: Path, model: DiT, subject: Subject, target: TargetRun) -> None:
         recipe = Recipe("ddim", "uniform", 5, (0, 2, 4), PrunedStep("skip", 1))
         for fitted in (4, 5):
-            Bench(model, kitchen, macs_price, target, fitted, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
+            Bench(model, subject, macs_price, target, fitted, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
         assert len((tmp_path / "trials.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
-    def test_processes_of_unequal_shares_remember_under_one_name(self, model: DiT, kitchen: Kitchen, target: TargetRun) -> None:
+    def test_processes_of_unequal_shares_remember_under_one_name(self, model: DiT, subject: Subject, target: TargetRun) -> None:
         """Three images of the fit on two processes: one has one of them, the other two, and both sum to the same."""
         whole = torch.tensor([3.0, 8.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
         benches = [
-            Bench(model, kitchen, macs_price, target.part(part), fitted, Ranks(rank, 2, lambda values: whole))
+            Bench(model, subject, macs_price, target.part(part), fitted, Ranks(rank, 2, lambda values: whole))
             for rank, (part, fitted) in enumerate([(slice(0, 4), 1), (slice(4, 8), 2)])
         ]
         assert benches[0]._name() == benches[1]._name()
 
-    def test_what_the_first_process_knows_is_known_to_all(self, model: DiT, kitchen: Kitchen, target: TargetRun) -> None:
+    def test_what_the_first_process_knows_is_known_to_all(self, model: DiT, subject: Subject, target: TargetRun) -> None:
         answers = iter([1.0, 0.25])  # it knows the recipe; its error
 
         def total(values: torch.Tensor) -> torch.Tensor:
             return values if values.ndim else torch.tensor(next(answers))
 
-        bench = Bench(model, kitchen, macs_price, target, 4, Ranks(1, 2, total))
+        bench = Bench(model, subject, macs_price, target, 4, Ranks(1, 2, total))
         assert bench.attempt(Recipe("ddim", "uniform", 5, (0, 2, 4), PrunedStep("skip", 1))).error == 0.25
 
-    def test_targets_of_equal_times_are_not_confused(self, model: DiT, kitchen: Kitchen, target: TargetRun) -> None:
+    def test_targets_of_equal_times_are_not_confused(self, model: DiT, subject: Subject, target: TargetRun) -> None:
         other = dataclasses.replace(target, sampler="other")
-        assert len({Bench(model, kitchen, macs_price, run, 4, ALONE)._name() for run in (target, other)}) == 2
+        assert len({Bench(model, subject, macs_price, run, 4, ALONE)._name() for run in (target, other)}) == 2
 
     def test_a_damaged_file_costs_its_damaged_lines(self, tmp_path: Path) -> None:
         (tmp_path / "t").write_bytes(b'\xff\xfe\n[]\n{"search": "s", "recipe": "a", "error": NaN}\n{"search": "s"')
@@ -70,13 +71,13 @@ class TestRecord:
             TrialRecord(tmp_path / "folder", "s")
 
     def test_refined_coefficients_are_remembered_to_the_last_bit(
-        self, tmp_path: Path, model: DiT, kitchen: Kitchen, target: TargetRun
+        self, tmp_path: Path, model: DiT, subject: Subject, target: TargetRun
     ) -> None:
         recipe = Recipe("dpmpp_2m", "mix:0.5", 5, tuple(range(5)), PrunedStep("skip", 1))
         passes: list[int] = []
-        benches = [Bench(model, kitchen, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl") for _ in range(3)]
+        benches = [Bench(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl") for _ in range(3)]
         first = benches[0].refined(recipe, 1, lambda: passes.append(1))
-        again = Bench(model, kitchen, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl").refined(
+        again = Bench(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl").refined(
             recipe, 1, lambda: passes.append(1)
         )
         assert again == first
@@ -85,19 +86,19 @@ class TestRecord:
         assert len(passes) > 1
         text = (tmp_path / "trials.jsonl").read_text(encoding="utf-8")
         (tmp_path / "trials.jsonl").write_text(text.replace("[[", "[[NaN, ", 1), encoding="utf-8")
-        spoilt = Bench(model, kitchen, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
+        spoilt = Bench(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
         assert spoilt.refined(recipe, 1, lambda: passes.append(1)) == first
 
     def test_what_was_not_refined_is_not_remembered_as_refined(
-        self, tmp_path: Path, model: DiT, kitchen: Kitchen, target: TargetRun, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, model: DiT, subject: Subject, target: TargetRun, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """For want of memory the sampler stays as it was fitted; with more of it, the same command refines it."""
         recipe = Recipe("dpmpp_2m", "mix:0.5", 5, tuple(range(5)), PrunedStep("skip", 1))
-        short = Bench(model, kitchen, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
+        short = Bench(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
         monkeypatch.setattr(bench_module, "refine_sampler", lambda model, plan, *_: plan)
         fitted = short.refined(recipe, 1, lambda: None)
         monkeypatch.undo()
-        again = Bench(model, kitchen, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl").refined(recipe, 1, lambda: None)
+        again = Bench(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl").refined(recipe, 1, lambda: None)
         assert again.sampler != fitted.sampler
 
     def test_refined_coefficients_reach_processes_that_do_not_see_the_file(self) -> None:

@@ -15,10 +15,11 @@ from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.plan.segments import skip
 from tc_lightning.planner.bench import Bench
 from tc_lightning.planner.price import ClockPrice, SharedPrice, macs_price
-from tc_lightning.planner.recipe import Kitchen, Recipe, spread
+from tc_lightning.planner.recipe import Recipe, build_plan, spread
 from tc_lightning.planner.search import Search
 from tc_lightning.planner.shapes import Shape, at_count, fewer_steps, fill, grid, halves, neighbours, variations
 from tc_lightning.policies.pruned_steps import PrunedStep
+from tc_lightning.policies.subject import Subject
 from tc_lightning.rollout.ranks import ALONE, Ranks
 
 
@@ -48,17 +49,17 @@ class TestRecipe:
         gaps = np.diff(spread(50, 12, 1, 0.5))
         assert gaps[0] > gaps[-1]
 
-    def test_build(self, kitchen: Kitchen) -> None:
-        plan = kitchen.build(Recipe("dpmpp_2m", "mix:0.5", 7, (0, 1, 2, 4, 6), PrunedStep("skip", 1), alone=(4,)))
+    def test_build(self, subject: Subject) -> None:
+        plan = build_plan(subject, Recipe("dpmpp_2m", "mix:0.5", 7, (0, 1, 2, 4, 6), PrunedStep("skip", 1), alone=(4,)))
         assert plan.full_steps == [0, 1, 2, 6]
         assert plan.steps[3] == (skip(0, 2, 1),)
         assert [plan.guidance_mode(i).single for i in range(7)] == [i == 4 for i in range(7)]
         assert macs_speedup(plan) == pytest.approx(STEPS / macs_price(plan))
 
-    def test_scores_are_taken_from_the_nearest_time(self, kitchen: Kitchen) -> None:
-        plan = kitchen.build(Recipe("ddim", "uniform", STEPS, (0, 1, 2), PrunedStep("partial", 1, 1.0, 0.25)))
+    def test_scores_are_taken_from_the_nearest_time(self, subject: Subject) -> None:
+        plan = build_plan(subject, Recipe("ddim", "uniform", STEPS, (0, 1, 2), PrunedStep("partial", 1, 1.0, 0.25)))
         for i in range(3, STEPS):
-            best = np.argsort(-kitchen.scores.importance_TLN[i].mean(0), kind="stable")[:4]
+            best = np.argsort(-subject.scores.importance_TLN[i].mean(0), kind="stable")[:4]
             assert set(plan.steps[i][0].tokens) == set(best.tolist())
 
 
@@ -146,8 +147,8 @@ class TestSearch:
         bench.price = ClockPrice(lambda plan: (3.0 * len(plan.full_steps) + 0.6 * (plan.num_steps - len(plan.full_steps)), 3.0))
         assert bench.cost(Recipe("ddim", "uniform", 6, (0, 3), PrunedStep("skip", 1))) == pytest.approx(2.8)
 
-    def test_all_processes_pay_what_the_first_one_measures(self, kitchen: Kitchen) -> None:
-        cpu, plan = torch.device("cpu"), kitchen.build(Recipe("ddim", "uniform", 6, (0, 3), PrunedStep("skip", 1)))
+    def test_all_processes_pay_what_the_first_one_measures(self, subject: Subject) -> None:
+        cpu, plan = torch.device("cpu"), build_plan(subject, Recipe("ddim", "uniform", 6, (0, 3), PrunedStep("skip", 1)))
 
         def second(first: float) -> SharedPrice:  # our clock says 7
             return SharedPrice(lambda plan: 7.0, Ranks(1, 2, lambda values: values + first), cpu)

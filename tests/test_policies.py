@@ -45,7 +45,7 @@ def context() -> PlanningContext:
     evaluate = RolloutEvaluator(MODEL, x_T, labels, sample(MODEL, full, x_T, labels))
     calibration = calibrate(MODEL, full, x_T, labels, progress=False)
     return PlanningContext(
-        SIGNATURE, VP, sampler, guidance, some_scores(SIGNATURE, sampler), evaluate, sampler, calibrate=lambda: calibration
+        SIGNATURE, VP, sampler, guidance, some_scores(SIGNATURE, sampler), sampler, evaluate, calibrate=lambda: calibration
     )
 
 

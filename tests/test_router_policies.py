@@ -28,7 +28,7 @@ BRANCH = {branch: block_macs(SIGNATURE, N, (branch,)) for branch in ("attn", "ml
 
 def context(router: np.ndarray | None = ROUTER) -> PlanningContext:
     scores = Scores(np.ones((T, L, N)), np.zeros((T, L, 2)), SIGNATURE.teacher, sampler_digest(SAMPLER), router)
-    return PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, scores, lambda plan, images: 0.25, SAMPLER)
+    return PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, scores, SAMPLER, lambda plan, images: 0.25)
 
 
 def router_plan(mask: np.ndarray, signature: ModelSignature = SIGNATURE) -> CachePlan:

@@ -71,7 +71,7 @@ def context(scores: Scores, wrong: float = 1.0) -> PlanningContext:
     def evaluate(plan: CachePlan, images: int | None) -> float:
         return wrong / sum(step_macs(SIGNATURE, segments) for segments in plan.steps)
 
-    return PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, scores, evaluate, SAMPLER)
+    return PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, scores, SAMPLER, evaluate)
 
 
 def test_plan_of_the_paper() -> None:

@@ -43,7 +43,7 @@ def evaluator() -> RolloutEvaluator:
 
 @pytest.fixture(scope="module")
 def context(evaluator: RolloutEvaluator) -> PlanningContext:
-    return PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, make_scores(), evaluator, SAMPLER)
+    return PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, make_scores(), SAMPLER, evaluator)
 
 
 def policy(target: float = 2.0, **arguments: object) -> TPRRPolicy:
@@ -178,7 +178,7 @@ def test_search_is_deterministic(choice: PlanChoice, context: PlanningContext):
 
 def test_learned_scores_decide_which_tokens_are_recomputed(evaluator: RolloutEvaluator):
     def tokens(seed: int) -> list[tuple[int, ...]]:
-        context = PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, make_scores(seed), evaluator, SAMPLER)
+        context = PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, make_scores(seed), SAMPLER, evaluator)
         plan = policy(kinds=("partial",), block_shares=(1.0,), token_shares=(0.25,), orders=(1,), max_candidates=1).plan(context).plan
         return [segment.tokens for segments in plan.steps for segment in segments if segment.mode == "partial"]
 
@@ -217,6 +217,6 @@ def test_arguments_out_of_range(wrong: dict[str, object]):
 
 
 def test_when_everything_diverges_no_plan_is_returned():
-    context = PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, make_scores(), lambda plan, images: float("inf"), SAMPLER)
+    context = PlanningContext(SIGNATURE, VP, SAMPLER, GUIDANCE, make_scores(), SAMPLER, lambda plan, images: float("inf"))
     with pytest.raises(PlanError, match="NaN or infinite"):
         policy().plan(context)
