@@ -22,8 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from export.command import positive, run
+from export.report.contenders import front_rows
 from export.report.rows import TARGETS
-from export.report.subjects import front_rows
 from tc_lightning.errors import RunError
 from tc_lightning.plan.atomic import write_atomically
 from tc_lightning.plan.cache_plan import CachePlan

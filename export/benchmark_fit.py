@@ -25,7 +25,7 @@ from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.conditions import class_label
 from tc_lightning.planner.fit import fit_sampler
-from tc_lightning.planner.pilot import images
+from tc_lightning.planner.image_choice import images
 from tc_lightning.planner.refine import refine_sampler
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.rollout.evaluation import BATCH, RolloutEvaluator

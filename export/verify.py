@@ -40,7 +40,7 @@ from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import full_step_macs, macs_speedup, plan_macs
 from tc_lightning.plan.given import read_examples
-from tc_lightning.planner.fewer_steps import fitted_fewer_steps
+from tc_lightning.planner.fitted_fewer_steps import fitted_fewer_steps
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
 from tc_lightning.policies.fora import fora_plan
 from tc_lightning.rollout.evaluation import final_latents

@@ -26,7 +26,7 @@ from tc_lightning.learn.checkpointing import newest_valid_checkpoint
 COMMANDS = {
     "plan": "export.plan:main",
     "report": "export.report.command:main",
-    "ablate": "tc_lightning.runs.ablation.command:main",
+    "ablate": "tc_lightning.runs.ablation.ablate:main",
 }
 
 

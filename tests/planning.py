@@ -9,10 +9,10 @@ from conftest import VP, make_teacher, vp_sampler
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan.guidance import Guidance
-from tc_lightning.planner.bench import Bench
-from tc_lightning.planner.pilot import images
+from tc_lightning.planner.image_choice import images
 from tc_lightning.planner.price import macs_price
 from tc_lightning.planner.target import TargetRun, run_target
+from tc_lightning.planner.trials import Bench
 from tc_lightning.policies.subject import Subject
 from tc_lightning.rollout.ranks import ALONE
 from tc_lightning.rollout.sampling import model_signature

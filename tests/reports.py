@@ -8,11 +8,11 @@ import numpy as np
 from conftest import FULL
 from test_commands import make_run
 
-from export.report.rows import Row
-from export.report.subjects import (
+from export.report.contenders import (
     PLANNED,
     Subject,
 )
+from export.report.rows import Row
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import plan_macs

@@ -21,7 +21,7 @@ from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan.costs import full_step_macs, plan_macs, selector_macs
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import Segment, compute, skip
-from tc_lightning.runs.ablation.layout import Layout, blocks_computed, without_predictor
+from tc_lightning.runs.ablation.equal_cost import Layout, blocks_computed, without_predictor
 from tc_lightning.runs.ablation.summary import QUESTIONS, Measured, all_answers, all_rows, table
 from tc_lightning.runs.ablation.training import Training
 from tc_lightning.runs.ablation.variants import EQUAL, Learned, RandomPredictor, Variant, all_variants, require_equal_cost

@@ -15,9 +15,9 @@ from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.plan.guidance import Guidance
-from tc_lightning.planner import fewer_steps as module
-from tc_lightning.planner.fewer_steps import FIT, JUDGE, fitted_fewer_steps
-from tc_lightning.planner.pilot import images
+from tc_lightning.planner import fitted_fewer_steps as module
+from tc_lightning.planner.fitted_fewer_steps import FIT, JUDGE, fitted_fewer_steps
+from tc_lightning.planner.image_choice import images
 from tc_lightning.planner.shapes import Shape
 from tc_lightning.rollout.evaluation import RolloutEvaluator
 from tc_lightning.rollout.sampling import full_plan, model_signature, sample

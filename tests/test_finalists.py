@@ -21,10 +21,10 @@ from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import skip
-from tc_lightning.planner import bench
+from tc_lightning.planner import trials as bench
 from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose, worth_refining
 from tc_lightning.planner.front import write_front
-from tc_lightning.planner.pilot import SEED
+from tc_lightning.planner.image_choice import SEED
 from tc_lightning.planner.policy import PlannerPolicy
 from tc_lightning.planner.recipe import Kind, Recipe, build_plan
 from tc_lightning.planner.run import Choice, PlannerRun
@@ -256,7 +256,7 @@ class TestPlanner:
 
 
 def test_a_search_of_other_code_is_another_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tc_lightning.planner import bench
+    from tc_lightning.planner import trials as bench
 
     c = context()
     run = PlannerRun(policy("none").settings, c)

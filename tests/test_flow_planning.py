@@ -22,9 +22,9 @@ from tc_lightning.models.checkpoints import ROOT
 from tc_lightning.models.dit import DiT, randomise_
 from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.plan.guidance import Guidance
-from tc_lightning.planner.fewer_steps import fitted_fewer_steps
 from tc_lightning.planner.fit import fit_sampler
-from tc_lightning.planner.pilot import difficulty, images
+from tc_lightning.planner.fitted_fewer_steps import fitted_fewer_steps
+from tc_lightning.planner.image_choice import difficulty, images
 from tc_lightning.planner.policy import PlannerPolicy
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.policies.base import PlanningContext

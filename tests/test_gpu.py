@@ -19,7 +19,7 @@ from export.runtime.sampler import CachedSampler
 from export.runtime.sessions import prepare
 from tc_lightning.models.dit import DiT
 from tc_lightning.planner.fit import fit_sampler
-from tc_lightning.planner.pilot import images
+from tc_lightning.planner.image_choice import images
 from tc_lightning.planner.refine import refine_sampler
 from tc_lightning.planner.target import run_target
 

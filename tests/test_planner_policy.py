@@ -16,7 +16,7 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.planner.front import write_front
-from tc_lightning.planner.pilot import images
+from tc_lightning.planner.image_choice import images
 from tc_lightning.planner.policy import PlannerPolicy
 from tc_lightning.planner.target import run_target
 from tc_lightning.policies.base import PlanningContext

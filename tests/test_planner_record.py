@@ -11,12 +11,12 @@ import torch
 
 from tc_lightning.errors import RunError
 from tc_lightning.models.dit import DiT
-from tc_lightning.planner import bench as bench_module
-from tc_lightning.planner.bench import Bench
+from tc_lightning.planner import trials as bench_module
 from tc_lightning.planner.price import macs_price
 from tc_lightning.planner.recipe import Recipe
 from tc_lightning.planner.record import TrialRecord
 from tc_lightning.planner.target import TargetRun
+from tc_lightning.planner.trials import Bench
 from tc_lightning.policies.pruned_steps import PrunedStep
 from tc_lightning.policies.subject import Subject
 from tc_lightning.rollout.ranks import ALONE, Ranks

@@ -13,11 +13,11 @@ from planning import STEPS
 from tc_lightning.errors import RunError, TokenCacheError
 from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.plan.segments import skip
-from tc_lightning.planner.bench import Bench
 from tc_lightning.planner.price import ClockPrice, SharedPrice, macs_price
 from tc_lightning.planner.recipe import Recipe, build_plan, spread
 from tc_lightning.planner.search import Search
 from tc_lightning.planner.shapes import Shape, at_count, fewer_steps, fill, grid, halves, neighbours, variations
+from tc_lightning.planner.trials import Bench
 from tc_lightning.policies.pruned_steps import PrunedStep
 from tc_lightning.policies.subject import Subject
 from tc_lightning.rollout.ranks import ALONE, Ranks

@@ -20,7 +20,7 @@ from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import compute, skip
 from tc_lightning.planner import fit, gradients, refine
 from tc_lightning.planner.fit import fit_sampler
-from tc_lightning.planner.pilot import dealt, difficulty, images, stratified
+from tc_lightning.planner.image_choice import dealt, difficulty, images, stratified
 from tc_lightning.planner.refine import coefficients, moved, refine_sampler, solve
 from tc_lightning.planner.robust import TAIL, robust_mean, robust_weights, weighted_median
 from tc_lightning.planner.target import TargetRun, run_target

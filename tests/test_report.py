@@ -13,13 +13,13 @@ from reports import finished_run
 from export.compiler import compile as compiler
 from export.compiler import weight_files
 from export.report import command
-from export.report.measure import Failed
-from export.report.subjects import (
+from export.report.contenders import (
     FEWER,
     PLANNED,
     PUBLISHED,
     REFERENCE,
 )
+from export.report.measure import Failed
 from export.runtime import manifest
 from export.torch_device import torch_device
 from tc_lightning.cli import main

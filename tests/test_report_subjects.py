@@ -13,8 +13,7 @@ from conftest import FULL, VP, make_plan
 from reports import STEPS, finished_run, row, subject, teacher_file
 
 from export.report import verdict
-from export.report.rows import spread
-from export.report.subjects import (
+from export.report.contenders import (
     FEWER,
     PLANNED,
     PUBLISHED,
@@ -26,6 +25,7 @@ from export.report.subjects import (
     published,
     rounded_down,
 )
+from export.report.rows import spread
 from tc_lightning.errors import PlanError, RunError
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import full_step_macs, plan_macs

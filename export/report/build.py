@@ -18,11 +18,7 @@ from tqdm import tqdm
 
 from export.compiler.weight_files import WeightFiles
 from export.report import measure
-from export.report.judge import Judge, find_judge
-from export.report.page import page
-from export.report.pictures import draw
-from export.report.rows import Row, Ruler
-from export.report.subjects import (
+from export.report.contenders import (
     REFERENCE,
     ROUNDED_UP,
     Missing,
@@ -35,6 +31,10 @@ from export.report.subjects import (
     published,
     rounded_down,
 )
+from export.report.judge import Judge, find_judge
+from export.report.page import page
+from export.report.pictures import draw
+from export.report.rows import Row, Ruler
 from export.report.verdict import compare, headline, sentences
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.cache_plan import CachePlan

@@ -18,8 +18,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from export.grid import difference_pixels, to_pixels
+from export.report.contenders import FEWER, PLANNED, PUBLISHED
 from export.report.rows import TARGETS, Row, by_group
-from export.report.subjects import FEWER, PLANNED, PUBLISHED
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.segments import MODES
 

@@ -17,7 +17,7 @@ import numpy as np
 from export.compiler.compile import write_sharing
 from export.compiler.parity import prove, require_parity, trajectory_error
 from export.compiler.weight_files import WeightFiles
-from export.report.subjects import Subject
+from export.report.contenders import Subject
 from export.runtime.manifest import read_manifest
 from export.runtime.programs import lower
 from export.runtime.sampler import CachedSampler

@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from export.report.contenders import FEWER, PLANNED, PUBLISHED
 from export.report.figures import front, plan_maps, write_both, write_strip
 from export.report.quality import visible
 from export.report.rows import TARGETS, Row, by_group
-from export.report.subjects import FEWER, PLANNED, PUBLISHED
 from export.report.verdict import best, planned_for
 from tc_lightning.measure.figures import importance_figure
 from tc_lightning.measure.scores import Scores

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from export.report.contenders import Subject
 from export.report.judge import Judge
 from export.report.measure import Exported, Made
 from export.report.quality import InceptionFID, frechet_distance, ssim, teacher_features, visible
-from export.report.subjects import Subject
 from tc_lightning.measure.psnr import data_range, psnr, squared_errors
 from tc_lightning.models.network import Network
 from tc_lightning.plan.conditions import class_label

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from export.report.contenders import FEWER, PLANNED, PUBLISHED, ROUNDING
 from export.report.rows import TARGETS, Row, by_group
-from export.report.subjects import FEWER, PLANNED, PUBLISHED, ROUNDING
 from tc_lightning.plan.costs import full_step_macs, plan_macs
 from tc_lightning.plan.sampler_table import FITTED
 

@@ -8,11 +8,11 @@ from typing import Any
 from tc_lightning.errors import PlanError
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.signature import ModelSignature
-from tc_lightning.planner.bench import Trial
-from tc_lightning.planner.fewer_steps import FIT, JUDGE, REFINEMENTS
 from tc_lightning.planner.finalists import CACHE_USES, CacheUse
+from tc_lightning.planner.fitted_fewer_steps import FIT, JUDGE, REFINEMENTS
 from tc_lightning.planner.price import Price, macs_price
 from tc_lightning.planner.run import Choice, PlannerRun, Settings
+from tc_lightning.planner.trials import Trial
 from tc_lightning.policies.base import PlanningContext, Policy
 from tc_lightning.policies.choice import PlanChoice
 from tc_lightning.rollout.targets import ODE_STEPS

@@ -14,16 +14,16 @@ from tc_lightning.errors import PlanError
 from tc_lightning.measure.psnr import psnr_db
 from tc_lightning.models.conditions import Given, labels_in
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.planner.bench import Bench, Trial
 from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose, finalist_recipes, worth_refining
 from tc_lightning.planner.front import TRIALS
-from tc_lightning.planner.pilot import HARD, Sample, as_they_come, dealt, difficulty, images, stratified
+from tc_lightning.planner.image_choice import HARD, Sample, as_they_come, dealt, difficulty, images, stratified
 from tc_lightning.planner.price import Price, macs_price
 from tc_lightning.planner.recipe import Recipe
 from tc_lightning.planner.refine import OnPass
 from tc_lightning.planner.search import Search
 from tc_lightning.planner.shapes import grid, native
 from tc_lightning.planner.target import TargetRun, run_target
+from tc_lightning.planner.trials import Bench, Trial
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.choice import FrontPoint, Role
 from tc_lightning.rollout.evaluation import RolloutEvaluator

@@ -11,9 +11,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable
 
-from tc_lightning.planner.bench import Bench, Trial
 from tc_lightning.planner.recipe import Kind, Recipe
 from tc_lightning.planner.shapes import Shape, fewer_steps, fill, halves, neighbours, variations
+from tc_lightning.planner.trials import Bench, Trial
 
 Progress = Callable[[Trial, Trial], None]  # this trial, the best so far
 

@@ -27,7 +27,7 @@ from tc_lightning.learn.objectives.superposition import PairBatch, TokenSuperpos
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.fit import fit_sampler
-from tc_lightning.planner.pilot import images
+from tc_lightning.planner.image_choice import images
 from tc_lightning.planner.refine import DAMPING, PROBES, refine_sampler
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.rollout.sampling import given_for

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tc_lightning.errors import TeacherError
-from tc_lightning.models.checkpoints.choice import DIFFUSERS, Read, choose
 from tc_lightning.models.checkpoints.diffusers_weights import STEM, Weights, choose_weights, read_weights
 from tc_lightning.models.checkpoints.state import State, fits, parse_json
+from tc_lightning.models.checkpoints.state_choice import DIFFUSERS, Read, choose
 from tc_lightning.models.dit import DiTConfig
 
 CONFIG = "config.json"

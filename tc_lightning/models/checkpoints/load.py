@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from tc_lightning.errors import TeacherError
-from tc_lightning.models.checkpoints.choice import Read, choose
 from tc_lightning.models.checkpoints.diffusers_folder import CONFIG, is_diffusers, read_diffusers
 from tc_lightning.models.checkpoints.mismatch import CONFIGURATION, LABELS, likeness, require_match
 from tc_lightning.models.checkpoints.safetensors_file import read_safetensors
 from tc_lightning.models.checkpoints.spec import TeacherSpec, locate, resolve, resolve_family
 from tc_lightning.models.checkpoints.state import State
+from tc_lightning.models.checkpoints.state_choice import Read, choose
 from tc_lightning.models.checkpoints.torch_file import read_torch
 from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.plan.given import read_examples

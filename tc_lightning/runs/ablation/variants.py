@@ -26,7 +26,7 @@ from tc_lightning.plan.segments import Segment, content, partial, skip
 from tc_lightning.policies.pruned_steps import best_edges, best_window, top_tokens
 from tc_lightning.policies.tokencache_v1 import important_blocks
 from tc_lightning.policies.tokencache_v2 import block_keeps, kept_segments
-from tc_lightning.runs.ablation.layout import Layout, Segments, blocks_computed, without_predictor
+from tc_lightning.runs.ablation.equal_cost import Layout, Segments, blocks_computed, without_predictor
 
 GROUPS = ("tokens", "blocks", "context")
 EQUAL = 0.005  # largest relative difference of MACs within a group

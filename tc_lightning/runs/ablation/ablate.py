@@ -27,11 +27,11 @@ from tc_lightning.errors import RunError
 from tc_lightning.models.network import Network
 from tc_lightning.plan.atomic import write_atomically
 from tc_lightning.plan.costs import full_step_macs, macs_speedup
-from tc_lightning.planner.pilot import images
+from tc_lightning.planner.image_choice import images
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.policies.targeted import Steps
 from tc_lightning.rollout.evaluation import BATCH, RolloutEvaluator
-from tc_lightning.runs.ablation.layout import Layout, without_predictor
+from tc_lightning.runs.ablation.equal_cost import Layout, without_predictor
 from tc_lightning.runs.ablation.summary import Answer, Measured, Row, all_answers, all_rows, table
 from tc_lightning.runs.ablation.training import Training, train
 from tc_lightning.runs.ablation.variants import Learned, Variant, all_variants

@@ -11,7 +11,7 @@ from tc_lightning.models.conditions import labels_in
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.fit import fit_sampler
-from tc_lightning.planner.pilot import images
+from tc_lightning.planner.image_choice import images
 from tc_lightning.planner.refine import refine_sampler
 from tc_lightning.planner.robust import robust_mean
 from tc_lightning.planner.shapes import fewer_steps

@@ -14,8 +14,8 @@ from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.errors import RunError, TokenCacheError
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import full_step_macs, plan_macs
-from tc_lightning.planner.fewer_steps import NAME as FITTED
-from tc_lightning.planner.fewer_steps import fitted_fewer_steps
+from tc_lightning.planner.fitted_fewer_steps import NAME as FITTED
+from tc_lightning.planner.fitted_fewer_steps import fitted_fewer_steps
 from tc_lightning.planner.front import NAME
 from tc_lightning.policies.base import PlanningContext, Policy
 from tc_lightning.policies.choice import FOLDER
