@@ -20,14 +20,14 @@ import torch
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
-from data.shards import RECORD_BATCH, Recipe, is_recorded, shard_path, shards, write_atomically
+from data.shards import RECORD_BATCH, SetOrigin, is_recorded, shard_path, shards, write_atomically
 from tc_lightning.errors import TrajectoryError
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.rollout.sampling import full_plan, given_for, model_signature, noise_for, sample_steps
 
 
-def prepare(root: Path, recipe: Recipe, num_samples: int) -> None:
+def prepare(root: Path, recipe: SetOrigin, num_samples: int) -> None:
     """Create the folder and its set.json, or check those that exist, and say what will be recorded. Called by one process.
 
     Raises:
@@ -59,7 +59,7 @@ def prepare(root: Path, recipe: Recipe, num_samples: int) -> None:
 
 
 def record(
-    root: Path, recipe: Recipe, teacher: Network, num_samples: int, device: torch.device, rank: int = 0, world_size: int = 1
+    root: Path, recipe: SetOrigin, teacher: Network, num_samples: int, device: torch.device, rank: int = 0, world_size: int = 1
 ) -> None:
     """Record this process's share of the shards that are missing: numbers rank, rank + world_size, ...
 
@@ -116,7 +116,7 @@ def _switches() -> list[tuple[Any, str, Any]]:
 
 
 def _compute_shard(
-    recipe: Recipe, number: int, teacher: Network, plan: CachePlan, device: torch.device, bar: tqdm
+    recipe: SetOrigin, number: int, teacher: Network, plan: CachePlan, device: torch.device, bar: tqdm
 ) -> dict[str, np.ndarray]:
     """Rows of a shard, ordered by index, then step."""
     indices = range(number * RECORD_BATCH, (number + 1) * RECORD_BATCH)
@@ -143,7 +143,7 @@ def _row(value: torch.Tensor) -> np.ndarray:
     return (value.flatten(1) if value.ndim > 1 else value).numpy()
 
 
-def _write_shard(root: Path, recipe: Recipe, number: int, columns: dict[str, np.ndarray]) -> None:
+def _write_shard(root: Path, recipe: SetOrigin, number: int, columns: dict[str, np.ndarray]) -> None:
     """The shard, then its index."""
     stream = pa.BufferOutputStream()
     with ArrowWriter(stream=stream, features=recipe.features) as writer:

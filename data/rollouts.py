@@ -15,10 +15,10 @@ from tc_lightning.plan.given import Arrays, drawn
 from tc_lightning.rollout.noise import initial_noise
 
 # One step of one rollout: noise, step, index, and each condition by its name; collated, noise is [B, C, H, W] and numbers [B].
-Rollout = dict[str, Any]
+RolloutStep = dict[str, Any]
 
 
-class RolloutDataset(TorchDataset[Rollout]):
+class RolloutDataset(TorchDataset[RolloutStep]):
     """Steps 1 to T - 1 of groups of `batch_size` rollouts: all rollouts of a group at a step, then at the next step.
 
     Args:
@@ -47,7 +47,7 @@ class RolloutDataset(TorchDataset[Rollout]):
     def __len__(self) -> int:
         return len(self.indices) * (self.num_steps - 1)
 
-    def __getitem__(self, item: int) -> Rollout:
+    def __getitem__(self, item: int) -> RolloutStep:
         if not 0 <= item < len(self):
             raise IndexError(f"item {item} of {len(self)}")
         place, row = divmod(item, self.batch_size)

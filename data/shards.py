@@ -29,7 +29,7 @@ RECORD_BATCH = 16  # part of the format: another size gives other bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class SetOrigin:
     """What a set is recorded from; two sets with equal recipes hold the same trajectories.
 
     Args:
@@ -137,7 +137,7 @@ def shard_path(root: Path, number: int) -> Path:
     return root / f"shard-{number:05d}.arrow"
 
 
-def is_recorded(root: Path, recipe: Recipe, number: int) -> bool:
+def is_recorded(root: Path, recipe: SetOrigin, number: int) -> bool:
     """Whether a shard is there in full. Its content is checked where it is read (`data.trajectories`)."""
     index, path = shard_index(root, number), shard_path(root, number)
     return index is not None and index["set"] == recipe.digest and path.is_file() and path.stat().st_size == index["bytes"]

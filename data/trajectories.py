@@ -17,7 +17,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from data.shards import RECORD_BATCH, Recipe, shard_index, shard_path, shards
+from data.shards import RECORD_BATCH, SetOrigin, shard_index, shard_path, shards
 from tc_lightning.errors import TrajectoryError
 from tc_lightning.models.conditions import Given
 from tc_lightning.plan.conditions import Condition
@@ -56,7 +56,7 @@ class TrajectorySet:
         TrajectoryError: if the set is another one, or a shard is missing or damaged.
     """
 
-    def __init__(self, root: Path, recipe: Recipe, num_samples: int) -> None:
+    def __init__(self, root: Path, recipe: SetOrigin, num_samples: int) -> None:
         recipe.require(root)
         self.recipe, self.num_samples = recipe, num_samples
         self._shards = [_open_shard(root, recipe, number) for number in shards(num_samples)]
@@ -127,7 +127,7 @@ class PairDataset(TorchDataset[Pair]):
         )
 
 
-def _open_shard(root: Path, recipe: Recipe, number: int) -> Dataset:
+def _open_shard(root: Path, recipe: SetOrigin, number: int) -> Dataset:
     """Verify a shard and map it."""
     path, index = shard_path(root, number), shard_index(root, number)
     remedy = f"delete {path} and start again: it is then recorded anew"
@@ -146,7 +146,7 @@ def _open_shard(root: Path, recipe: Recipe, number: int) -> Dataset:
     return Dataset.from_file(str(path))
 
 
-def _columns(shard: Dataset, recipe: Recipe) -> _Columns:
+def _columns(shard: Dataset, recipe: SetOrigin) -> _Columns:
     """Views of the mapped columns. A shard is one record batch, so they need no copy."""
     rows = (RECORD_BATCH, recipe.num_steps + 1)
     latents, eps = (_flat(shard, name).reshape(*rows, *recipe.shape) for name in ("latent", "eps"))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from data.recording import prepare, record
-from data.shards import Recipe
+from data.shards import SetOrigin
 from data.trajectories import Endpoints, Pair, PairDataset, TrajectorySet
 from tc_lightning.errors import TokenCacheError, TrajectoryError
 from tc_lightning.models.network import Network
@@ -150,12 +150,12 @@ class TrajectoryDataModule(LightningDataModule):
             )
         return cast(Distiller, module)
 
-    def _recipe(self) -> Recipe:
+    def _recipe(self) -> SetOrigin:
         module = self._distiller()
         teacher, c = module.teacher, module.teacher.config
         shape = (c.in_channels, c.input_size, c.input_size)
         examples = digest_of(teacher.examples)
-        return Recipe(module.teacher_digest, module.sampler, module.guidance, self.seed, shape, teacher.conditions, examples)
+        return SetOrigin(module.teacher_digest, module.sampler, module.guidance, self.seed, shape, teacher.conditions, examples)
 
     def _check_batches(self, pairs_per_sample: int) -> None:
         world, _ = self._processes()
@@ -171,7 +171,7 @@ class TrajectoryDataModule(LightningDataModule):
                 "training and held-out samples: lower it, or raise `num_train`, `num_val` or the number of sampling steps."
             )
 
-    def _record(self, recipe: Recipe) -> None:
+    def _record(self, recipe: SetOrigin) -> None:
         num, (world, rank) = self.val_indices.stop, self._processes()
         assert self.trainer is not None
         teacher, device = self._distiller().teacher, self.trainer.strategy.root_device

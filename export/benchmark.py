@@ -56,7 +56,7 @@ NO_DIGEST = "0" * 64  # random weights need no name
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """One line of the table; None where a figure has no meaning, or was not measured. Memory is above that of an idle interpreter."""
 
     name: str
@@ -74,7 +74,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Exported:
+class BenchedArtefact:
     """A plan's artefact in a temporary folder, loaded, and the seconds that both took."""
 
     plan: CachePlan
@@ -193,7 +193,7 @@ def _subjects(args: argparse.Namespace) -> Iterator[tuple[str, Network, dict[str
         )
 
 
-def _export(model: Network, plan: CachePlan, folder: Path, precision: str, args: argparse.Namespace) -> Exported:
+def _export(model: Network, plan: CachePlan, folder: Path, precision: str, args: argparse.Namespace) -> BenchedArtefact:
     """Write and load an artefact without the proof, which would take longer than the benchmark."""
     folder.mkdir()
     selector = selector_for(plan, read_run(args.run).content if args.run else None, model.config)
@@ -203,7 +203,7 @@ def _export(model: Network, plan: CachePlan, folder: Path, precision: str, args:
     written = time.perf_counter()
     graphs = not args.no_cuda_graphs
     sampler = CachedSampler(folder, args.provider, args.threads, max(args.batch), memory=args.memory, cuda_graphs=graphs)
-    return Exported(plan, folder, sampler, written - started, time.perf_counter() - written)
+    return BenchedArtefact(plan, folder, sampler, written - started, time.perf_counter() - written)
 
 
 def _torch_requests(
@@ -238,7 +238,9 @@ def _agreement(requests: dict[str, Callable[[], Any]]) -> float | None:
     return distance
 
 
-def _rows(exported: dict[str, Exported], seconds: dict[str, float], memory: dict[str, dict[str, float]], batch: int) -> Iterator[Row]:
+def _rows(
+    exported: dict[str, BenchedArtefact], seconds: dict[str, float], memory: dict[str, dict[str, float]], batch: int
+) -> Iterator[BenchmarkRow]:
     any_plan = next(iter(exported.values())).plan
     samples = batch * (2 if any_plan.guidance.doubles_batch else 1)
     full_macs = plan_macs(reference_plan(any_plan))
@@ -246,11 +248,11 @@ def _rows(exported: dict[str, Exported], seconds: dict[str, float], memory: dict
     for name in (EAGER, COMPILED, FULL):
         if name in seconds:
             wall = seconds[FULL] / seconds[name]
-            yield Row(name, 1e3 * seconds[name] / batch, full_tflop / seconds[name], 1.0, wall)
+            yield BenchmarkRow(name, 1e3 * seconds[name] / batch, full_tflop / seconds[name], 1.0, wall)
     for name, e in exported.items():
         wall, macs = seconds[FULL] / seconds[name], full_macs / plan_macs(e.plan)
         per_value = 4 if e.sampler.manifest["precision"] == "fp32" else 2
-        yield Row(
+        yield BenchmarkRow(
             name,
             1e3 * seconds[name] / batch,
             full_tflop / macs / seconds[name],
@@ -272,7 +274,9 @@ def _memory(folder: Path, provider: str, batch: int, room: float) -> dict[str, f
     return json.loads(done.stdout)
 
 
-def _operators(exported: dict[str, Exported], labels: list[int], provider: str, room: float) -> dict[str, dict[str, dict[str, float]]]:
+def _operators(
+    exported: dict[str, BenchedArtefact], labels: list[int], provider: str, room: float
+) -> dict[str, dict[str, dict[str, float]]]:
     found = {}
     for name, e in exported.items():
         sampler = CachedSampler(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from export.command import positive, run
 from export.report.contenders import front_rows
-from export.report.rows import TARGETS
+from export.report.rows import TARGET_NAMES
 from tc_lightning.errors import RunError
 from tc_lightning.plan.atomic import write_atomically
 from tc_lightning.plan.cache_plan import CachePlan
@@ -85,7 +85,7 @@ def measured(loaded: LoadedRun, found: Iterable[Budget], targets: Targets) -> li
         for name, plan in plans.items():
             latents[name] = final_latents(loaded.model, plan, targets.x_T, targets.given, loaded.selector, on_step=bar.update)
     ends = {"reference": targets.reference, "ode": targets.ode}
-    return [_row(budget, target, latents, ends[target]) for budget in found for target in TARGETS]
+    return [_row(budget, target, latents, ends[target]) for budget in found for target in TARGET_NAMES]
 
 
 def compared(ours_B: Tensor, theirs_B: Tensor) -> dict[str, float]:
@@ -106,7 +106,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
         of_plan = f"{_mean(ours)}, {row['macs_speedup']:.2f}x"
         of_fewer = "the same" if theirs is None else f"{_mean(theirs)}, {theirs['steps']} steps"
         ratio = "1" if theirs is None else f"{row['ratio']:.2f} ± {row['ratio_stderr']:.2f}"
-        names = f"{row['budget']:g}x | {TARGETS[row['planned_for']]} | {TARGETS[row['target']]}"
+        names = f"{row['budget']:g}x | {TARGET_NAMES[row['planned_for']]} | {TARGET_NAMES[row['target']]}"
         lines.append(f"| {names} | {of_plan} | {of_fewer} | {ratio} |")
     return "\n".join(lines)
 

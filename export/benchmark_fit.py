@@ -34,14 +34,14 @@ from tc_lightning.runs.folder import find_run, read_run
 from tc_lightning.runs.loaded import LoadedRun, load_run
 
 GUIDANCE_SCALES = (1.0, 1.5, 2.5, 4.0, 7.0)
-SPACINGS = ("mix:0.5", "quadratic", "logsnr")
+TRIED_SPACINGS = ("mix:0.5", "quadratic", "logsnr")
 REFINEMENTS = 3
 FRESH = 10_000  # index of the first image that is measured on: far from those of the fits
 
 Labels = Callable[[Tensor], Tensor]  # labels [B] -> whether an image of that class is taken [B]
 
 
-class Row(NamedTuple):
+class CarryRow(NamedTuple):
     """One line of the table: where it is measured, and the error per image of both samplers, [B]."""
 
     where: str
@@ -76,7 +76,7 @@ class FitBench:
         """Name of the class label among the conditions."""
         return class_label(self.plan.model.conditions).name
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[CarryRow]:
         """All lines of the table."""
         base, half = self.fitted(self.fit_images), class_label(self.plan.model.conditions).classes // 2
         scale = self.plan.guidance.scale
@@ -92,21 +92,23 @@ class FitBench:
     def fitted(self, count: int, labels: Labels | None = None) -> CachePlan:
         """Full compute with fewer steps, fitted and refined on the first images of some classes."""
         target = self.target(0, count, self.plan.guidance.scale, labels)
-        return refine_sampler(self.model, fit_sampler(self.model, self.fewer(SPACINGS[0]), target, count).plan, target, REFINEMENTS)
+        return refine_sampler(
+            self.model, fit_sampler(self.model, self.fewer(TRIED_SPACINGS[0]), target, count).plan, target, REFINEMENTS
+        )
 
     def fewer(self, spacing: str) -> CachePlan:
         """Full compute with fewer steps, as published."""
         plan = full_plan(self.plan.model, make_sampler(self.model.schedule, "dpmpp_2m", self.steps, spacing), self.plan.guidance)
         return dataclasses.replace(plan, reference=self.plan.reference)
 
-    def row(self, where: str, plan: CachePlan, scale: float, labels: Labels | None = None) -> Row:
+    def row(self, where: str, plan: CachePlan, scale: float, labels: Labels | None = None) -> CarryRow:
         """Errors of a plan, and of the best plain sampler, at a guidance scale."""
         target = self.target(FRESH, self.test_images, scale, labels)
         evaluator = RolloutEvaluator(self.model, target.x_T, target.given, target.x_0)
         guidance = dataclasses.replace(self.plan.guidance, scale=scale)
-        plain = [evaluator.mse_per_image(dataclasses.replace(self.fewer(spacing), guidance=guidance)) for spacing in SPACINGS]
+        plain = [evaluator.mse_per_image(dataclasses.replace(self.fewer(spacing), guidance=guidance)) for spacing in TRIED_SPACINGS]
         found_B = evaluator.mse_per_image(dataclasses.replace(plan, guidance=guidance))
-        return Row(where, found_B, min(plain, key=lambda errors_B: float(errors_B.mean())))
+        return CarryRow(where, found_B, min(plain, key=lambda errors_B: float(errors_B.mean())))
 
     def target(self, first: int, count: int, scale: float, labels: Labels | None = None) -> TargetRun:
         """The full-compute run of the first images from an index on, of the classes that are asked for."""
@@ -120,7 +122,7 @@ class FitBench:
         return run_target(self.model, self.plan.reference, guidance, *images(self.model, indices[:count]), BATCH)
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[CarryRow]) -> str:
     """Markdown."""
     lines = ["| measured at | fitted | plain DPM-Solver++ 2M | ratio of means |", "|---|---|---|---|"]
     for row in rows:

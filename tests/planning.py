@@ -12,7 +12,7 @@ from tc_lightning.plan.guidance import Guidance
 from tc_lightning.planner.image_choice import images
 from tc_lightning.planner.price import macs_price
 from tc_lightning.planner.target import TargetRun, run_target
-from tc_lightning.planner.trials import Bench
+from tc_lightning.planner.trials import TrialRunner
 from tc_lightning.policies.subject import Subject
 from tc_lightning.rollout.ranks import ALONE
 from tc_lightning.rollout.sampling import model_signature
@@ -46,5 +46,5 @@ def subject(model: DiT) -> Subject:
 
 
 @pytest.fixture
-def bench(model: DiT, subject: Subject, target: TargetRun) -> Bench:
-    return Bench(model, subject, macs_price, target, 4, ALONE)
+def bench(model: DiT, subject: Subject, target: TargetRun) -> TrialRunner:
+    return TrialRunner(model, subject, macs_price, target, 4, ALONE)

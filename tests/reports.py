@@ -10,9 +10,9 @@ from test_commands import make_run
 
 from export.report.contenders import (
     PLANNED,
-    Subject,
+    Contender,
 )
-from export.report.rows import Row
+from export.report.rows import ReportRow
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import plan_macs
@@ -32,13 +32,13 @@ def finished_run(folder: Path) -> Path:
     return run
 
 
-def subject(plan: CachePlan, reference: CachePlan, group: str = PLANNED, name: str = "x") -> Subject:
-    return Subject(name, group, name, plan, plan_macs(reference) / plan_macs(plan))
+def subject(plan: CachePlan, reference: CachePlan, group: str = PLANNED, name: str = "x") -> Contender:
+    return Contender(name, group, name, plan, plan_macs(reference) / plan_macs(plan))
 
 
-def row(plan: CachePlan, reference: CachePlan, group: str, name: str, error: float, ms: float) -> Row:
+def row(plan: CachePlan, reference: CachePlan, group: str, name: str, error: float, ms: float) -> ReportRow:
     errors = {"ode": np.array([error, error]), "reference": np.array([2 * error, 2 * error])}
-    return Row(subject(plan, reference, group, name), np.zeros((2, 1, 2, 2)), errors, {"ms_per_image": ms})
+    return ReportRow(subject(plan, reference, group, name), np.zeros((2, 1, 2, 2)), errors, {"ms_per_image": ms})
 
 
 def teacher_file(folder: Path):

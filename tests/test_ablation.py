@@ -21,8 +21,8 @@ from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan.costs import full_step_macs, plan_macs, selector_macs
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import Segment, compute, skip
-from tc_lightning.runs.ablation.equal_cost import Layout, blocks_computed, without_predictor
-from tc_lightning.runs.ablation.summary import QUESTIONS, Measured, all_answers, all_rows, table
+from tc_lightning.runs.ablation.equal_cost import EqualCost, blocks_computed, without_predictor
+from tc_lightning.runs.ablation.summary import QUESTIONS, SeedErrors, all_answers, all_rows, table
 from tc_lightning.runs.ablation.training import Training
 from tc_lightning.runs.ablation.variants import EQUAL, Learned, RandomPredictor, Variant, all_variants, require_equal_cost
 from tc_lightning.runs.folder import find_run
@@ -30,7 +30,7 @@ from tc_lightning.runs.folder import find_run
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"
 STEPS, L, N = 8, 4, 16
 SAMPLER = vp_sampler("ddim", STEPS)
-LAYOUT = Layout(SIGNATURE, SAMPLER, Guidance(1.5, 3), full=4, block_share=0.5)
+LAYOUT = EqualCost(SIGNATURE, SAMPLER, Guidance(1.5, 3), full=4, block_share=0.5)
 
 
 def make_scores(importance_TLN: np.ndarray, selector: str = "") -> Scores:
@@ -154,7 +154,7 @@ def test_random_scores_differ_by_image_block_and_call_but_not_by_run() -> None:
     assert torch.equal(again(z, mod), a)
 
 
-def make_measured(values: dict[str, list[float]]) -> Measured:
+def make_measured(values: dict[str, list[float]]) -> SeedErrors:
     names = {name for _, *pair in QUESTIONS for name in pair}
     rest = {name: {"group": "tokens", "speedup": 2.0, "speedup_with_predictor": 1.9, "mse": [1.0, 1.0]} for name in names}
     return rest | {name: rest[name] | {"mse": mse} for name, mse in values.items()}

@@ -16,7 +16,7 @@ from tc_lightning.planner.price import macs_price
 from tc_lightning.planner.recipe import Recipe
 from tc_lightning.planner.record import TrialRecord
 from tc_lightning.planner.target import TargetRun
-from tc_lightning.planner.trials import Bench
+from tc_lightning.planner.trials import TrialRunner
 from tc_lightning.policies.pruned_steps import PrunedStep
 from tc_lightning.policies.subject import Subject
 from tc_lightning.rollout.ranks import ALONE, Ranks
@@ -25,9 +25,9 @@ from tc_lightning.rollout.ranks import ALONE, Ranks
 class TestRecord:
     def test_trials_are_not_made_twice(self, tmp_path: Path, model: DiT, subject: Subject, target: TargetRun) -> None:
         recipe = Recipe("ddim", "uniform", 5, (0, 2, 4), PrunedStep("skip", 1))
-        first = Bench(model, subject, macs_price, target, 4, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
+        first = TrialRunner(model, subject, macs_price, target, 4, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
         lines = (tmp_path / "trials.jsonl").read_text(encoding="utf-8").splitlines()
-        again = Bench(model, subject, macs_price, target, 4, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
+        again = TrialRunner(model, subject, macs_price, target, 4, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
         assert again == first
         assert (tmp_path / "trials.jsonl").read_text(encoding="utf-8").splitlines() == lines
         assert len(lines) == 1
@@ -35,14 +35,14 @@ class TestRecord:
     def test_another_search_does_not_take_them(self, tmp_path: Path, model: DiT, subject: Subject, target: TargetRun) -> None:
         recipe = Recipe("ddim", "uniform", 5, (0, 2, 4), PrunedStep("skip", 1))
         for fitted in (4, 5):
-            Bench(model, subject, macs_price, target, fitted, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
+            TrialRunner(model, subject, macs_price, target, fitted, ALONE, tmp_path / "trials.jsonl").attempt(recipe)
         assert len((tmp_path / "trials.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
     def test_processes_of_unequal_shares_remember_under_one_name(self, model: DiT, subject: Subject, target: TargetRun) -> None:
         """Three images of the fit on two processes: one has one of them, the other two, and both sum to the same."""
         whole = torch.tensor([3.0, 8.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
         benches = [
-            Bench(model, subject, macs_price, target.part(part), fitted, Ranks(rank, 2, lambda values: whole))
+            TrialRunner(model, subject, macs_price, target.part(part), fitted, Ranks(rank, 2, lambda values: whole))
             for rank, (part, fitted) in enumerate([(slice(0, 4), 1), (slice(4, 8), 2)])
         ]
         assert benches[0]._name() == benches[1]._name()
@@ -53,12 +53,12 @@ class TestRecord:
         def total(values: torch.Tensor) -> torch.Tensor:
             return values if values.ndim else torch.tensor(next(answers))
 
-        bench = Bench(model, subject, macs_price, target, 4, Ranks(1, 2, total))
+        bench = TrialRunner(model, subject, macs_price, target, 4, Ranks(1, 2, total))
         assert bench.attempt(Recipe("ddim", "uniform", 5, (0, 2, 4), PrunedStep("skip", 1))).error == 0.25
 
     def test_targets_of_equal_times_are_not_confused(self, model: DiT, subject: Subject, target: TargetRun) -> None:
         other = dataclasses.replace(target, sampler="other")
-        assert len({Bench(model, subject, macs_price, run, 4, ALONE)._name() for run in (target, other)}) == 2
+        assert len({TrialRunner(model, subject, macs_price, run, 4, ALONE)._name() for run in (target, other)}) == 2
 
     def test_a_damaged_file_costs_its_damaged_lines(self, tmp_path: Path) -> None:
         (tmp_path / "t").write_bytes(b'\xff\xfe\n[]\n{"search": "s", "recipe": "a", "error": NaN}\n{"search": "s"')
@@ -75,9 +75,9 @@ class TestRecord:
     ) -> None:
         recipe = Recipe("dpmpp_2m", "mix:0.5", 5, tuple(range(5)), PrunedStep("skip", 1))
         passes: list[int] = []
-        benches = [Bench(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl") for _ in range(3)]
+        benches = [TrialRunner(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl") for _ in range(3)]
         first = benches[0].refined(recipe, 1, lambda: passes.append(1))
-        again = Bench(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl").refined(
+        again = TrialRunner(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl").refined(
             recipe, 1, lambda: passes.append(1)
         )
         assert again == first
@@ -86,7 +86,7 @@ class TestRecord:
         assert len(passes) > 1
         text = (tmp_path / "trials.jsonl").read_text(encoding="utf-8")
         (tmp_path / "trials.jsonl").write_text(text.replace("[[", "[[NaN, ", 1), encoding="utf-8")
-        spoilt = Bench(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
+        spoilt = TrialRunner(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
         assert spoilt.refined(recipe, 1, lambda: passes.append(1)) == first
 
     def test_what_was_not_refined_is_not_remembered_as_refined(
@@ -94,11 +94,11 @@ class TestRecord:
     ) -> None:
         """For want of memory the sampler stays as it was fitted; with more of it, the same command refines it."""
         recipe = Recipe("dpmpp_2m", "mix:0.5", 5, tuple(range(5)), PrunedStep("skip", 1))
-        short = Bench(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
+        short = TrialRunner(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
         monkeypatch.setattr(bench_module, "refine_sampler", lambda model, plan, *_: plan)
         fitted = short.refined(recipe, 1, lambda: None)
         monkeypatch.undo()
-        again = Bench(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl").refined(recipe, 1, lambda: None)
+        again = TrialRunner(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl").refined(recipe, 1, lambda: None)
         assert again.sampler != fitted.sampler
 
     def test_refined_coefficients_reach_processes_that_do_not_see_the_file(self) -> None:

@@ -17,7 +17,7 @@ from tc_lightning.planner.price import ClockPrice, SharedPrice, macs_price
 from tc_lightning.planner.recipe import Recipe, build_plan, spread
 from tc_lightning.planner.search import Search
 from tc_lightning.planner.shapes import Shape, at_count, fewer_steps, fill, grid, halves, neighbours, variations
-from tc_lightning.planner.trials import Bench
+from tc_lightning.planner.trials import TrialRunner
 from tc_lightning.policies.pruned_steps import PrunedStep
 from tc_lightning.policies.subject import Subject
 from tc_lightning.rollout.ranks import ALONE, Ranks
@@ -79,13 +79,13 @@ class TestSearch:
     def test_where_all_steps_are_full_what_the_others_do_is_one(self) -> None:
         assert len({at_count(Shape("ddim", "uniform", 1.0, PrunedStep("skip", order)), 5) for order in (0, 1, 2)}) == 1
 
-    def test_nothing_to_climb(self, bench: Bench) -> None:
+    def test_nothing_to_climb(self, bench: TrialRunner) -> None:
         search = Search(bench, 0.1)
         search.try_shapes(grid(("ddim", "uniform", STEPS)))
         search.climb(3)
         assert not search.trials
 
-    def test_a_run_of_an_unknown_sampler_is_no_recipe(self, bench: Bench) -> None:
+    def test_a_run_of_an_unknown_sampler_is_no_recipe(self, bench: TrialRunner) -> None:
         assert bench.cost(Recipe("euler", "uniform", 6, (0, 3), PrunedStep("skip", 1))) == math.inf
 
     def test_a_fixed_number_of_steps_holds_no_more_full_ones(self) -> None:
@@ -94,7 +94,7 @@ class TestSearch:
         assert recipe is not None
         assert (recipe.num_steps, len(recipe.full)) == (9, 4)
 
-    def test_a_budget_is_not_lost_to_rounding(self, bench: Bench) -> None:
+    def test_a_budget_is_not_lost_to_rounding(self, bench: TrialRunner) -> None:
         """28 / 1.12 is 24.999999999999996, and pays for 25 full steps."""
         bench.price = lambda plan: float(len(plan.full_steps))
         search = Search(bench, 28 / 1.12)
@@ -110,7 +110,7 @@ class TestSearch:
         assert recipe is not None
         assert recipe.kind == "cache"
 
-    def test_every_budget_is_tried_without_skips(self, bench: Bench) -> None:
+    def test_every_budget_is_tried_without_skips(self, bench: TrialRunner) -> None:
         search = Search(bench, 7.5)
         search.try_without_skips(forecast_guidance=True)
         assert {trial.recipe.kind for trial in search.trials.values()} == {"full", "halves"}
@@ -126,7 +126,7 @@ class TestSearch:
         assert {n.full for n in neighbours(recipe)} == {(0, 1, 3), (0, 2, 4)}
         assert {n.alone for n in neighbours(recipe)} == {(3,), (4,)}
 
-    def test_every_trial_is_within_the_budget_and_the_best_is_the_least(self, bench: Bench) -> None:
+    def test_every_trial_is_within_the_budget_and_the_best_is_the_least(self, bench: TrialRunner) -> None:
         search = Search(bench, 5.0)
         search.try_shapes(grid(("ddim", "uniform", STEPS)))
         found = len(search.trials)
@@ -136,14 +136,14 @@ class TestSearch:
         assert all(trial.cost <= 5.0 for trial in search.trials.values())
         assert search.best.error == min(trial.error for trial in search.trials.values()) < math.inf
 
-    def test_climbing_ends_at_a_hill_top(self, bench: Bench) -> None:
+    def test_climbing_ends_at_a_hill_top(self, bench: TrialRunner) -> None:
         search = Search(bench, 4.0)
         search.try_shapes([Shape("dpmpp_2m", "mix:0.5", 2.0)])
         search.climb(1000)
         top = search.best
         assert all(bench.attempt(move).error >= top.error for move in neighbours(top.recipe) if bench.cost(move) <= 4.0)
 
-    def test_the_clock_as_price(self, bench: Bench) -> None:
+    def test_the_clock_as_price(self, bench: TrialRunner) -> None:
         bench.price = ClockPrice(lambda plan: (3.0 * len(plan.full_steps) + 0.6 * (plan.num_steps - len(plan.full_steps)), 3.0))
         assert bench.cost(Recipe("ddim", "uniform", 6, (0, 3), PrunedStep("skip", 1))) == pytest.approx(2.8)
 

@@ -13,7 +13,7 @@ from reports import STEPS, subject
 
 from export.compiler import fidelity
 from export.compiler.weight_files import WeightFiles
-from export.report.measure import Exported, Failed, Made, Requests, export, make_in_turns
+from export.report.measure import ContenderArtefact, Failed, Made, Requests, export, make_in_turns
 from export.runtime import manifest
 from export.runtime.sampler import Result
 from tc_lightning.plan.conditions import Condition
@@ -55,9 +55,9 @@ def test_artefacts_share_one_file_of_weights(teacher, tmp_path):
     plans = [make_plan(teacher, STEPS), make_plan(teacher, (FULL,) * 4)]
     weights = WeightFiles(teacher, "fp32", tmp_path)
     made = [export(weights, subject(plan, plans[1]), tmp_path / str(j), "cpu", 2) for j, plan in enumerate(plans)]
-    assert all(isinstance(artefact, Exported) for artefact in made)
+    assert all(isinstance(artefact, ContenderArtefact) for artefact in made)
     assert (tmp_path / "0" / "weights.data").samefile(tmp_path / "1" / "weights.data")
-    results = make_in_turns([a for a in made if isinstance(a, Exported)], Requests(seed=2, images=3, batch=2), 5)
+    results = make_in_turns([a for a in made if isinstance(a, ContenderArtefact)], Requests(seed=2, images=3, batch=2), 5)
     for plan, result in zip(plans, results, strict=True):
         assert isinstance(result, Made)
         assert len(result.ms_per_image) == 2

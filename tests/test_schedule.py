@@ -7,7 +7,7 @@ from conftest import SIGNATURE, make_plan, random_steps, signature_for, vp_sampl
 
 from export.bench.plans import benchmark_plans
 from export.runtime.buffers import MOST_GRAPHS
-from export.runtime.layout import PAST, Run, Spec, graphed, lay_out, read_first, sampling_runs, split_steps
+from export.runtime.layout import PAST, ProgramRun, Spec, graphed, lay_out, read_first, sampling_runs, split_steps
 from export.runtime.programs import lower
 from tc_lightning.models.dit import preset
 from tc_lightning.plan.cache_plan import CachePlan
@@ -169,9 +169,9 @@ def test_each_chunk_is_conditioned_before_its_first_step():
 
 
 def test_graphs_go_to_the_bindings_that_occur_most_often():
-    once, often = Run("a", (("x", "x.0"),), ()), Run("a", (("x", "x.1"),), ())
-    runs = [Run(r.program, r.inputs, r.outputs, step) for step, r in enumerate([once, often, often])]
-    assert graphed([Run("condition", (), ()), *runs], 9) == [often, once]
+    once, often = ProgramRun("a", (("x", "x.0"),), ()), ProgramRun("a", (("x", "x.1"),), ())
+    runs = [ProgramRun(r.program, r.inputs, r.outputs, step) for step, r in enumerate([once, often, often])]
+    assert graphed([ProgramRun("condition", (), ()), *runs], 9) == [often, once]
     assert graphed(runs, 1) == [often]
     assert graphed(runs, 0) == []
 

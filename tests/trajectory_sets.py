@@ -13,7 +13,7 @@ import torch
 from conftest import vp_sampler
 
 from data.recording import prepare, record
-from data.shards import Recipe
+from data.shards import SetOrigin
 from tc_lightning.models.checkpoints import teacher_digest
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan.guidance import Guidance
@@ -28,11 +28,11 @@ def tiny_teacher(seed: int = 0) -> DiT:
     return randomise_(DiT(config), seed).eval().requires_grad_(False)
 
 
-def recipe_for(teacher: DiT, seed: int = 0, sampler: str = "ddim", steps: int = STEPS) -> Recipe:
-    return Recipe(teacher_digest(teacher), vp_sampler(sampler, steps), GUIDANCE, seed, (2, 8, 8), teacher.conditions)
+def recipe_for(teacher: DiT, seed: int = 0, sampler: str = "ddim", steps: int = STEPS) -> SetOrigin:
+    return SetOrigin(teacher_digest(teacher), vp_sampler(sampler, steps), GUIDANCE, seed, (2, 8, 8), teacher.conditions)
 
 
-def record_set(root: Path, num: int = 40) -> tuple[DiT, Recipe]:
+def record_set(root: Path, num: int = 40) -> tuple[DiT, SetOrigin]:
     teacher = tiny_teacher()
     recipe = recipe_for(teacher)
     prepare(root, recipe, num)

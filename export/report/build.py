@@ -21,9 +21,9 @@ from export.report import measure
 from export.report.contenders import (
     REFERENCE,
     ROUNDED_UP,
+    Contender,
     Missing,
     Policies,
-    Subject,
     distinct,
     fewer_steps,
     fitted,
@@ -34,7 +34,7 @@ from export.report.contenders import (
 from export.report.judge import Judge, find_judge
 from export.report.page import page
 from export.report.pictures import draw
-from export.report.rows import Row, Ruler
+from export.report.rows import ReportRow, Ruler
 from export.report.verdict import compare, headline, sentences
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.cache_plan import CachePlan
@@ -49,7 +49,7 @@ NOTICE = "tc-lightning report"  # begins report.json: a folder without it is not
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class ReportSettings:
     """What the user may choose.
 
     Args:
@@ -78,18 +78,18 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class Measurements:
     """Everything that was measured, before it is written up."""
 
-    reference: Row
-    rows: list[Row]
+    reference: ReportRow
+    rows: list[ReportRow]
     failed: list[measure.Failed]
     missing: list[Missing]
     targets: Targets
     judge: Judge | None
 
 
-def build_report(loaded: LoadedRun, settings: Settings, policies: Policies, folder: Path) -> dict[str, Any]:
+def build_report(loaded: LoadedRun, settings: ReportSettings, policies: Policies, folder: Path) -> dict[str, Any]:
     """Measure, and write index.html, report.json and the pictures into an empty folder.
 
     Returns:
@@ -125,16 +125,18 @@ def _targets(loaded: LoadedRun, reference: CachePlan, seed: int, images: int, na
         return cached_targets(loaded.model, key, loaded.run.folder / "targets", bar.update)
 
 
-def _subjects(loaded: LoadedRun, reference: CachePlan, settings: Settings, policies: Policies) -> tuple[list[Subject], list[Missing]]:
+def _subjects(
+    loaded: LoadedRun, reference: CachePlan, settings: ReportSettings, policies: Policies
+) -> tuple[list[Contender], list[Missing]]:
     """All plans, the reference first."""
     tuning = _targets(loaded, reference, settings.seed + 1, PLANNING_IMAGES, "the same, for tuning alternatives")
     context = planning_context(loaded, tuning)
-    known = [Subject("reference run", REFERENCE, "reference", reference, 1.0)]
+    known = [Contender("reference run", REFERENCE, "reference", reference, 1.0)]
     known += planned(reference, loaded.plan, loaded.run.folder, settings.budgets, settings.most)
     with _progress("fewer steps", "plan", None) as tell:
         known += fewer_steps(loaded.model.schedule, reference, settings.budgets, _judge_plan(loaded, tuning, tell))
         twins = list(fitted(context, reference, loaded.run.folder, settings.budgets, tell))
-        known += [one for one in twins if isinstance(one, Subject)]
+        known += [one for one in twins if isinstance(one, Contender)]
     with _progress("published methods", "plan", None) as tell:
         others, missing = published(context, reference, settings.budgets, policies, tell)
     return distinct([*known, *others]), [*missing, *(one for one in twins if isinstance(one, Missing))]
@@ -152,8 +154,8 @@ def _judge_plan(loaded: LoadedRun, tuning: Targets, tell: Callable[[str], None])
 
 
 def _measure(
-    loaded: LoadedRun, subjects: Sequence[Subject], missing: list[Missing], settings: Settings, ruler: Ruler, targets: Targets
-) -> Measured:
+    loaded: LoadedRun, subjects: Sequence[Contender], missing: list[Missing], settings: ReportSettings, ruler: Ruler, targets: Targets
+) -> Measurements:
     requests = measure.Requests(settings.seed, settings.images, settings.batch)
     with tempfile.TemporaryDirectory(prefix="tc-report-") as workshop:
         exported = []
@@ -163,7 +165,7 @@ def _measure(
                 tell(subject.name)
                 exported.append(measure.export(weights, subject, Path(workshop) / str(j), settings.provider, settings.batch))
                 _require_reference(exported)
-        artefacts = [e for e in exported if isinstance(e, measure.Exported)]
+        artefacts = [e for e in exported if isinstance(e, measure.ContenderArtefact)]
         failed = [e for e in exported if isinstance(e, measure.Failed)]
         with _progress("timing, in turns", "request", len(artefacts) * len(requests.parts)) as tell:
             made = measure.make_in_turns(artefacts, requests, loaded.model.examples, tell)
@@ -172,7 +174,7 @@ def _measure(
     finished = [(a, m) for a, m in zip(artefacts, made, strict=True) if isinstance(m, measure.Made)]
     reference_ms = finished[0][1].ms
     rows = [ruler.row(a, m, reference_ms) for a, m in tqdm(finished, "figures", unit="plan")]
-    return Measured(rows[0], rows[1:], failed, missing, targets, ruler.judge)
+    return Measurements(rows[0], rows[1:], failed, missing, targets, ruler.judge)
 
 
 def _require_reference(results: Sequence[object]) -> None:
@@ -181,7 +183,7 @@ def _require_reference(results: Sequence[object]) -> None:
         raise TokenCacheError(f"the reference run itself cannot be measured: {results[0].reason}")
 
 
-def _report(loaded: LoadedRun, settings: Settings, measured: Measured) -> dict[str, Any]:
+def _report(loaded: LoadedRun, settings: ReportSettings, measured: Measurements) -> dict[str, Any]:
     comparisons = compare(measured.rows, measured.reference, settings.budgets)
     told = sentences(comparisons, len(measured.missing), len(measured.failed), settings.images)
     return {
@@ -234,7 +236,7 @@ def _cpu_name() -> str:
     return platform.processor() or "CPU"
 
 
-def _plain(settings: Settings) -> dict[str, Any]:
+def _plain(settings: ReportSettings) -> dict[str, Any]:
     values = dataclasses.asdict(settings)
     return values | {"budgets": list(settings.budgets), "inception": None if settings.inception is None else str(settings.inception)}
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from export import command
 from export.folders import replacing_folder
-from export.report.build import NOTICE, Settings, build_report
+from export.report.build import NOTICE, ReportSettings, build_report
 from export.torch_device import torch_device
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.policies.base import Policy
@@ -40,7 +40,7 @@ def _report(args: list[str]) -> None:
     run = read_run(given.run or find_run(Path("runs")))
     out = given.out or run.folder / "report"
     _require_replaceable(out)
-    settings = Settings(
+    settings = ReportSettings(
         budgets=tuple(sorted(set(given.budgets))),
         images=given.images,
         batch=min(given.batch, given.images),

@@ -32,7 +32,7 @@ Policies = Callable[[float], dict[str, Policy]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class Contender:
     """One plan to be measured.
 
     Args:
@@ -59,7 +59,7 @@ class Missing:
     reason: str
 
 
-def planned(reference: CachePlan, own: CachePlan, folder: Path, budgets: Sequence[float], most: int) -> Iterator[Subject]:
+def planned(reference: CachePlan, own: CachePlan, folder: Path, budgets: Sequence[float], most: int) -> Iterator[Contender]:
     """The run's plan and, where the planner left a front, at most `most` plans of it: those for the budgets first.
 
     Raises:
@@ -74,7 +74,7 @@ def planned(reference: CachePlan, own: CachePlan, folder: Path, budgets: Sequenc
 
 def fitted(
     context: PlanningContext, reference: CachePlan, folder: Path, budgets: Sequence[float], on_plan: Callable[[str], object]
-) -> Iterator[Subject | Missing]:
+) -> Iterator[Contender | Missing]:
     """Fewer steps, fitted and refined: those of the planner's front, and for budgets of which it has none for the reference run, ones
     fitted now.
 
@@ -106,7 +106,7 @@ def fitted(
                 yield Missing(FITTED, budget, str(error))
 
 
-def fewer_steps(schedule: Schedule, reference: CachePlan, budgets: Sequence[float], judge: Evaluate) -> Iterator[Subject]:
+def fewer_steps(schedule: Schedule, reference: CachePlan, budgets: Sequence[float], judge: Evaluate) -> Iterator[Contender]:
     """Full compute with fewer steps, by every solver at its best spacing for the budget.
 
     Rounding is in their favour: a budget that does not pay for a whole number of steps pays for one more. The best sampler of a
@@ -138,7 +138,7 @@ def published(
     budgets: Sequence[float],
     policies: Policies,
     on_plan: Callable[[str], object] = lambda _: None,
-) -> tuple[list[Subject], list[Missing]]:
+) -> tuple[list[Contender], list[Missing]]:
     """Plans of every policy at every budget, and the policies that gave none.
 
     A method that reaches none of the budgets is shown with the plan of the greatest speed-up that it reaches.
@@ -150,12 +150,12 @@ def published(
         policies: the policies for a budget, by name.
         on_plan: called with a policy's name before it plans.
     """
-    found: list[Subject | Missing] = []
+    found: list[Contender | Missing] = []
     for budget in budgets:
         for method, policy in policies(budget).items():
             on_plan(f"{method} {budget:g}x")
             found.append(_published(context, reference, method, budget, policy))
-    shown = {one.method for one in found if isinstance(one, Subject)}
+    shown = {one.method for one in found if isinstance(one, Contender)}
     for method, policy in policies(min(budgets)).items():
         most = policy.most(context)
         if method in shown or not ROUNDED_UP <= most < min(budgets):
@@ -163,11 +163,11 @@ def published(
         on_plan(f"{method} {most:.2f}x")
         most = rounded_down(most)
         greatest = _published(context, reference, method, most, policies(most)[method])
-        found += [greatest] if isinstance(greatest, Subject) else []  # why it has no plan is told of the budgets
-    return [one for one in found if isinstance(one, Subject)], [one for one in found if isinstance(one, Missing)]
+        found += [greatest] if isinstance(greatest, Contender) else []  # why it has no plan is told of the budgets
+    return [one for one in found if isinstance(one, Contender)], [one for one in found if isinstance(one, Missing)]
 
 
-def _published(context: PlanningContext, reference: CachePlan, method: str, budget: float, policy: Policy) -> Subject | Missing:
+def _published(context: PlanningContext, reference: CachePlan, method: str, budget: float, policy: Policy) -> Contender | Missing:
     try:
         if (reason := policy.unavailable(context)) is not None:
             return Missing(method, budget, reason)
@@ -181,9 +181,9 @@ def rounded_down(speedup: float) -> float:
     return math.floor(100 * speedup + 1e-9) / 100
 
 
-def distinct(subjects: Iterable[Subject]) -> list[Subject]:
+def distinct(subjects: Iterable[Contender]) -> list[Contender]:
     """One subject for each thing that is computed, the first of its kind, with distinct names."""
-    kept: dict[str, Subject] = {}
+    kept: dict[str, Contender] = {}
     for subject in subjects:
         kept.setdefault(_computation(subject.plan), subject)
     taken: dict[str, int] = {}
@@ -195,10 +195,12 @@ def distinct(subjects: Iterable[Subject]) -> list[Subject]:
     return result
 
 
-def _subject(reference: CachePlan, plan: CachePlan, group: str, method: str) -> Subject:
+def _subject(reference: CachePlan, plan: CachePlan, group: str, method: str) -> Contender:
     speedup = plan_macs(reference) / plan_macs(plan)
     group = FEWER if group == PUBLISHED and len(plan.full_steps) == plan.num_steps else group
-    return Subject(f"{method}, {plan.num_steps} steps" if group == FEWER else f"{method}, {speedup:.2f}x", group, method, plan, speedup)
+    return Contender(
+        f"{method}, {plan.num_steps} steps" if group == FEWER else f"{method}, {speedup:.2f}x", group, method, plan, speedup
+    )
 
 
 def _with_steps(schedule: Schedule, reference: CachePlan, sampler: str, spacing: str, steps: int) -> CachePlan:

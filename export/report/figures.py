@@ -19,7 +19,7 @@ from PIL import Image
 
 from export.grid import difference_pixels, to_pixels
 from export.report.contenders import FEWER, PLANNED, PUBLISHED
-from export.report.rows import TARGETS, Row, by_group
+from export.report.rows import TARGET_NAMES, ReportRow, by_group
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.segments import MODES
 
@@ -66,13 +66,13 @@ def write_both(folder: Path, name: str, draw: Callable[[Theme], Figure]) -> None
             draw(theme).savefig(folder / f"{name}{suffix}.svg", transparent=True, metadata={"Date": None})
 
 
-def front(rows: Sequence[Row], reference: Row, target: str, across: str) -> Callable[[Theme], Figure]:
+def front(rows: Sequence[ReportRow], reference: ReportRow, target: str, across: str) -> Callable[[Theme], Figure]:
     """Error against a target, logarithmic, over milliseconds an image (`ms`) or the speed-up in MACs (`macs`); log axes."""
 
     def draw(theme: Theme) -> Figure:
         figure = Figure(figsize=(8.2, 4.6), layout="constrained")
         ax = figure.subplots()
-        ax.set(yscale="log", ylabel=f"mean squared error against the {TARGETS[target]}")
+        ax.set(yscale="log", ylabel=f"mean squared error against the {TARGET_NAMES[target]}")
         ax.grid(color=theme.faint, linewidth=0.6)
         ax.set_axisbelow(True)
         _draw_methods(ax, by_group(rows, PUBLISHED), target, across, theme)
@@ -139,16 +139,16 @@ def write_strip(path: Path, latents_BCHW: np.ndarray, reference_BCHW: np.ndarray
     Image.fromarray(strip).save(path, format="PNG")
 
 
-def _draw_methods(ax: Axes, rows: Sequence[Row], target: str, across: str, theme: Theme) -> None:
+def _draw_methods(ax: Axes, rows: Sequence[ReportRow], target: str, across: str, theme: Theme) -> None:
     colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     for j, (method, points) in enumerate(_by_method(rows, across).items()):
         style: dict[str, Any] = {"color": colours[j % len(colours)], "marker": MARKERS[j % len(MARKERS)]}
         _line(ax, points, target, across, label=method, linewidth=0.7, markersize=4.5, alpha=0.9, **style)
 
 
-def _draw_fewer(ax: Axes, rows: Sequence[Row], target: str, across: str, theme: Theme) -> None:
+def _draw_fewer(ax: Axes, rows: Sequence[ReportRow], target: str, across: str, theme: Theme) -> None:
     dashes = ("--", ":", "-.")
-    by_solver: dict[str, list[Row]] = defaultdict(list)
+    by_solver: dict[str, list[ReportRow]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: _place(row, across)):
         by_solver[row.subject.plan.sampler.name].append(row)
     for j, (solver, points) in enumerate(sorted(by_solver.items())):
@@ -157,7 +157,7 @@ def _draw_fewer(ax: Axes, rows: Sequence[Row], target: str, across: str, theme: 
         _line(ax, lower, target, across, label=f"fewer steps: {solver}", color=theme.fewer, linewidth=1.4, linestyle=dashes[j % 3])
 
 
-def _draw_planned(ax: Axes, rows: Sequence[Row], target: str, across: str, theme: Theme) -> None:
+def _draw_planned(ax: Axes, rows: Sequence[ReportRow], target: str, across: str, theme: Theme) -> None:
     if not rows:
         return
     for row in rows:
@@ -169,30 +169,30 @@ def _draw_planned(ax: Axes, rows: Sequence[Row], target: str, across: str, theme
     _line(ax, _front(points, target, across), target, across, label="planned", linewidth=2, **style)
 
 
-def _front(points: Sequence[Row], target: str, across: str) -> list[Row]:
+def _front(points: Sequence[ReportRow], target: str, across: str) -> list[ReportRow]:
     """Those points that none beats in both cost and error."""
     cheap_first = sorted(points, key=lambda row: row.ms if across == "ms" else -row.subject.speedup)
-    kept: list[Row] = []
+    kept: list[ReportRow] = []
     for row in cheap_first:
         if not kept or row.mse(target) < kept[-1].mse(target):
             kept.append(row)
     return kept
 
 
-def _by_method(rows: Sequence[Row], across: str) -> dict[str, list[Row]]:
-    methods: dict[str, list[Row]] = defaultdict(list)
+def _by_method(rows: Sequence[ReportRow], across: str) -> dict[str, list[ReportRow]]:
+    methods: dict[str, list[ReportRow]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: (row.subject.method, _place(row, across))):
         methods[row.subject.method].append(row)
     return methods
 
 
-def _line(ax: Axes, points: Sequence[Row], target: str, across: str, **style: Any) -> None:
+def _line(ax: Axes, points: Sequence[ReportRow], target: str, across: str, **style: Any) -> None:
     ax.plot([_place(row, across) for row in points], [_height(row, target) for row in points], **style)
 
 
-def _place(row: Row, across: str) -> float:
+def _place(row: ReportRow, across: str) -> float:
     return row.ms if across == "ms" else row.subject.speedup
 
 
-def _height(row: Row, target: str) -> float:
+def _height(row: ReportRow, target: str) -> float:
     return max(row.mse(target), 1e-16)  # a logarithmic axis has no zero

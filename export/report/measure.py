@@ -17,7 +17,7 @@ import numpy as np
 from export.compiler.compile import write_sharing
 from export.compiler.parity import prove, require_parity, trajectory_error
 from export.compiler.weight_files import WeightFiles
-from export.report.contenders import Subject
+from export.report.contenders import Contender
 from export.runtime.manifest import read_manifest
 from export.runtime.programs import lower
 from export.runtime.sampler import CachedSampler
@@ -31,10 +31,10 @@ COPIES = 2.5  # memory of a loaded sampler, in sizes of its weights
 
 
 @dataclasses.dataclass(frozen=True)
-class Exported:
+class ContenderArtefact:
     """A subject's artefact, loaded, and its export error: relative L2 over a whole trajectory."""
 
-    subject: Subject
+    subject: Contender
     sampler: CachedSampler
     rel_l2: float
     cache_bytes: int
@@ -45,7 +45,7 @@ class Exported:
 class Failed:
     """A subject whose artefact could not be made, or disagrees with torch."""
 
-    subject: Subject
+    subject: Contender
     reason: str
 
 
@@ -82,7 +82,7 @@ class Made:
         return statistics.median(self.ms_per_image)
 
 
-def export(weights: WeightFiles, subject: Subject, folder: Path, provider: str, max_batch: int) -> Exported | Failed:
+def export(weights: WeightFiles, subject: Contender, folder: Path, provider: str, max_batch: int) -> ContenderArtefact | Failed:
     """Write an artefact into a new folder and prove it against torch.
 
     Args:
@@ -104,11 +104,11 @@ def export(weights: WeightFiles, subject: Subject, folder: Path, provider: str, 
         return Failed(subject, str(error).strip() or type(error).__name__)
     sampler.release()
     seconds, cache = time.perf_counter() - started, sampler.manifest["cache_bytes_per_image"]
-    return Exported(subject, sampler, trajectory_error(checks), cache, seconds)
+    return ContenderArtefact(subject, sampler, trajectory_error(checks), cache, seconds)
 
 
 def make_in_turns(
-    artefacts: Sequence[Exported],
+    artefacts: Sequence[ContenderArtefact],
     requests: Requests,
     examples: Arrays | None = None,
     on_request: Callable[[str], object] = lambda _: None,
@@ -148,7 +148,7 @@ def _load(sampler: CachedSampler) -> None:
         sampler.session(name)
 
 
-def _fits(artefacts: Sequence[Exported]) -> bool:
+def _fits(artefacts: Sequence[ContenderArtefact]) -> bool:
     """Whether all artefacts may stay loaded; else each is loaded again for its turn. On a GPU there is no telling: they are not."""
     if not artefacts or any(artefact.sampler.provider != "cpu" for artefact in artefacts):
         return False

@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from export.report.pictures import Pictures, Strip
-from export.report.rows import TARGETS
+from export.report.rows import TARGET_NAMES
 from export.report.style import CSS
 from tc_lightning.rollout.targets import ODE_STEPS
 
@@ -76,7 +76,7 @@ def _tile(c: dict[str, Any]) -> str:
 def _equal(comparisons: Sequence[dict[str, Any]]) -> str:
     columns: dict[str, Value] = {
         "budget": lambda c: f"{c['budget']:g}x",
-        "against": lambda c: TARGETS[c["target"]],
+        "against": lambda c: TARGET_NAMES[c["target"]],
         "equal": lambda c: "multiplications" if c["equal"] == "MACs" else "time",
         "planned": lambda c: escape(c["planned"]),
         "its error": lambda c: _number(c["planned_mse"]),

@@ -10,7 +10,7 @@ from pathlib import Path
 from export.report.contenders import FEWER, PLANNED, PUBLISHED
 from export.report.figures import front, plan_maps, write_both, write_strip
 from export.report.quality import visible
-from export.report.rows import TARGETS, Row, by_group
+from export.report.rows import TARGET_NAMES, ReportRow, by_group
 from export.report.verdict import best, planned_for
 from tc_lightning.measure.figures import importance_figure
 from tc_lightning.measure.scores import Scores
@@ -47,12 +47,14 @@ class Pictures:
     grids: dict[str, list[Strip]]
 
 
-def draw(folder: Path, scores: Scores, reference: Row, rows: Sequence[Row], targets: Targets, budgets: Sequence[float]) -> Pictures:
+def draw(
+    folder: Path, scores: Scores, reference: ReportRow, rows: Sequence[ReportRow], targets: Targets, budgets: Sequence[float]
+) -> Pictures:
     """Draw everything into `folder`/figures."""
     place = folder / FOLDER
     place.mkdir()
     fronts = {}
-    for target, target_name in TARGETS.items():
+    for target, target_name in TARGET_NAMES.items():
         for across, what in (("ms", "measured time"), ("macs", "multiplications")):
             name = f"front-{target}-{across}"
             write_both(place, name, front(rows, reference, target, across))
@@ -65,13 +67,13 @@ def draw(folder: Path, scores: Scores, reference: Row, rows: Sequence[Row], targ
     return Pictures(fronts, f"{FOLDER}/plans.svg" if mapped else None, f"{FOLDER}/tokens.png", grids)
 
 
-def _mapped(rows: Sequence[Row], budgets: Sequence[float]) -> list[Row]:
+def _mapped(rows: Sequence[ReportRow], budgets: Sequence[float]) -> list[ReportRow]:
     """The run's own plan, and the best planned artefact for each budget."""
     ours = by_group(rows, PLANNED)[:1] + [row for budget in budgets if (row := best(planned_for(rows, budget), "ode"))]
     return list({row.name: row for row in ours}.values())
 
 
-def _grid(folder: Path, budget: float, reference: Row, rows: Sequence[Row], targets: Targets) -> list[Strip]:
+def _grid(folder: Path, budget: float, reference: ReportRow, rows: Sequence[ReportRow], targets: Targets) -> list[Strip]:
     """The reference run, the best planned artefact, the best published method and the best run with fewer steps at a budget."""
     strips = [_strip(folder, reference, targets, is_reference=True)]
     enough = [row for row in rows if row.subject.speedup * 1.03 >= budget]
@@ -81,7 +83,7 @@ def _grid(folder: Path, budget: float, reference: Row, rows: Sequence[Row], targ
     return strips
 
 
-def _strip(folder: Path, row: Row, targets: Targets, is_reference: bool = False) -> Strip:
+def _strip(folder: Path, row: ReportRow, targets: Targets, is_reference: bool = False) -> Strip:
     name = re.sub(r"[^a-z0-9]+", "-", row.name.lower()).strip("-")
     seen = visible(row.latents[:COLUMNS])
     write_strip(folder / f"{name}.png", seen)

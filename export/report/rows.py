@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from export.report.contenders import Subject
+from export.report.contenders import Contender
 from export.report.judge import Judge
-from export.report.measure import Exported, Made
+from export.report.measure import ContenderArtefact, Made
 from export.report.quality import InceptionFID, frechet_distance, ssim, teacher_features, visible
 from tc_lightning.measure.psnr import data_range, psnr, squared_errors
 from tc_lightning.models.network import Network
 from tc_lightning.plan.conditions import class_label
 from tc_lightning.rollout.targets import Targets
 
-TARGETS = {"ode": "converged ODE", "reference": "reference run"}
+TARGET_NAMES = {"ode": "converged ODE", "reference": "reference run"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Row:
+class ReportRow:
     """All that was measured of one plan.
 
     Args:
@@ -33,7 +33,7 @@ class Row:
         figures: the row of the report, plain JSON values.
     """
 
-    subject: Subject
+    subject: Contender
     latents: np.ndarray
     errors: dict[str, np.ndarray]
     figures: dict[str, Any]
@@ -73,9 +73,9 @@ class Ruler:
         self.features = teacher_features(model, self.reference, targets.given)
         self.fid = None if inception is None else InceptionFID(inception, self.reference)
 
-    def row(self, exported: Exported, made: Made, reference_ms: float) -> Row:
+    def row(self, exported: ContenderArtefact, made: Made, reference_ms: float) -> ReportRow:
         """Figures of one plan."""
-        errors = {name: squared_errors(made.latents, getattr(self.targets, name).numpy()) for name in TARGETS}
+        errors = {name: squared_errors(made.latents, getattr(self.targets, name).numpy()) for name in TARGET_NAMES}
         subject = exported.subject
         figures = {
             "name": subject.name,
@@ -96,7 +96,7 @@ class Ruler:
             **{f"mse_{name}": spread(values) for name, values in errors.items()},
             **self._closeness(made.latents),
         }
-        return Row(subject, made.latents, errors, figures)
+        return ReportRow(subject, made.latents, errors, figures)
 
     def _accuracy(self, latents: np.ndarray) -> float | None:
         """Share of the images that the judge takes for what they were asked to be."""
@@ -124,6 +124,6 @@ def spread(values_B: np.ndarray) -> dict[str, float]:
     return {"mean": float(values_B.mean()), "stderr": error, "worst": float(values_B.max())}
 
 
-def by_group(rows: Sequence[Row], *groups: str) -> list[Row]:
+def by_group(rows: Sequence[ReportRow], *groups: str) -> list[ReportRow]:
     """The rows of some groups."""
     return [row for row in rows if row.subject.group in groups]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from export.report.contenders import FEWER, PLANNED, PUBLISHED, ROUNDING
-from export.report.rows import TARGETS, Row, by_group
+from export.report.rows import TARGET_NAMES, ReportRow, by_group
 from tc_lightning.plan.costs import full_step_macs, plan_macs
 from tc_lightning.plan.sampler_table import FITTED
 
@@ -59,7 +59,7 @@ class Comparison:
         return dataclasses.asdict(self) | {"ratio": self.ratio}
 
 
-def compare(rows: Sequence[Row], reference: Row, budgets: Sequence[float]) -> list[Comparison]:
+def compare(rows: Sequence[ReportRow], reference: ReportRow, budgets: Sequence[float]) -> list[Comparison]:
     """All comparisons that the measured rows allow.
 
     Rounding is in the alternatives' favour: at equal MACs they may spend up to one full step more than the budget, at equal time
@@ -68,7 +68,7 @@ def compare(rows: Sequence[Row], reference: Row, budgets: Sequence[float]) -> li
     whole, step = plan_macs(reference.subject.plan), full_step_macs(reference.subject.plan.model)
     found = []
     for budget in budgets:
-        for target in TARGETS:
+        for target in TARGET_NAMES:
             ours = best(planned_for(rows, budget), target)
             if ours is None:
                 continue
@@ -83,12 +83,12 @@ def compare(rows: Sequence[Row], reference: Row, budgets: Sequence[float]) -> li
     return found
 
 
-def planned_for(rows: Sequence[Row], budget: float) -> list[Row]:
+def planned_for(rows: Sequence[ReportRow], budget: float) -> list[ReportRow]:
     """Planned artefacts that reach a budget."""
     return [row for row in by_group(rows, PLANNED) if row.subject.speedup * ROUNDING >= budget]
 
 
-def best(rows: Sequence[Row], target: str) -> Row | None:
+def best(rows: Sequence[ReportRow], target: str) -> ReportRow | None:
     """The row of least error."""
     return min(rows, key=lambda row: row.mse(target), default=None)
 
@@ -124,7 +124,7 @@ def headline(comparisons: Sequence[Comparison]) -> str:
     )
 
 
-def _compare(budget: float, equal: str, target: str, ours: Row, rivals: list[Row]) -> Comparison:
+def _compare(budget: float, equal: str, target: str, ours: ReportRow, rivals: list[ReportRow]) -> Comparison:
     rival, fewer = best(rivals, target), best([row for row in rivals if not row.subject.plan.caches], target)
     assert rival is not None
     of_fit = [row for row in [ours, *rivals] if is_fitted(row) and not row.subject.plan.caches]
@@ -146,7 +146,7 @@ def _compare(budget: float, equal: str, target: str, ours: Row, rivals: list[Row
     )
 
 
-def is_fitted(row: Row) -> bool:
+def is_fitted(row: ReportRow) -> bool:
     """Whether the coefficients of a row's sampler were fitted to the model."""
     return row.subject.plan.sampler.name.endswith(FITTED)
 
@@ -158,7 +158,8 @@ def _told(c: Comparison) -> str:
     else:
         aim = "at most a third" if c.ratio <= THIRD else "more than a third"
         outcome = f"beats {c.best}: its error is {c.ratio:.2g} times as large ({aim})"
-    text = f"At {c.budget:g}x and {what}, against the {TARGETS[c.target]}, “{c.planned}” {outcome}; closer on {c.closer:.0%} of images."
+    where = f"At {c.budget:g}x and {what}, against the {TARGET_NAMES[c.target]}"
+    text = f"{where}, “{c.planned}” {outcome}; closer on {c.closer:.0%} of images."
     if c.fitted_mse and c.unfitted_mse:
         sampler, cache = c.fitted_mse / c.unfitted_mse, c.planned_mse / c.fitted_mse
         text += f" Of its gain, the fitted sampler alone ({c.fitted}) makes {sampler:.2g} of the best unfitted error, "

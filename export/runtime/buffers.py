@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from export.runtime.cuda_provider import in_short
-from export.runtime.layout import ELEMENT_TYPES, Layout, Run, graphed
+from export.runtime.layout import ELEMENT_TYPES, Layout, ProgramRun, graphed
 from tc_lightning.errors import TokenCacheError
 
 NUMPY_TYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16, "int64": np.int64}  # of bfloat16 the bits
@@ -85,9 +85,9 @@ class Workspace:
         self.layout, self.has_graphs, self._session, self._provider = layout, graph_ids is not None, session, provider
         self._values = {name: empty(spec.dtype, spec.shape, provider, device) for name, spec in layout.buffers.items()}
         # With the session that each was made for, which may be dropped by others while this request runs.
-        self._bindings: dict[Run, tuple[ort.InferenceSession, ort.IOBinding]] = {}
+        self._bindings: dict[ProgramRun, tuple[ort.InferenceSession, ort.IOBinding]] = {}
         self._graphs = {} if graph_ids is None else dict(zip(graphed(layout.runs, MOST_GRAPHS), graph_ids, strict=False))
-        self._captured: set[Run] = set()
+        self._captured: set[ProgramRun] = set()
 
     def fill(self, name: str, array: np.ndarray | np.generic) -> None:
         """Copy an array to a buffer."""
@@ -97,8 +97,8 @@ class Workspace:
         """What is in a buffer, on the host; on CUDA, `wait` first. On the CPU a view, which later runs write into."""
         return self._values[name].numpy()
 
-    def run(self, run: Run, shrink: bool = False) -> str:
-        """Run one program; on CUDA this only puts it in the queue.
+    def run(self, run: ProgramRun, shrink: bool = False) -> str:
+        """ProgramRun one program; on CUDA this only puts it in the queue.
 
         Args:
             run: one of the layout's.
@@ -129,7 +129,7 @@ class Workspace:
         for _, binding in list(self._bindings.values())[:1]:  # one stream: any binding will do
             binding.synchronize_outputs()
 
-    def _bind(self, run: Run) -> tuple[ort.InferenceSession, ort.IOBinding]:
+    def _bind(self, run: ProgramRun) -> tuple[ort.InferenceSession, ort.IOBinding]:
         session = self._session(run.program)
         binding = session.io_binding()
         for name, buffer in (*run.inputs, *run.unread):

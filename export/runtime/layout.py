@@ -30,7 +30,7 @@ BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8}
 
 
 @dataclass(frozen=True)
-class Run:
+class ProgramRun:
     """One run of a program: the buffer of each graph input and output. Runs are equal if they can share a CUDA graph.
 
     Args:
@@ -86,7 +86,7 @@ class Layout:
         chunks: steps that each run of the condition program covers, all equally many, so that its shapes never change.
     """
 
-    runs: tuple[Run, ...]
+    runs: tuple[ProgramRun, ...]
     buffers: dict[str, Spec]
     chunks: tuple[range, ...]
 
@@ -124,7 +124,7 @@ def _halves(images: int, batch: int) -> tuple[tuple[str, int], tuple[str, int]]:
     return ("half", images), ("both", batch)
 
 
-def sampling_runs(manifest: dict[str, Any], full: bool = False) -> tuple[Run, ...]:
+def sampling_runs(manifest: dict[str, Any], full: bool = False) -> tuple[ProgramRun, ...]:
     """The step programs of the plan, or of the reference, in order."""
     everything = {"program": FULL, "reads": {}, "writes": {}}
     schedule = [everything] * manifest["full_steps"] if full else manifest["schedule"]
@@ -139,7 +139,7 @@ def split_steps(steps: int, most: int) -> tuple[range, ...]:
     return tuple(range(min(first, steps - size), min(first, steps - size) + size) for first in range(0, steps, size))
 
 
-def read_first(runs: Iterable[Run]) -> set[str]:
+def read_first(runs: Iterable[ProgramRun]) -> set[str]:
     """Buffers that are read before anything has written them: what a request has to fill in itself."""
     written: set[str] = set()
     unwritten: set[str] = set()
@@ -149,7 +149,7 @@ def read_first(runs: Iterable[Run]) -> set[str]:
     return unwritten
 
 
-def graphed(runs: Sequence[Run], most: int) -> list[Run]:
+def graphed(runs: Sequence[ProgramRun], most: int) -> list[ProgramRun]:
     """The different step runs, those that occur most often first, `most` at most: each can be a CUDA graph.
 
     The condition program is none: it runs once or a few times in a request.
@@ -157,7 +157,7 @@ def graphed(runs: Sequence[Run], most: int) -> list[Run]:
     return [run for run, _ in Counter(run for run in runs if run.step is not None).most_common(most)]
 
 
-def _bind(program: dict[str, Any], bound: dict[str, Any], step: int, ring: int) -> Run:
+def _bind(program: dict[str, Any], bound: dict[str, Any], step: int, ring: int) -> ProgramRun:
     now, then = step % 2, (step + 1) % 2
     source = {name: f"{name}.{now}" for name in ("x", "step", "first_bad")}
     source |= {name: f"m.{(step - 1 - j) % ring}" for j, name in enumerate(PAST)}
@@ -169,16 +169,18 @@ def _bind(program: dict[str, Any], bound: dict[str, Any], step: int, ring: int) 
     spare = {name: f"{name.rpartition('.')[0]}.new" for name in program["inputs"] if name not in source}
     unread = tuple((name, target[written]) for name, written in spare.items() if written in target)
     inputs = tuple((name, source.get(name, name)) for name in program["inputs"] if name not in dict(unread))
-    return Run(bound["program"], inputs, tuple((name, target[name]) for name in program["outputs"] if name in target), step, unread)
+    return ProgramRun(
+        bound["program"], inputs, tuple((name, target[name]) for name in program["outputs"] if name in target), step, unread
+    )
 
 
-def _with_condition(sampling: tuple[Run, ...], chunks: tuple[range, ...], conditions: list[str]) -> tuple[Run, ...]:
+def _with_condition(sampling: tuple[ProgramRun, ...], chunks: tuple[range, ...], conditions: list[str]) -> tuple[ProgramRun, ...]:
     """Put the condition program before the first step of each chunk."""
-    runs: list[Run] = []
+    runs: list[ProgramRun] = []
     covered = 0
     for j, chunk in enumerate(chunks):
         inputs = (("steps", f"steps.{j}"), ("offset", "offset"), *((GIVEN + name, GIVEN + name) for name in conditions))
-        runs.append(Run(CONDITION, inputs, (("mods", "mods"), ("first_step", "first_step"))))
+        runs.append(ProgramRun(CONDITION, inputs, (("mods", "mods"), ("first_step", "first_step"))))
         runs += sampling[covered : chunk.stop]
         covered = chunk.stop
     return tuple(runs)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from export.runtime.buffers import Workspace
-from export.runtime.layout import BYTES, GIVEN, SLOT, Layout, Run, read_first
+from export.runtime.layout import BYTES, GIVEN, SLOT, Layout, ProgramRun, read_first
 from export.runtime.sessions import arena_is_ours, is_int
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.conditions import Conditions, class_label, conditions_from_json
@@ -173,7 +173,7 @@ def fill(workspace: Workspace, manifest: dict[str, Any], part: Part) -> None:
 def run_part(
     workspace: Workspace, manifest: dict[str, Any], on_cpu: bool, timing: bool, on_step: Callable[[int], None]
 ) -> tuple[np.ndarray, Tally]:
-    """Run the layout of a workspace that is filled.
+    """ProgramRun the layout of a workspace that is filled.
 
     Args:
         workspace: its buffers.
@@ -219,7 +219,7 @@ def _sized(layout: Layout) -> Tally:
     return Tally(cache_bytes=sum(nbytes for name, nbytes in held.items() if SLOT in name), modulation_bytes=held["mods"])
 
 
-def _require_finite(workspace: Workspace, run: Run) -> None:
+def _require_finite(workspace: Workspace, run: ProgramRun) -> None:
     """After a step: no latents were NaN or infinite so far."""
     step = int(workspace.read(dict(run.outputs)["first_bad_next"]))
     bad = next((other for other in workspace.layout.runs if other.step == step), None)

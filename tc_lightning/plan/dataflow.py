@@ -20,7 +20,7 @@ from tc_lightning.plan.segments import DIT, Branches, Segment
 from tc_lightning.plan.signature import ModelSignature
 
 
-class Steps(Protocol):
+class ScheduledSteps(Protocol):
     """What dataflow looks at of a plan (`tc_lightning.plan.cache_plan.CachePlan`)."""
 
     @property
@@ -113,14 +113,14 @@ def entries_read(segment: Segment, num_tokens: int, block: Branches = DIT) -> di
     return reads
 
 
-def halves(plan: Steps, step: int) -> tuple[str, ...]:
+def halves(plan: ScheduledSteps, step: int) -> tuple[str, ...]:
     """The halves that a step computes, as entries name them."""
     if not plan.guidance_modes:
         return ("",)
     return ("cond",) if plan.guidance_modes[step].single else ("cond", "uncond")
 
 
-def step_reads(plan: Steps, step: int) -> dict[Entry, int]:
+def step_reads(plan: ScheduledSteps, step: int) -> dict[Entry, int]:
     """Entries that a step reads, with the forecast order of each."""
     found = {e: order for s in plan.steps[step] for e, order in entries_read(s, plan.model.tokens, plan.model.block).items()}
     reads = {e._replace(half=half): order for e, order in found.items() for half in halves(plan, step)}
@@ -128,7 +128,7 @@ def step_reads(plan: Steps, step: int) -> dict[Entry, int]:
     return reads | ({Entry("guidance", 0, plan.model.depth): mode.order} if mode.mode == "forecast" else {})
 
 
-def step_writes(plan: Steps, step: int, entry: Entry) -> bool:
+def step_writes(plan: ScheduledSteps, step: int, entry: Entry) -> bool:
     """Whether a step computes the entry as a whole."""
     if entry.kind == "guidance":
         return not (plan.guidance_modes and plan.guidance_modes[step].single)
@@ -151,7 +151,7 @@ def is_updated(entry: Entry, segments: Iterable[Segment], num_tokens: int, block
     return entry.kind in ("k", "v") and any(entry.whole in entries_read(s, num_tokens, block) for s in placing)
 
 
-def trace(plan: Steps) -> tuple[StepFlow, ...]:
+def trace(plan: ScheduledSteps) -> tuple[StepFlow, ...]:
     """Reads and writes of every step: what `plan.flows` holds.
 
     Raises:

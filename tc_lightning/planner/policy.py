@@ -11,7 +11,7 @@ from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.planner.finalists import CACHE_USES, CacheUse
 from tc_lightning.planner.fitted_fewer_steps import FIT, JUDGE, REFINEMENTS
 from tc_lightning.planner.price import Price, macs_price
-from tc_lightning.planner.run import Choice, PlannerRun, Settings
+from tc_lightning.planner.run import Choice, PlannerRun, PlannerSettings
 from tc_lightning.planner.trials import Trial
 from tc_lightning.policies.base import PlanningContext, Policy
 from tc_lightning.policies.choice import PlanChoice
@@ -74,7 +74,7 @@ class PlannerPolicy(Policy):
             raise PlanError("evaluations and images must be at least 1, ode_steps at least 2.")
         if min(pool_images, refinements) < 0:
             raise PlanError("pool_images and refinements must be 0 or more.")
-        self.settings = Settings(
+        self.settings = PlannerSettings(
             target_speedup=float(target_speedup),
             target=target,
             front=tuple(map(float, front)),

@@ -23,7 +23,7 @@ from tc_lightning.planner.refine import OnPass
 from tc_lightning.planner.search import Search
 from tc_lightning.planner.shapes import grid, native
 from tc_lightning.planner.target import TargetRun, run_target
-from tc_lightning.planner.trials import Bench, Trial
+from tc_lightning.planner.trials import Trial, TrialRunner
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.choice import FrontPoint, Role
 from tc_lightning.rollout.evaluation import RolloutEvaluator
@@ -34,7 +34,7 @@ SEEDS = 5  # shapes of one budget that the next one starts from
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class PlannerSettings:
     """What a run of the planner is to do: arguments of `tc_lightning.planner.policy.PlannerPolicy`, and the price of plans."""
 
     target_speedup: float
@@ -87,7 +87,7 @@ class PlannerRun:
         PlanError: if there is no model, or there are fewer images than processes.
     """
 
-    def __init__(self, settings: Settings, context: PlanningContext) -> None:
+    def __init__(self, settings: PlannerSettings, context: PlanningContext) -> None:
         if context.model is None:
             raise PlanError("the planner runs plans and needs the model: plan with `lightning fit` or `python -m tc_lightning plan`.")
         self.settings, self.context, self.model, self.ranks = settings, context, context.model, context.ranks
@@ -105,7 +105,7 @@ class PlannerRun:
         self.fitted, self.judged, self.compared = itertools.accumulate(len(part.indices) for part in parts[:3])
         self.target = self._run_target(parts)
         record = None if context.folder is None else context.folder / TRIALS
-        self.bench = Bench(self.model, context, settings.price, self._seen, self.fitted, self.ranks, record)
+        self.bench = TrialRunner(self.model, context, settings.price, self._seen, self.fitted, self.ranks, record)
 
     def searches(self) -> dict[float, Search]:
         """The search for the target, then those for the other budgets, which start from what that one found.
@@ -223,10 +223,10 @@ class PlannerRun:
         return Finalist(recipe, plan, errors_B.cpu(), weights_B.cpu(), refined=iterations > 0)
 
     @functools.cached_property
-    def _wide_bench(self) -> Bench:
+    def _wide_bench(self) -> TrialRunner:
         """Where finalists are fitted and refined: on all images that the search has looked at."""
         bench = self.bench
-        return Bench(self.model, bench.subject, bench.price, self._seen, self.judged, self.ranks, bench.record)
+        return TrialRunner(self.model, bench.subject, bench.price, self._seen, self.judged, self.ranks, bench.record)
 
     @functools.cached_property
     def _fit_record(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from tc_lightning.planner.recipe import Kind, Recipe
 from tc_lightning.planner.shapes import Shape, fewer_steps, fill, halves, neighbours, variations
-from tc_lightning.planner.trials import Bench, Trial
+from tc_lightning.planner.trials import Trial, TrialRunner
 
 Progress = Callable[[Trial, Trial], None]  # this trial, the best so far
 
@@ -27,7 +27,7 @@ class Search:
         progress: told of every trial.
     """
 
-    def __init__(self, bench: Bench, budget: float, progress: Progress | None = None) -> None:
+    def __init__(self, bench: TrialRunner, budget: float, progress: Progress | None = None) -> None:
         self.bench, self.budget, self._progress = bench, budget * (1 + 1e-9), progress  # 28 / 1.12 is 25, not a little less
         self.trials: dict[Recipe, Trial] = {}
         self._shapes: dict[Recipe, Shape] = {}

@@ -14,7 +14,7 @@ from tc_lightning.planner.recipe import Recipe, spread
 from tc_lightning.policies.pruned_steps import PrunedStep
 
 FEWER_SPACINGS = ("mix:0.5", "mix:0.75", "quadratic", "mix:0.25", "logsnr")  # of full steps alone
-SPACINGS = ("mix:0.5", "quadratic", "logsnr")  # of recipes with P-steps
+PRUNED_SPACINGS = ("mix:0.5", "quadratic", "logsnr")  # of recipes with P-steps
 ALONE_SHARES = (0.5, 0.4, 0.3)
 RATIOS = (1.5, 2.0, 3.0)  # sampling steps over full steps, where there are P-steps
 ORDERS = (1, 2)
@@ -93,7 +93,7 @@ def halves(shape: Shape) -> Iterator[Shape]:
 
 def grid(reference: tuple[str, str, int]) -> Iterator[Shape]:
     """P-steps that skip all blocks; `reference` is sampler, spacing and number of steps of the run that is replaced."""
-    for spacing, ratio, order in itertools.product(SPACINGS, RATIOS, ORDERS):
+    for spacing, ratio, order in itertools.product(PRUNED_SPACINGS, RATIOS, ORDERS):
         yield Shape("dpmpp_2m", spacing, ratio, PrunedStep("skip", order))
     yield from native(reference, (1.0, 0.75, 0.55, 0.4))
 

@@ -41,7 +41,7 @@ class Trial:
     error: float
 
 
-class Bench:
+class TrialRunner:
     """Where recipes are tried.
 
     Args:

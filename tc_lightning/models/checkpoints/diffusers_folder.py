@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tc_lightning.errors import TeacherError
-from tc_lightning.models.checkpoints.diffusers_weights import STEM, Weights, choose_weights, read_weights
+from tc_lightning.models.checkpoints.diffusers_weights import STEM, WeightsFile, choose_weights, read_weights
 from tc_lightning.models.checkpoints.state import State, fits, parse_json
-from tc_lightning.models.checkpoints.state_choice import DIFFUSERS, Read, choose
+from tc_lightning.models.checkpoints.state_choice import DIFFUSERS, ReadState, choose
 from tc_lightning.models.dit import DiTConfig
 
 CONFIG = "config.json"
@@ -55,8 +55,8 @@ def is_diffusers(path: Path) -> bool:
     return path.is_dir() or (path.name.startswith(f"{STEM}.") and (path.parent / CONFIG).exists())
 
 
-def read_diffusers(path: Path) -> tuple[Read, DiTConfig]:
-    """Weights under the release's names, and the shape.
+def read_diffusers(path: Path) -> tuple[ReadState, DiTConfig]:
+    """WeightsFile under the release's names, and the shape.
 
     Args:
         path: the model's folder or a whole pipeline's; or the one of its weights files (or indices) that is meant.
@@ -70,9 +70,9 @@ def read_diffusers(path: Path) -> tuple[Read, DiTConfig]:
     if not (folder / CONFIG).exists():
         raise TeacherError(f"{folder} holds no {CONFIG}; a folder must be in diffusers' layout ({CONFIG} and {STEM}.safetensors).")
     config = _diffusers_config(folder / CONFIG)
-    chosen = choose_weights(folder) if file is None else Weights(file, [])
+    chosen = choose_weights(folder) if file is None else WeightsFile(file, [])
     read = choose(read_weights(chosen.file), chosen.file, DIFFUSERS)
-    return Read(_rename(read.state, chosen.file), chosen.notes + read.notes), config
+    return ReadState(_rename(read.state, chosen.file), chosen.notes + read.notes), config
 
 
 def _diffusers_config(path: Path) -> DiTConfig:

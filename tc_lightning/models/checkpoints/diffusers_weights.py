@@ -18,14 +18,14 @@ STEM = "diffusion_pytorch_model"
 _FORMS = ("{v}.safetensors", ".safetensors.index{v}.json", "{v}.bin", ".bin.index{v}.json")  # best first; {v}: .fp16, or nothing
 
 
-class Weights(NamedTuple):
+class WeightsFile(NamedTuple):
     """A weights file or an index of shards, and why it was chosen, in words (empty if there was no choice)."""
 
     file: Path
     notes: list[str]
 
 
-def choose_weights(folder: Path) -> Weights:
+def choose_weights(folder: Path) -> WeightsFile:
     """Full precision before a variant, safetensors before pickles, whole before shards.
 
     Raises:
@@ -53,7 +53,7 @@ def choose_weights(folder: Path) -> Weights:
         notes[0] += ", the only precision there"
     if others:
         notes[0] += f" (there is also {', '.join(others)})"
-    return Weights(chosen, notes)
+    return WeightsFile(chosen, notes)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from tc_lightning.models.checkpoints.mismatch import CONFIGURATION, LABELS, like
 from tc_lightning.models.checkpoints.safetensors_file import read_safetensors
 from tc_lightning.models.checkpoints.spec import TeacherSpec, locate, resolve, resolve_family
 from tc_lightning.models.checkpoints.state import State
-from tc_lightning.models.checkpoints.state_choice import Read, choose
+from tc_lightning.models.checkpoints.state_choice import ReadState, choose
 from tc_lightning.models.checkpoints.torch_file import read_torch
 from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.plan.given import read_examples
@@ -47,7 +47,7 @@ def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> DiT:
     return model
 
 
-def _read(path: Path) -> tuple[Read, DiTConfig | None, str | None]:
+def _read(path: Path) -> tuple[ReadState, DiTConfig | None, str | None]:
     """Weights; shape and family as far as the file tells them."""
     if is_diffusers(path):
         return *read_diffusers(path), DiT.family

@@ -22,7 +22,7 @@ _DEEPEST = 4  # containers within containers
 _NAMED = 4  # things that a message names before it counts
 
 
-class Read(NamedTuple):
+class ReadState(NamedTuple):
     """Weights under the network's own names, and what was chosen, stripped or left out on the way, in words."""
 
     state: State
@@ -52,7 +52,7 @@ class _Candidate:
         return -sum("ema" in w for w in words), self.container not in (("ema",), ("model",)), "current_model_state" in self.container
 
 
-def choose(raw: Any, path: Path, anchors: tuple[str, ...] = RELEASE) -> Read:
+def choose(raw: Any, path: Path, anchors: tuple[str, ...] = RELEASE) -> ReadState:
     """The network's tensors among all that a checkpoint holds.
 
     Args:
@@ -87,7 +87,7 @@ def _candidates(raw: Any, anchors: tuple[str, ...], container: tuple[str, ...] =
         yield from _candidates(value, anchors, (*container, key))
 
 
-def _taken(chosen: _Candidate, others: list[_Candidate], path: Path) -> Read:
+def _taken(chosen: _Candidate, others: list[_Candidate], path: Path) -> ReadState:
     """The weights of one candidate; what stands beside them in the same dict, and belongs to no other, is left out and told."""
     prefix, weights, beside = chosen.prefix, {}, []
     theirs = tuple(other.prefix for other in others if other.entries is chosen.entries)
@@ -106,7 +106,7 @@ def _taken(chosen: _Candidate, others: list[_Candidate], path: Path) -> Read:
         notes.append(f"stripped the prefix `{prefix}`")
     if beside:
         notes.append(f"left out {_listed(sorted(beside))}, no weights of the network")
-    return Read(to_state(weights, path), notes)
+    return ReadState(to_state(weights, path), notes)
 
 
 def _is_counter(name: str, tensor: Tensor) -> bool:

@@ -31,8 +31,8 @@ from tc_lightning.planner.image_choice import images
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.policies.targeted import Steps
 from tc_lightning.rollout.evaluation import BATCH, RolloutEvaluator
-from tc_lightning.runs.ablation.equal_cost import Layout, without_predictor
-from tc_lightning.runs.ablation.summary import Answer, Measured, Row, all_answers, all_rows, table
+from tc_lightning.runs.ablation.equal_cost import EqualCost, without_predictor
+from tc_lightning.runs.ablation.summary import Answer, SeedErrors, VariantRow, all_answers, all_rows, table
 from tc_lightning.runs.ablation.training import Training, train
 from tc_lightning.runs.ablation.variants import Learned, Variant, all_variants
 from tc_lightning.runs.loaded import LoadedRun
@@ -52,7 +52,7 @@ def _ablate(args: argparse.Namespace) -> None:
     settings = _settings(args, training)
     content: dict[str, Any] = {"settings": settings, "seeds": _known(args.out, settings)}
     wanted = [str(seed) for seed in range(args.seeds)]
-    bench = Bench(args)
+    bench = SeedMeasurer(args)
     for seed in wanted:
         if seed in content["seeds"]:
             print(f"training seed {seed}: known from {args.out}")
@@ -66,7 +66,7 @@ def _ablate(args: argparse.Namespace) -> None:
     print(f"{table(rows, answers, args.seeds)}\nwrote {args.out}")
 
 
-class Bench:
+class SeedMeasurer:
     """Measures what training seeds have learned, all on the same images, which no predictor was trained on.
 
     Args:
@@ -78,7 +78,7 @@ class Bench:
         self._target: TargetRun | None = None
         self._known: dict[Steps, np.ndarray] = {}  # many seeds choose the same blocks
 
-    def measure(self, run: LoadedRun, learned: Learned, seed: int) -> Measured:
+    def measure(self, run: LoadedRun, learned: Learned, seed: int) -> SeedErrors:
         """Cost and errors of all variants, by name; of random ones the mean over draws.
 
         Raises:
@@ -87,7 +87,7 @@ class Bench:
         """
         args, plan = self.args, run.plan
         shares = (args.token_share, args.window_share, args.block_share)
-        layout = Layout(plan.model, plan.reference, plan.guidance, args.full, args.order, *shares)
+        layout = EqualCost(plan.model, plan.reference, plan.guidance, args.full, args.order, *shares)
         variants = all_variants(layout, run.model.config, learned, seed, args.draws)
         model = run.model.to(Fabric(accelerator="auto", devices=1).device)
         target = self._target = self._target or _full_run(model, layout, args.images)
@@ -103,7 +103,7 @@ class Bench:
         return self._known[steps]
 
 
-def _full_run(model: Network, layout: Layout, count: int) -> TargetRun:
+def _full_run(model: Network, layout: EqualCost, count: int) -> TargetRun:
     x_T, given = images(model, list(range(count)))
     return run_target(model, layout.sampler, layout.guidance, x_T, given, BATCH, "full run")
 
@@ -129,7 +129,7 @@ def _settings(args: argparse.Namespace, training: Training) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in ("out", "seeds", "runs")} | {"training": training.digest}
 
 
-def _known(path: Path, settings: dict[str, Any]) -> dict[str, Measured]:
+def _known(path: Path, settings: dict[str, Any]) -> dict[str, SeedErrors]:
     """Seeds that an earlier call with the same settings has finished.
 
     Raises:
@@ -152,7 +152,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _plain(items: Sequence[Row] | Sequence[Answer]) -> list[dict[str, Any]]:
+def _plain(items: Sequence[VariantRow] | Sequence[Answer]) -> list[dict[str, Any]]:
     return [dataclasses.asdict(item) for item in items]
 
 

@@ -25,7 +25,7 @@ WARMUP = 3  # full steps at the start, as in the planner
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class EqualCost:
     """A run with full steps at fixed places, and what the others, the P-steps, may spend.
 
     Args:

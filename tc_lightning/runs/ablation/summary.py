@@ -38,11 +38,11 @@ SURE = 2.0  # standard errors from which on a difference counts
 
 
 # By name of the variant: group, speedup, speedup_with_predictor (in MACs), and mse, the error of each image.
-Measured = dict[str, dict[str, Any]]
+SeedErrors = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class VariantRow:
     """One variant: its cost, and mean and standard deviation over training seeds of its mean squared error."""
 
     group: str
@@ -71,22 +71,22 @@ class Answer:
     verdict: str
 
 
-def all_rows(seeds: Sequence[Measured]) -> list[Row]:
+def all_rows(seeds: Sequence[SeedErrors]) -> list[VariantRow]:
     """A row for each variant, from at least two training seeds."""
     found = []
     for name, row in seeds[0].items():
         mse_S = _errors(seeds, name).mean(1)
         cost = (row["speedup"], row["speedup_with_predictor"])
-        found.append(Row(row["group"], name, *cost, float(mse_S.mean()), float(mse_S.std(ddof=1))))
+        found.append(VariantRow(row["group"], name, *cost, float(mse_S.mean()), float(mse_S.std(ddof=1))))
     return found
 
 
-def all_answers(seeds: Sequence[Measured]) -> list[Answer]:
+def all_answers(seeds: Sequence[SeedErrors]) -> list[Answer]:
     """The answers to all questions, from at least two training seeds and images."""
     return [_answer(question, seeds, first, second) for question, first, second in QUESTIONS]
 
 
-def table(rows: Sequence[Row], answers: Sequence[Answer], seeds: int) -> str:
+def table(rows: Sequence[VariantRow], answers: Sequence[Answer], seeds: int) -> str:
     """Both as Markdown."""
     lines = ["| variant | MSE against the full run | fewer MACs | with the predictor's |", "|---|---|---|---|"]
     for row in rows:
@@ -98,12 +98,12 @@ def table(rows: Sequence[Row], answers: Sequence[Answer], seeds: int) -> str:
     return "\n".join(lines)
 
 
-def _errors(seeds: Sequence[Measured], name: str) -> np.ndarray:
+def _errors(seeds: Sequence[SeedErrors], name: str) -> np.ndarray:
     """[S, B]."""
     return np.array([seed[name]["mse"] for seed in seeds], dtype=np.float64)
 
 
-def _answer(question: str, seeds: Sequence[Measured], first: str, second: str) -> Answer:
+def _answer(question: str, seeds: Sequence[SeedErrors], first: str, second: str) -> Answer:
     first_SB, second_SB = _errors(seeds, first), _errors(seeds, second)
     difference_SB = first_SB - second_SB
     difference, se_seeds, se_images = (

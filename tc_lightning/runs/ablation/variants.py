@@ -26,7 +26,7 @@ from tc_lightning.plan.segments import Segment, content, partial, skip
 from tc_lightning.policies.pruned_steps import best_edges, best_window, top_tokens
 from tc_lightning.policies.tokencache_v1 import important_blocks
 from tc_lightning.policies.tokencache_v2 import block_keeps, kept_segments
-from tc_lightning.runs.ablation.equal_cost import Layout, Segments, blocks_computed, without_predictor
+from tc_lightning.runs.ablation.equal_cost import EqualCost, Segments, blocks_computed, without_predictor
 
 GROUPS = ("tokens", "blocks", "context")
 EQUAL = 0.005  # largest relative difference of MACs within a group
@@ -70,7 +70,7 @@ class RandomPredictor(ContentPredictor):
         return torch.from_numpy(scores).to(z_BND.device)
 
 
-def all_variants(layout: Layout, config: DiTConfig, learned: Learned, seed: int, draws: int) -> list[Variant]:
+def all_variants(layout: EqualCost, config: DiTConfig, learned: Learned, seed: int, draws: int) -> list[Variant]:
     """Everything that is compared for one training seed, each random choice `draws` times.
 
     Raises:
@@ -102,7 +102,7 @@ def require_equal_cost(variants: Sequence[Variant]) -> None:
             )
 
 
-def _learned_tokens(layout: Layout, learned: Learned) -> Iterator[Variant]:
+def _learned_tokens(layout: EqualCost, learned: Learned) -> Iterator[Variant]:
     v1, v2, digest = learned.v1, learned.v2, learned.selector.digest
     a, b = _window(layout, v1)
     mean_N = v1.importance_TLN[layout.pruned, a:b].mean((0, 1))
@@ -123,7 +123,7 @@ def _learned_tokens(layout: Layout, learned: Learned) -> Iterator[Variant]:
     yield chosen("v2 by block, even but for the last", _split(layout, v2, _even_but_uncached(layout, v2)))
 
 
-def _random_tokens(layout: Layout, config: DiTConfig, learned: Learned, seed: Sequence[int]) -> Iterator[Variant]:
+def _random_tokens(layout: EqualCost, config: DiTConfig, learned: Learned, seed: Sequence[int]) -> Iterator[Variant]:
     v1, rng = learned.v1, np.random.default_rng([*seed, 0])
     a, b = _window(layout, v1)
     digest = hashlib.sha256(f"random {seed}".encode()).hexdigest()
@@ -141,7 +141,7 @@ def _random_tokens(layout: Layout, config: DiTConfig, learned: Learned, seed: Se
     yield drawn("random by block, v2's split", _split(layout, by_image, _own(layout, learned.v2)))
 
 
-def _sensitive_blocks(layout: Layout, scores: Scores) -> Iterator[Variant]:
+def _sensitive_blocks(layout: EqualCost, scores: Scores) -> Iterator[Variant]:
     L, count = layout.signature.depth, layout.count
     sensitivity_L = _sensitivity(layout, scores)
     ranked = np.argsort(-sensitivity_L, kind="stable")
@@ -153,7 +153,7 @@ def _sensitive_blocks(layout: Layout, scores: Scores) -> Iterator[Variant]:
     yield _blocks(layout, "evenly spaced blocks", [int((j + 0.5) * L / count) for j in range(count)])
 
 
-def _random_blocks(layout: Layout, seed: Sequence[int]) -> Iterator[Variant]:
+def _random_blocks(layout: EqualCost, seed: Sequence[int]) -> Iterator[Variant]:
     L, count, rng = layout.signature.depth, layout.count, np.random.default_rng([*seed, 2])
     first, start = int(rng.integers(count + 1)), int(rng.integers(L - count + 1))
     yield _blocks(layout, "random edges", _edges(L, (first, count - first)))
@@ -161,14 +161,14 @@ def _random_blocks(layout: Layout, seed: Sequence[int]) -> Iterator[Variant]:
     yield _blocks(layout, "random blocks", rng.choice(L, count, replace=False).tolist())
 
 
-def _context(layout: Layout, macs: float) -> Iterator[Variant]:
+def _context(layout: EqualCost, macs: float) -> Iterator[Variant]:
     skipped = (skip(0, layout.signature.depth, layout.order),)
     yield Variant("context", "no tokens", layout.plan("no tokens", lambda i: skipped))
     full = layout.full_steps_for(macs)
     yield Variant("context", "full steps instead", layout.plan("full steps instead", lambda i: skipped, full=full))
 
 
-def _blocks(layout: Layout, name: str, blocks: Sequence[int]) -> Variant:
+def _blocks(layout: EqualCost, name: str, blocks: Sequence[int]) -> Variant:
     segments = blocks_computed(list(blocks), layout.signature.depth, layout.order)
     return Variant("blocks", name, layout.plan(name, lambda i: segments))
 
@@ -177,39 +177,39 @@ def _edges(depth: int, edges: tuple[int, int]) -> list[int]:
     return [*range(edges[0]), *range(depth - edges[1], depth)]
 
 
-def _sensitivity(layout: Layout, scores: Scores) -> np.ndarray:
+def _sensitivity(layout: EqualCost, scores: Scores) -> np.ndarray:
     return scores.sensitivity_TL2[layout.pruned].sum((0, 2))
 
 
-def _window(layout: Layout, scores: Scores) -> tuple[int, int]:
+def _window(layout: EqualCost, scores: Scores) -> tuple[int, int]:
     return best_window(_sensitivity(layout, scores), layout.width)
 
 
-def _static(layout: Layout, v1: Scores, importance_N: np.ndarray) -> Segment:
+def _static(layout: EqualCost, v1: Scores, importance_N: np.ndarray) -> Segment:
     return partial(*_window(layout, v1), top_tokens(importance_N, layout.keep), layout.order)
 
 
-def _in_window(layout: Layout, v1: Scores, segment: Segment) -> Segments:
+def _in_window(layout: EqualCost, v1: Scores, segment: Segment) -> Segments:
     (a, b), L = _window(layout, v1), layout.signature.depth
     return tuple(s for s in (skip(0, a, layout.order), segment, skip(b, L, layout.order)) if s.start < s.stop)
 
 
-def _split(layout: Layout, scores: Scores, keeps: list[int]) -> Callable[[int], Segments]:
+def _split(layout: EqualCost, scores: Scores, keeps: list[int]) -> Callable[[int], Segments]:
     """Every block with a set of its own, of the given size."""
     return lambda i: kept_segments(scores, i, keeps, layout.order, least=1)
 
 
-def _even(layout: Layout, v1: Scores) -> list[int]:
+def _even(layout: EqualCost, v1: Scores) -> list[int]:
     a, b = _window(layout, v1)
     return [layout.keep if a <= block < b else 0 for block in range(layout.signature.depth)]
 
 
-def _own(layout: Layout, scores: Scores) -> list[int]:
+def _own(layout: EqualCost, scores: Scores) -> list[int]:
     """The highest mean scores of all blocks: their number in each (TokenCache v2)."""
     return block_keeps(scores.importance_TLN[layout.pruned].mean(0), layout.keep * layout.width)
 
 
-def _even_but_uncached(layout: Layout, scores: Scores) -> list[int]:
+def _even_but_uncached(layout: EqualCost, scores: Scores) -> list[int]:
     """As `_own`, but blocks other than those that the predictor leaves uncached share evenly what is left."""
     importance_LN = scores.importance_TLN[layout.pruned].mean(0)
     uncached_L1 = importance_LN.min(1, keepdims=True) == 1.0
