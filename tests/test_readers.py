@@ -35,6 +35,7 @@ from tc_lightning.models.content_predictor import ContentPredictor, Selector
 from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.segments import compute, content, partial, reuse, skip
+from tc_lightning.plan.signature import Macs
 from tc_lightning.rollout.targets import TargetKey, cached_targets
 from tc_lightning.runs.folder import read_run, write_run
 
@@ -59,7 +60,7 @@ def plans() -> list[Any]:
     chosen["steps"][-1]["segments"] = [content(0, 4, 5, 1).to_json()]
     names = ("look", "widen", "shade")
     steps = ((compute(0, 4),), (reuse(0, 2, names[:1], 1), skip(2, 4)), (partial(0, 4, (1, 5), 0, names),))
-    other = make_plan(dataclasses.replace(SIGNATURE, branches="look:kv widen shade"), steps).to_json()
+    other = make_plan(dataclasses.replace(SIGNATURE, branches="look:kv widen shade", macs=(*SIGNATURE.macs, Macs(1))), steps).to_json()
     return [plan.to_json() for plan in guided] + [chosen | {"selector": "a" * 64}, make_plan(SIGNATURE).to_json(), other]
 
 
