@@ -353,7 +353,7 @@ class TestRecord:
         benches[1].refined(recipe, 2, lambda: passes.append(1))  # more iterations are another thing
         assert len(passes) > 1
         text = (tmp_path / "trials.jsonl").read_text(encoding="utf-8")
-        (tmp_path / "trials.jsonl").write_text(text.replace("[[", "[[NaN, ", 1), encoding="utf-8")
+        (tmp_path / "trials.jsonl").write_text(text.replace("[[", "[[NaN, "), encoding="utf-8")
         spoilt = Bench(model, kitchen, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
         assert spoilt.refined(recipe, 1, lambda: passes.append(1)) == first
 
@@ -383,7 +383,6 @@ class TestRecord:
         with (tmp_path / "t").open("a", encoding="utf-8") as file:
             file.write('{"search": "s", "reci')
         again = TrialRecord(tmp_path / "t", "s")
-        assert len(again) == 2
         assert (again.get("a"), again.get("b")) == (1.0, math.inf)
 
 
