@@ -112,7 +112,7 @@ def test_after_the_last_time_of_a_run_the_way_is_straight(flow: Flow) -> None:
 
 def test_a_run_fitted_to_itself_keeps_its_coefficients(model: DiT, target: TargetRun) -> None:
     plan = full_plan(model_signature(model), make_sampler(model.schedule, "ddim", STEPS), GUIDANCE)
-    fitted = fit_sampler(model, plan, target, 4, history=0)
+    fitted = fit_sampler(model, plan, target, 4)
     assert fitted.mse_B.max() < 1e-8 * target.x_0.square().mean()
 
 

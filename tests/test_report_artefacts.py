@@ -57,7 +57,7 @@ def test_artefacts_share_one_file_of_weights(teacher, tmp_path):
     made = [export(weights, subject(plan, plans[1]), tmp_path / str(j), "cpu", 2) for j, plan in enumerate(plans)]
     assert all(isinstance(artefact, ContenderArtefact) for artefact in made)
     assert (tmp_path / "0" / "weights.data").samefile(tmp_path / "1" / "weights.data")
-    results = make_in_turns([a for a in made if isinstance(a, ContenderArtefact)], Requests(seed=2, images=3, batch=2), 5)
+    results = make_in_turns([a for a in made if isinstance(a, ContenderArtefact)], Requests(seed=2, images=3, batch=2))
     for plan, result in zip(plans, results, strict=True):
         assert isinstance(result, Made)
         assert len(result.ms_per_image) == 2

@@ -28,9 +28,7 @@ def family_of(name: str) -> Family:
         TeacherError: if there is none.
     """
     if name not in FAMILIES:
-        raise TeacherError(
-            f"there is no family {name!r} of networks here: choose one of {', '.join(FAMILIES)}, or update tc-lightning."
-        )
+        raise TeacherError(f"unknown family {name!r}: choose one of {', '.join(FAMILIES)}, or update tc-lightning.")
     return FAMILIES[name]
 
 

@@ -76,7 +76,7 @@ def resolve_family(spec: TeacherSpec, found: str | None, path: Path) -> type[DiT
     Raises:
         TeacherError: if they disagree, or there is no such family.
     """
-    asked = spec.family
+    asked = None if spec.family is None else shaped_as_dit(spec.family).family
     if None not in (asked, found) and asked != found:
         raise TeacherError(f"{path} holds a {found}, and `family` is {asked}: correct or remove the latter.")
     return shaped_as_dit(asked or found or DiT.family)
