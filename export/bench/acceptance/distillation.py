@@ -32,7 +32,7 @@ from tc_lightning.planner.refine import DAMPING, PROBES, refine_sampler
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.rollout.sampling import given_for
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 T = TypeVar("T")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TRAINING_STEPS = 500

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from export.bench.acceptance.reporter import NotHere, Reporter
 
-TESTS = Path(__file__).resolve().parents[2] / "tests"
+TESTS = Path(__file__).resolve().parents[3] / "tests"
 MARK = "gpu"
 
 
