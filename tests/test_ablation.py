@@ -16,7 +16,7 @@ from tc_lightning.cli import main
 from tc_lightning.errors import PlanError, RunError
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.checkpoints import save_teacher
-from tc_lightning.models.content_predictor import ContentPredictor, Selector
+from tc_lightning.models.content_predictor import ContentPredictor, RandomPredictor, Selector
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan.costs import full_step_macs, plan_macs, selector_macs
 from tc_lightning.plan.guidance import Guidance
@@ -24,7 +24,7 @@ from tc_lightning.plan.segments import Segment, compute, skip
 from tc_lightning.runs.ablation.equal_cost import EqualCost, blocks_computed, without_predictor
 from tc_lightning.runs.ablation.summary import QUESTIONS, SeedErrors, all_answers, all_rows, table
 from tc_lightning.runs.ablation.training import Training
-from tc_lightning.runs.ablation.variants import EQUAL, Learned, RandomPredictor, Variant, all_variants, require_equal_cost
+from tc_lightning.runs.ablation.variants import EQUAL, Learned, Variant, all_variants, require_equal_cost
 from tc_lightning.runs.folder import find_run
 
 CONFIGS = Path(__file__).parents[1] / "lightning_configs"

@@ -14,9 +14,10 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,6 +73,24 @@ class ContentPredictor(nn.Module):
     def scores(self, model: Network, x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         """Scores [B, L, N] of latents at times [B]."""
         return self(model.embed(x_BCHW), self.modulation(model, t_B))
+
+
+class RandomPredictor(ContentPredictor):
+    """Scores that have nothing to do with the image: other tokens for each image, step and block. What a learned one has to beat.
+
+    Args:
+        config: shape of the teacher.
+        seed: of the scores.
+    """
+
+    def __init__(self, config: DiTConfig, seed: Sequence[int]) -> None:
+        super().__init__(config)
+        self.rng = np.random.default_rng(seed)
+
+    def forward(self, z_BND: Tensor, mod: Modulation) -> Tensor:
+        """Uniform scores [B, L, N]."""
+        scores = self.rng.random((len(z_BND), self.head.out_features, z_BND.shape[1]), dtype=np.float32)
+        return torch.from_numpy(scores).to(z_BND.device)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -109,7 +109,7 @@ class SamplingStep(NamedTuple):
 
 def model_signature(model: Network, digest: str | None = None) -> ModelSignature:
     """Signature of a network; pass its digest if it is already known, since hashing reads every weight."""
-    return model.signature(digest or teacher_digest(model))  # type: ignore[arg-type]
+    return model.signature(digest or teacher_digest(model))
 
 
 def full_plan(signature: ModelSignature, sampler: SamplerTable, guidance: Guidance) -> CachePlan:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tc_lightning.errors import RunError, TokenCacheError
 from tc_lightning.models.checkpoints import TeacherSpec
-from tc_lightning.models.dit import DiTConfig
+from tc_lightning.models.families import family_of
 from tc_lightning.plan.atomic import write_atomically
 from tc_lightning.plan.json_fields import check_keys, from_fields, is_int, is_name, shown
 
@@ -154,7 +154,7 @@ def _teacher(raw: Any) -> TeacherSpec:
         raise RunError(f"{found}; a name and a number were expected, or null")
     if not (family is None or is_name(family)):
         raise RunError(f"teacher.family is {shown(family)}; a name was expected, or null")
-    dit = None if raw["dit"] is None else from_fields(DiTConfig, raw["dit"], "teacher.dit", {"output"})
+    dit = None if raw["dit"] is None else from_fields(family_of("dit").config, raw["dit"], "teacher.dit", {"output"})
     return TeacherSpec(weights, preset, dit, size, family, _path(raw.get("conditions")))
 
 

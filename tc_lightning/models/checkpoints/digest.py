@@ -5,22 +5,25 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tc_lightning.models.checkpoints.state import State
-from tc_lightning.models.dit import DiT, DiTConfig
+from tc_lightning.models.dit import DiT
+from tc_lightning.models.network import Network
 
 FAMILY = "family"  # beside the fields of a shape
+SHAPE = "dit_config"  # the key of both in the metadata of a file, whatever the family
 
 
-def teacher_digest(model: DiT) -> str:
+def teacher_digest(model: Network) -> str:
     """sha256 of the shape and of every weight in fp32, wherever the model lives."""
     return digest(config_json(model.config, model.family), model.state_dict())
 
 
-def config_json(config: DiTConfig, family: str = DiT.family) -> str:
+def config_json(config: Any, family: str = DiT.family) -> str:
     """Canonical JSON of family and shape; a DiT and a null label go without saying, as they did when there was no field for them.
 
     What the output is for is no part of it: the same weights compute the same.

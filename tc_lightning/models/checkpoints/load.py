@@ -5,22 +5,25 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.checkpoints.diffusers_folder import CONFIG, is_diffusers, read_diffusers
-from tc_lightning.models.checkpoints.mismatch import CONFIGURATION, LABELS, likeness, require_match
+from tc_lightning.models.checkpoints.mismatch import CONFIGURATION, LABELS, likeness, require_match, require_weights
 from tc_lightning.models.checkpoints.safetensors_file import read_safetensors
 from tc_lightning.models.checkpoints.spec import TeacherSpec, locate, resolve, resolve_family
-from tc_lightning.models.checkpoints.state import State
+from tc_lightning.models.checkpoints.state import State, to_state
 from tc_lightning.models.checkpoints.state_choice import ReadState, choose
 from tc_lightning.models.checkpoints.torch_file import read_torch
 from tc_lightning.models.dit import DiT, DiTConfig
+from tc_lightning.models.families import build, family_of
+from tc_lightning.models.network import Network
 from tc_lightning.plan.given import read_examples
 
 
-def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> DiT:
+def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> Network:
     """Load a frozen teacher in eval mode, fp32, on the CPU.
 
     Args:
@@ -35,11 +38,15 @@ def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> DiT:
     read, found, told = _read(path)
     family = resolve_family(spec, told, path)
     config = resolve(spec, found, path)
-    if config is None:
-        like = likeness(read.state) or "for example DiT-XL/2"
-        raise TeacherError(f"{path} does not tell the model's shape: set `preset` ({like}) or `dit`.")
-    config, labels = _with_labels(config, read.state)
-    model = _build(family, config, read.state, path, f"its {CONFIG}" if is_diffusers(path) else CONFIGURATION)
+    labels: list[str] = []
+    if issubclass(family, DiT):
+        if config is None:
+            like = likeness(read.state) or "for example DiT-XL/2"
+            raise TeacherError(f"{path} does not tell the model's shape: set `preset` ({like}) or `dit`.")
+        config, labels = _with_labels(config, read.state)
+        model: Network = _build(family, config, read.state, path, f"its {CONFIG}" if is_diffusers(path) else CONFIGURATION)
+    else:
+        model = _rebuild(family.family, found, read.state, path)
     if spec.conditions is not None:
         model.examples = read_examples(Path(spec.conditions).expanduser(), model.conditions)
     if notes := [*read.notes, *labels]:
@@ -47,13 +54,14 @@ def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> DiT:
     return model
 
 
-def _read(path: Path) -> tuple[ReadState, DiTConfig | None, str | None]:
+def _read(path: Path) -> tuple[ReadState, Any, str | None]:
     """Weights; shape and family as far as the file tells them."""
     if is_diffusers(path):
         return *read_diffusers(path), DiT.family
     if path.suffix == ".safetensors":
         tensors, found, family = read_safetensors(path)
-        return choose(tensors, path), found, family
+        own = family is not None and not issubclass(family_of(family).network, DiT)  # names of its own, and no release's
+        return ReadState(to_state(tensors, path), []) if own else choose(tensors, path), found, family
     return choose(read_torch(path), path), None, None
 
 
@@ -72,5 +80,17 @@ def _build(family: type[DiT], config: DiTConfig, state: State, path: Path, asker
     if "pos_embed" not in state:  # a fixed table: some releases leave it out
         state["pos_embed"] = model.pos_embed.detach()
     require_match(config, state, path, asker)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _rebuild(family: str, config: Any, state: State, path: Path) -> Network:
+    """A network of a family with names of its own, from a file that tells its shape."""
+    if config is None:
+        raise TeacherError(
+            f"{path} does not tell the shape of a {family}: write it with `tc_lightning.models.checkpoints.save_teacher`."
+        )
+    model = build(family, dataclasses.asdict(config))
+    require_weights(model, state, path)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)

@@ -13,11 +13,24 @@ import torch
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.checkpoints.state import State
 from tc_lightning.models.dit import DiT, DiTConfig, preset
+from tc_lightning.models.network import Network
 
 LABELS = "y_embedder.embedding_table.weight"
 CONFIGURATION = "the configuration"
 _LISTED = 5  # keys named
 _PRESETS = tuple(f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8))
+
+
+def require_weights(network: Network, state: State, path: Path) -> None:
+    """Check the same of a network whose shape no tensors tell.
+
+    Raises:
+        TeacherError: naming the keys.
+    """
+    if faults := _differences(network, state):
+        more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+        told = "; ".join(faults[:_LISTED]) + more
+        raise TeacherError(f"{path} does not fit a {network.family} of its shape: {told}. Write it again with `save_teacher`.")
 
 
 def require_match(config: DiTConfig, state: State, path: Path, asker: str) -> None:
@@ -92,7 +105,11 @@ def _or_more(name: str, value: Any) -> str:
 
 def _faults(config: DiTConfig, state: State) -> list[str]:
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in DiT(config).state_dict().items()}
+        return _differences(DiT(config), state)
+
+
+def _differences(network: Network, state: State) -> list[str]:
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     faults = [f"missing {name} {shape}" for name, shape in expected.items() if name not in found]
     faults += [f"unexpected {name} {shape}" for name, shape in found.items() if name not in expected]

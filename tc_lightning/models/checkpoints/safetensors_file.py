@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tc_lightning.errors import TeacherError
-from tc_lightning.models.checkpoints.digest import FAMILY, digest
-from tc_lightning.models.checkpoints.state import fits, parse_json
-from tc_lightning.models.dit import DiT, DiTConfig
+from tc_lightning.models.checkpoints.digest import FAMILY, SHAPE, digest
+from tc_lightning.models.checkpoints.state import fits, parse_json, sample_values
+from tc_lightning.models.dit import DiT
 from tc_lightning.models.families import FAMILIES
 from tc_lightning.plan.signature import OUTPUTS, PIXELS
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], DiTConfig | None, str | None]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any, str | None]:
     """Tensors, and shape and family if `save_teacher` wrote the file; then its digest is checked too.
 
     Raises:
@@ -28,24 +29,28 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], DiTConfig | None, s
             raw = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise TeacherError(f"{path} is damaged or not a safetensors file ({error}). Copy or create it again.") from error
-    if "dit_config" not in metadata:
+    if SHAPE not in metadata:
         return raw, None, None
-    if metadata.get("sha256") != digest(metadata["dit_config"], raw):
+    if metadata.get("sha256") != digest(metadata[SHAPE], raw):
         raise TeacherError(f"{path} is damaged: its content does not have the sha256 it was written with. Copy or create it again.")
     output = metadata.get("output", PIXELS)  # before there was a word for it, what this package trained made pixels
     if output not in OUTPUTS:
         raise TeacherError(f"{path}: its metadata has the output {output!r}, which this version does not understand.")
-    config, family = _parse_config(metadata["dit_config"], path)
-    return raw, dataclasses.replace(config, output=output), family
+    config, family = _parse_config(metadata[SHAPE], path)
+    return raw, dataclasses.replace(config, output=output) if hasattr(config, "output") else config, family
 
 
-def _parse_config(text: str, path: Path) -> tuple[DiTConfig, str]:
+def _parse_config(text: str, path: Path) -> tuple[Any, str]:
     raw = parse_json(text, path)
     family = raw.pop(FAMILY, DiT.family)
     if not isinstance(family, str) or family not in FAMILIES:
         raise TeacherError(f"{path}: its metadata has family = {family!r}, which this version does not understand.")
-    defaults = dataclasses.asdict(DiTConfig())
+    shape = FAMILIES[family].config
+    samples = sample_values(shape)
     for key, value in raw.items():
-        if key not in defaults or not fits(value, defaults[key]):
+        if key not in samples or not fits(value, samples[key]):
             raise TeacherError(f"{path}: the shape in its metadata has {key} = {value!r}, which this version does not understand.")
-    return DiTConfig(**raw), family
+    try:
+        return shape(**raw), family
+    except (TypeError, ValueError) as error:
+        raise TeacherError(f"{path}: its metadata has no shape of a {family} ({error}), as this version understands it.") from error

@@ -9,12 +9,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tc_lightning.errors import TeacherError
-from tc_lightning.models.checkpoints.digest import config_json, digest, plain
-from tc_lightning.models.dit import DiT
+from tc_lightning.models.checkpoints.digest import SHAPE, config_json, digest, plain
+from tc_lightning.models.network import Network
 
 
-def save_teacher(model: DiT, path: Path) -> None:
-    """Write the model as `.safetensors` with its family, shape and digest; an interrupted write leaves the old file in place.
+def save_teacher(model: Network, path: Path) -> None:
+    """Write a model of any family as `.safetensors`, with family, shape and digest; if interrupted, the old file stays in place.
 
     Raises:
         TeacherError: if the file cannot be written.
@@ -24,7 +24,8 @@ def save_teacher(model: DiT, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, temporary, {"dit_config": config, "output": model.config.output, "sha256": digest(config, state)})
+        output = {"output": model.config.output} if hasattr(model.config, "output") else {}
+        save_file(state, temporary, {SHAPE: config, "sha256": digest(config, state)} | output)
         temporary.chmod(0o644)  # safetensors makes it private
         _fsync(temporary)
         os.replace(temporary, path)

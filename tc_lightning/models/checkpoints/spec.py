@@ -8,7 +8,8 @@ from typing import Any
 
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.dit import DiT, DiTConfig, preset
-from tc_lightning.models.families import shaped_as_dit
+from tc_lightning.models.families import family_of
+from tc_lightning.models.network import Network
 from tc_lightning.plan.signature import LATENTS
 
 _TOLD = (("null_label", True), ("output", LATENTS))  # what a `dit` says by saying nothing
@@ -55,7 +56,7 @@ def locate(weights: str) -> Path:
     )
 
 
-def resolve(spec: TeacherSpec, found: DiTConfig | None, path: Path) -> DiTConfig | None:
+def resolve(spec: TeacherSpec, found: Any, path: Path) -> Any:
     """The shape: what the checkpoint says or what the user says; None if neither speaks.
 
     Raises:
@@ -64,22 +65,23 @@ def resolve(spec: TeacherSpec, found: DiTConfig | None, path: Path) -> DiTConfig
     asked = _asked(spec)
     if found is None:
         return None if spec.dit is None and spec.preset is None else DiTConfig(**asked)
-    clashes = [f"{k} is {getattr(found, k)} there and {v} here" for k, v in asked.items() if getattr(found, k) != v]
+    there = dataclasses.asdict(found)
+    clashes = [f"{k} is {there.get(k, 'unheard of')} there and {v} here" for k, v in asked.items() if there.get(k) != v]
     if clashes:
         raise TeacherError(f"the shape in {path} contradicts the configuration ({'; '.join(clashes)}): correct or remove the latter.")
     return found
 
 
-def resolve_family(spec: TeacherSpec, found: str | None, path: Path) -> type[DiT]:
+def resolve_family(spec: TeacherSpec, found: str | None, path: Path) -> type[Network]:
     """The family: what the checkpoint says or what the user says; DiT if neither speaks.
 
     Raises:
         TeacherError: if they disagree, or there is no such family.
     """
-    asked = None if spec.family is None else shaped_as_dit(spec.family).family
+    asked = None if spec.family is None else family_of(spec.family).network.family
     if None not in (asked, found) and asked != found:
         raise TeacherError(f"{path} holds a {found}, and `family` is {asked}: correct or remove the latter.")
-    return shaped_as_dit(asked or found or DiT.family)
+    return family_of(asked or found or DiT.family).network
 
 
 def _asked(spec: TeacherSpec) -> dict[str, Any]:

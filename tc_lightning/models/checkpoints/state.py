@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,16 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
     return raw
 
 
+def sample_values(shape: Any) -> dict[str, Any]:
+    """A value of each field's type, of a dataclass of plain values: its default if it has one."""
+    plain = {"int": 0, "float": 0.0, "str": "", "bool": False}
+    fields = dataclasses.fields(shape)
+    return {
+        f.name: plain.get(f.type if isinstance(f.type, str) else f.type.__name__) if f.default is dataclasses.MISSING else f.default
+        for f in fields
+    }
+
+
 def fits(value: Any, default: Any) -> bool:
-    """Whether a value of JSON has the type of a field, of which the default is known."""
+    """Whether a value of JSON has the type of a field, of which a value is known."""
     return type(value) is type(default) or (type(default) is float and type(value) is int)

@@ -12,15 +12,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.scores import Scores
-from tc_lightning.models.content_predictor import ContentPredictor, Selector
-from tc_lightning.models.dit import DiTConfig, Modulation
+from tc_lightning.models.content_predictor import RandomPredictor, Selector
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.segments import Segment, content, partial, skip
 from tc_lightning.policies.pruned_steps import best_edges, best_window, top_tokens
@@ -57,20 +55,7 @@ class Learned:
     selector: Selector
 
 
-class RandomPredictor(ContentPredictor):
-    """Scores that have nothing to do with the image: other tokens for each image, step and block."""
-
-    def __init__(self, config: DiTConfig, seed: Sequence[int]) -> None:
-        super().__init__(config)
-        self.rng = np.random.default_rng(seed)
-
-    def forward(self, z_BND: Tensor, mod: Modulation) -> Tensor:
-        """Uniform scores [B, L, N]."""
-        scores = self.rng.random((len(z_BND), self.head.out_features, z_BND.shape[1]), dtype=np.float32)
-        return torch.from_numpy(scores).to(z_BND.device)
-
-
-def all_variants(layout: EqualCost, config: DiTConfig, learned: Learned, seed: int, draws: int) -> list[Variant]:
+def all_variants(layout: EqualCost, config: Any, learned: Learned, seed: int, draws: int) -> list[Variant]:
     """Everything that is compared for one training seed, each random choice `draws` times.
 
     Raises:
@@ -123,7 +108,7 @@ def _learned_tokens(layout: EqualCost, learned: Learned) -> Iterator[Variant]:
     yield chosen("v2 by block, even but for the last", _split(layout, v2, _even_but_uncached(layout, v2)))
 
 
-def _random_tokens(layout: EqualCost, config: DiTConfig, learned: Learned, seed: Sequence[int]) -> Iterator[Variant]:
+def _random_tokens(layout: EqualCost, config: Any, learned: Learned, seed: Sequence[int]) -> Iterator[Variant]:
     v1, rng = learned.v1, np.random.default_rng([*seed, 0])
     a, b = _window(layout, v1)
     digest = hashlib.sha256(f"random {seed}".encode()).hexdigest()
