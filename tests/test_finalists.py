@@ -44,7 +44,8 @@ PLANS = {
 
 
 def finalist(name: str, *errors: float, weights: tuple[float, ...] = ()) -> Finalist:
-    recipe = Recipe("dpmpp_2m", name, 4, (0, 1, 2, 3), PrunedStep("skip", 1))
+    alone = (3,) if name == "halves" else ()
+    recipe = Recipe("dpmpp_2m", name, 4, (0, 1, 2, 3), PrunedStep("skip", 1), alone)
     weights_B = torch.tensor(weights or (1.0,) * len(errors), dtype=torch.float64)
     return Finalist(recipe, PLANS[name], torch.tensor(errors, dtype=torch.float64), weights_B)
 
@@ -100,6 +101,8 @@ class TestWorthRefining:
     def test_full_compute_always_and_of_caches_the_best(self) -> None:
         hopeless, halves, skips = finalist("full", 9.0), finalist("halves", 1.0), finalist("skips", 2.0)
         assert worth_refining([skips, hopeless, halves]) == [hopeless, halves]
+        better = finalist("skips", 0.5)
+        assert worth_refining([better, hopeless, halves]) == [hopeless, halves, better]
         assert worth_refining([hopeless]) == [hopeless]
 
     def test_what_became_nan_only_where_nothing_else_caches(self) -> None:
@@ -166,7 +169,7 @@ class TestPlanner:
         assert [(p.role, p.budgets) for p in points] == [("planned", (2.5,)), ("planned", (2.0,))]
 
     def test_those_that_may_win_are_refined_once_and_all_are_compared(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of each budget full compute, and before anything is refined the best with a cache."""
+        """Of each budget full compute, halves of guidance, and what skips where it is the best with a cache before that."""
         passes: list[dict[str, Any]] = []
         real = bench.refine_sampler
 
@@ -183,9 +186,9 @@ class TestPlanner:
         best = [search.best_of(kind) for search in searches.values() for kind in kinds]
         recipes = {trial.recipe for trial in best if trial is not None}
         assert {one.recipe for choice in choices.values() for one in choice.finalists} == recipes
-        full = [recipe.to_json() for recipe in recipes if recipe.kind == "full"]
-        assert all(passes.count(arguments) == 1 for arguments in full)
-        assert len(full) < len(passes) <= len(full) + len(searches) < len(recipes)
+        always = [recipe.to_json() for recipe in recipes if recipe.kind != "cache"]
+        assert all(passes.count(arguments) == 1 for arguments in always)
+        assert len(passes) == len({str(arguments) for arguments in passes}) <= len(always) + len(searches)
         for choice in choices.values():
             for one in choice.finalists:
                 assert one.refined == (one.recipe.to_json() in passes)

@@ -1,8 +1,9 @@
 """Who wins a budget: the best few recipes, of which those that may win are refined, compared on images that nothing was fitted on.
 
-Refining is what costs most. It is for full compute with fewer steps, which everything has to beat, and for one finalist with a cache:
-that of least error before any is refined. That error is measured on the images of the comparison, to which nothing is fitted; what wins
-is measured again on images of its own.
+Refining is what costs most. It is for full compute with fewer steps, which everything has to beat; for what forecasts guidance's
+difference, which gains most by it; and for steps that skip or prune where they have the least error of all with a cache before any is
+refined. That error is measured on the images of the comparison, to which nothing is fitted; what wins is measured again on images of
+its own.
 
 Errors of two plans on the same images go up and down together, so their difference is what is looked at: two plans are equal if its
 mean is within its standard error. Of equals a plan without a cache comes before one with a cache, then fewer programs, then less
@@ -14,6 +15,7 @@ Shape suffixes: B images.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -86,9 +88,12 @@ def finalist_recipes(search: Search, use: CacheUse) -> list[Recipe]:
 
 
 def worth_refining(finalists: Sequence[Finalist]) -> list[Finalist]:
-    """Of the finalists of a budget, of which none is refined: all without a cache, and of those with one, that of least error."""
+    """Of the finalists of a budget, of which none is refined: all without a cache, those that forecast guidance's difference alone
+    unless they became NaN, and the one with a cache that has the least error."""
     caching = [one for one in finalists if one.plan.caches]
-    return [one for one in finalists if not one.plan.caches] + sorted(caching, key=lambda one: one.error)[:1]
+    best = sorted(caching, key=lambda one: one.error)[:1]
+    halves = [one for one in caching if one.recipe.kind == "halves" and math.isfinite(one.error) and one not in best]
+    return [one for one in finalists if not one.plan.caches] + halves + best
 
 
 def choose(finalists: Sequence[Finalist], use: CacheUse) -> Finalist:
