@@ -59,7 +59,9 @@ def plans() -> list[Any]:
     chosen["steps"][-1]["segments"] = [content(0, 4, 5, 1).to_json()]
     names = ("look", "widen", "shade")
     steps = ((compute(0, 4),), (reuse(0, 2, names[:1], 1), skip(2, 4)), (partial(0, 4, (1, 5), 0, names),))
-    other = make_plan(dataclasses.replace(SIGNATURE, branches="look:kv widen shade"), steps).to_json()
+    other = make_plan(
+        dataclasses.replace(SIGNATURE, branches="look:kv widen shade", macs=(*SIGNATURE.macs, SIGNATURE.macs[1])), steps
+    ).to_json()
     return [plan.to_json() for plan in guided] + [chosen | {"selector": "a" * 64}, make_plan(SIGNATURE).to_json(), other]
 
 
