@@ -27,7 +27,7 @@ from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.learn import distiller
 from tc_lightning.measure.calibrate import calibrate
 from tc_lightning.measure.sensitivity import branch_sensitivity, probes_for
-from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, save_teacher, teacher_digest
+from tc_lightning.models.checkpoints import TeacherSpec, save_teacher
 from tc_lightning.models.conditions import Given
 from tc_lightning.models.dit import DiTConfig
 from tc_lightning.models.families import FAMILIES, Family
@@ -226,69 +226,6 @@ def test_examples_are_read_from_a_file(tmp_path: Path) -> None:
     for name in ("torn.npz", "none.npz"):
         with pytest.raises(TokenCacheError, match="cannot read the conditions"):
             read_examples(tmp_path / name, TOY.conditions)
-
-
-@dataclasses.dataclass(frozen=True)
-class OwnShape:
-    """A shape that is no DiT's: fields without defaults, one that DiT has not, and no `output`."""
-
-    width: int
-    heads: int
-    gain: float = 1.5
-
-
-class OwnlyShaped(Toy):
-    """A toy that is made from a shape of its own."""
-
-    family = "own"
-
-    def __init__(self, shape: OwnShape) -> None:
-        super().__init__(DiTConfig(8, 2, 3, hidden_size=shape.width, depth=1, num_heads=shape.heads, learn_sigma=False))
-        self.config, self.gain = shape, shape.gain
-
-
-def test_a_saved_teacher_of_any_family_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, "toy", Family(Toy, DiTConfig))
-    monkeypatch.setitem(FAMILIES, "own", Family(OwnlyShaped, OwnShape))
-    for network in (make_toy(), OwnlyShaped(OwnShape(16, 2, 0.5))):
-        save_teacher(network, path := tmp_path / f"{network.family}.safetensors")
-        for family in (None, network.family):
-            found = load_teacher(TeacherSpec(str(path), family=family))
-            assert type(found) is type(network)
-            assert found.config == network.config
-            assert teacher_digest(found) == teacher_digest(network)
-            assert not any(parameter.requires_grad for parameter in found.parameters())
-        with pytest.raises(TokenCacheError, match=f"holds a {network.family}, and `family` is dit"):
-            load_teacher(TeacherSpec(str(path), family="dit"))
-        with pytest.raises(TokenCacheError, match=r"contradicts the configuration .*depth is .* there and 12 here"):
-            load_teacher(TeacherSpec(str(path), preset="DiT-S/2"))
-
-
-def test_a_file_that_does_not_fit_its_family_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "own.safetensors"
-    save_teacher(OwnlyShaped(OwnShape(16, 2)), path)
-    with pytest.raises(TokenCacheError, match="family = 'own', which this version does not understand"):
-        load_teacher(TeacherSpec(str(path)))
-    for shape, said in (
-        (dataclasses.make_dataclass("Narrower", [("width", "int"), ("heads", "int")]), "has gain = 1.5"),
-        (
-            dataclasses.make_dataclass("Wider", [(n, "int") for n in ("width", "heads", "more")] + [("gain", "float")]),
-            "no shape of a own",
-        ),
-        (dataclasses.make_dataclass("Worded", [("width", "str"), ("heads", "int"), ("gain", "float")]), "has width = 16"),
-    ):
-        monkeypatch.setitem(FAMILIES, "own", Family(OwnlyShaped, shape))
-        with pytest.raises(TokenCacheError, match=said):
-            load_teacher(TeacherSpec(str(path)))
-
-    class Grown(OwnlyShaped):
-        def __init__(self, shape: OwnShape) -> None:
-            super().__init__(shape)
-            self.more = torch.nn.Linear(1, 1)
-
-    monkeypatch.setitem(FAMILIES, "own", Family(Grown, OwnShape))
-    with pytest.raises(TokenCacheError, match=r"does not fit a own of its shape: missing more\.weight \(1, 1\)"):
-        load_teacher(TeacherSpec(str(path)))
 
 
 def test_it_is_distilled_planned_exported_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

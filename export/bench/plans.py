@@ -38,7 +38,7 @@ def benchmark_plans(signature: ModelSignature, sampler: SamplerTable, full_steps
     chooser = random.Random(0)
 
     def quarter() -> tuple[Segment, ...]:
-        return (partial(0, L, tuple(chooser.sample(range(N), N // 4)), 1),)
+        return (partial(0, L, tuple(chooser.sample(range(N), N // 4)), 1, signature.block.names),)
 
     guidance, rest = Guidance(1.5, min(3, signature.in_channels)), full_steps - WARMUP
     full = {*range(WARMUP), *(WARMUP - 1 + round((num_steps - WARMUP) * (j + 1) / rest) for j in range(rest))}

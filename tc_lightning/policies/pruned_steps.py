@@ -115,7 +115,7 @@ def _partial(p: PrunedStep, signature: ModelSignature, scores: Scores, phase: Se
     sensitivity_L = scores.sensitivity_TL2[list(phase)].sum((0, 2))
     start, stop = best_window(sensitivity_L, _rounded(p.block_share, L))
     tokens = top_tokens(scores.importance_TLN[step, start:stop].mean(0), _rounded(p.token_share, N))
-    return skip(0, start, p.order), partial(start, stop, tokens, p.order), skip(stop, L, p.order)
+    return skip(0, start, p.order), partial(start, stop, tokens, p.order, signature.block.names), skip(stop, L, p.order)
 
 
 _KINDS: dict[str, Callable[[PrunedStep, ModelSignature, Scores, Sequence[int], int], tuple[Segment, ...]]] = {

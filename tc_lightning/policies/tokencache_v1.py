@@ -124,7 +124,7 @@ def _segments(signature: ModelSignature, kept: Sequence[int], choose: Callable[[
     for is_kept, group in itertools.groupby(range(signature.depth), key=set(kept).__contains__):
         blocks = list(group)
         start, stop = blocks[0], blocks[-1] + 1
-        segments.append(partial(start, stop, choose(start, stop)) if is_kept else skip(start, stop))
+        segments.append(partial(start, stop, choose(start, stop), 0, signature.block.names) if is_kept else skip(start, stop))
     return tuple(segments)
 
 

@@ -26,7 +26,7 @@ from tc_lightning.measure.scores import Scores
 from tc_lightning.plan.costs import full_step_macs, selector_runs, step_macs
 from tc_lightning.plan.guidance import BOTH
 from tc_lightning.plan.sampler_table import SamplerTable
-from tc_lightning.plan.segments import MAX_ORDER, Segment, compute, content, partial, skip
+from tc_lightning.plan.segments import BRANCHES, MAX_ORDER, Segment, compute, content, partial, skip
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import top_tokens
@@ -47,7 +47,9 @@ def block_keeps(importance_LN: np.ndarray, total: int) -> list[int]:
     return np.bincount(top // N, minlength=L).tolist()
 
 
-def kept_segments(scores: Scores, step: int, keeps: Sequence[int], order: int, least: int) -> tuple[Segment, ...]:
+def kept_segments(
+    scores: Scores, step: int, keeps: Sequence[int], order: int, least: int, names: tuple[str, ...] = BRANCHES
+) -> tuple[Segment, ...]:
     """Segments of a P-step.
 
     Args:
@@ -56,6 +58,7 @@ def kept_segments(scores: Scores, step: int, keeps: Sequence[int], order: int, l
         keeps: tokens that each block recomputes.
         order: forecast order of what is not recomputed.
         least: blocks that would recompute fewer tokens are skipped.
+        names: the branches of a block.
     """
     N = scores.importance_TLN.shape[2]
     segments: list[Segment] = []
@@ -63,7 +66,7 @@ def kept_segments(scores: Scores, step: int, keeps: Sequence[int], order: int, l
         blocks = list(run)
         start, stop = blocks[0][0], blocks[-1][0] + 1
         if kind == "partial":
-            segments += [_kept(scores, step, b, keep, order) for b, keep in blocks]
+            segments += [_kept(scores, step, b, keep, order, names) for b, keep in blocks]
         else:
             segments.append(compute(start, stop) if kind == "compute" else skip(start, stop, order))
     return tuple(segments)
@@ -139,7 +142,8 @@ class TokenCacheV2Policy(TargetedPolicy):
         pruned = [i for i in range(T) if i not in full_steps]
         keeps = block_keeps(scores.importance_TLN[pruned].mean(0), total) if pruned else []
         least = max(1, round(self.least_share * N))
-        return tuple((compute(0, L),) if i in full_steps else kept_segments(scores, i, keeps, order, least) for i in range(T))
+        names = context.signature.block.names
+        return tuple((compute(0, L),) if i in full_steps else kept_segments(scores, i, keeps, order, least, names) for i in range(T))
 
     def _offer(self, context: PlanningContext, full_steps: Sequence[int], total: int, order: int) -> Offer:
         steps = self._steps(context, full_steps, total, order)
@@ -159,8 +163,8 @@ def _kind(keep: int, least: int, num_tokens: int) -> str:
     return "compute" if keep == num_tokens else "partial"
 
 
-def _kept(scores: Scores, step: int, block: int, keep: int, order: int) -> Segment:
+def _kept(scores: Scores, step: int, block: int, keep: int, order: int, names: tuple[str, ...]) -> Segment:
     """One block that recomputes `keep` tokens."""
     if scores.selector:
-        return content(block, block + 1, keep, order)
-    return partial(block, block + 1, top_tokens(scores.importance_TLN[step, block], keep), order)
+        return content(block, block + 1, keep, order, names)
+    return partial(block, block + 1, top_tokens(scores.importance_TLN[step, block], keep), order, names)
