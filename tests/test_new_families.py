@@ -36,7 +36,7 @@ def test_methods_that_choose_tokens_recompute_all_its_branches(policy: Policy) -
     importance, sensitivity = rng.random((10, 3, TOKENS)), rng.random((10, 3, 3))
     importance[0], sensitivity[0] = 1, 0
     scores = Scores(importance, sensitivity, SIGNATURE.teacher, sampler_digest(table))
-    context = PlanningContext(SIGNATURE, TOY.schedule, table, GUIDANCE, scores, lambda plan, images: 0.5, table)
+    context = PlanningContext(SIGNATURE, TOY.schedule, table, GUIDANCE, scores, table, lambda plan, images: 0.5)
     chosen = {segment.branches for step in policy.plan(context).plan.steps for segment in step if segment.mode == "partial"}
     assert chosen == {NAMES}
 
