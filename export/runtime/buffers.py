@@ -98,7 +98,7 @@ class Workspace:
         return self._values[name].numpy()
 
     def run(self, run: ProgramRun, shrink: bool = False) -> str:
-        """ProgramRun one program; on CUDA this only puts it in the queue.
+        """Run one program; on CUDA this only puts it in the queue.
 
         Args:
             run: one of the layout's.

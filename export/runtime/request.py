@@ -173,7 +173,7 @@ def fill(workspace: Workspace, manifest: dict[str, Any], part: Part) -> None:
 def run_part(
     workspace: Workspace, manifest: dict[str, Any], on_cpu: bool, timing: bool, on_step: Callable[[int], None]
 ) -> tuple[np.ndarray, Tally]:
-    """ProgramRun the layout of a workspace that is filled.
+    """Run the layout of a workspace that is filled.
 
     Args:
         workspace: its buffers.

@@ -54,7 +54,7 @@ def branch_sensitivity(
         x_BCHW: latents of this step.
         t_prev_B: times of the step before, in the network's units.
         t_B: times of this step.
-        asked: conditions of each image; of a class-conditional model its asked [B] will do.
+        asked: conditions of each image; of a class-conditional model its labels [B] will do.
         probes_PBCHW: standard normal probes, P for each image; the estimate is the mean over them.
     """
     shifts = _probe_shifts(model, guidance, x_prev_BCHW, x_BCHW, t_prev_B, t_B, asked, probes_PBCHW)

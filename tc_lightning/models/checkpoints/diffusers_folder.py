@@ -56,7 +56,7 @@ def is_diffusers(path: Path) -> bool:
 
 
 def read_diffusers(path: Path) -> tuple[ReadState, DiTConfig]:
-    """WeightsFile under the release's names, and the shape.
+    """Weights under the release's names, and the shape.
 
     Args:
         path: the model's folder or a whole pipeline's; or the one of its weights files (or indices) that is meant.
