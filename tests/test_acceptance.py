@@ -103,8 +103,10 @@ def test_a_run_that_is_cut_off_tells_what_it_got_to(tmp_path):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_stage_and_keeps_the_record(tmp_path, how):
+    """Also where SIGINT is ignored to begin with, as a shell has it for what it starts in the background."""
     with subprocess.Popen(
         command("--out", tmp_path, "--stages", 3, 5, "--plant", "3=hang"),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},

@@ -152,13 +152,15 @@ def _host() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[None]:
-    """SIGTERM counts as an interrupt meanwhile."""
+    """SIGTERM counts as an interrupt meanwhile, and so does SIGINT, which a shell lets the processes ignore that it starts in the
+    background."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
