@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.models.network import Network
+from tc_lightning.models.pixart import PixArt, PixArtConfig
 from tc_lightning.models.sit import SiT
 
 
@@ -18,7 +19,7 @@ class Family(NamedTuple):
     config: type
 
 
-FAMILIES: dict[str, Family] = {"dit": Family(DiT, DiTConfig), "sit": Family(SiT, DiTConfig)}
+FAMILIES: dict[str, Family] = {"dit": Family(DiT, DiTConfig), "sit": Family(SiT, DiTConfig), "pixart": Family(PixArt, PixArtConfig)}
 
 
 def family_of(name: str) -> Family:
