@@ -79,7 +79,7 @@ def compose(block: Block, z_BnD: Tensor, mod: Any, take: Take, at: Tensor | None
 class Network(nn.Module, ABC):
     """A diffusion transformer: tokens in, blocks, tokens out. What depends on time and conditions alone comes from `modulations`."""
 
-    schedule: Schedule  # how it was trained: its times, and what its output predicts
+    schedule: Schedule  # how it was trained: its times, and what its output predicts; an instance may have another than its class
     blocks: nn.ModuleList
     family: str  # its name in `tc_lightning.models.families`
     conditions: Conditions  # what a request must bring

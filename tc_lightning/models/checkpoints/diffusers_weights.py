@@ -65,7 +65,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """
     if file.suffix == ".json":
         return _read_shards(file)
-    return read_safetensors(file)[0] if file.suffix == ".safetensors" else read_torch(file)
+    return read_safetensors(file).tensors if file.suffix == ".safetensors" else read_torch(file)
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.checkpoints.diffusers_config import ReadNetwork
 from tc_lightning.models.checkpoints.diffusers_folder import is_diffusers, read_diffusers
 from tc_lightning.models.checkpoints.dit_folder import build_dit, with_labels
 from tc_lightning.models.checkpoints.mismatch import CONFIGURATION, likeness, require_weights
-from tc_lightning.models.checkpoints.safetensors_file import read_safetensors
+from tc_lightning.models.checkpoints.safetensors_file import SafetensorsFile, read_safetensors
 from tc_lightning.models.checkpoints.spec import TeacherSpec, locate, resolve, resolve_family
 from tc_lightning.models.checkpoints.state import State, to_state
 from tc_lightning.models.checkpoints.state_choice import ReadState, choose
@@ -52,34 +51,37 @@ def _from_folder(spec: TeacherSpec, path: Path) -> ReadNetwork:
 
 
 def _from_file(spec: TeacherSpec, path: Path) -> ReadNetwork:
-    read, found, told = _read(path)
-    family = resolve_family(spec, told, path)
-    config = resolve(spec, found, path)
+    read, file = _read(path)
+    family = resolve_family(spec, file.family, path)
+    config = resolve(spec, file.config, path)
     if not issubclass(family, DiT):
-        return ReadNetwork(_rebuild(family.family, found, read.state, path), read.notes)
+        return ReadNetwork(_rebuild(family.family, file, read.state, path), read.notes)
     if config is None:
         like = likeness(read.state) or "for example DiT-XL/2"
         raise TeacherError(f"{path} does not tell the model's shape: set `preset` ({like}) or `dit`.")
     config, labels = with_labels(config, read.state)
-    return ReadNetwork(build_dit(family, config, read.state, path, CONFIGURATION), [*read.notes, *labels])
+    model = build_dit(family, config, read.state, path, CONFIGURATION)
+    model.schedule = file.schedule or model.schedule
+    return ReadNetwork(model, [*read.notes, *labels])
 
 
-def _read(path: Path) -> tuple[ReadState, Any, str | None]:
-    """Weights; shape and family as far as the file tells them."""
-    if path.suffix == ".safetensors":
-        tensors, found, family = read_safetensors(path)
-        own = family is not None and not issubclass(family_of(family).network, DiT)  # names of its own, and no release's
-        return ReadState(to_state(tensors, path), []) if own else choose(tensors, path), found, family
-    return choose(read_torch(path), path), None, None
+def _read(path: Path) -> tuple[ReadState, SafetensorsFile]:
+    """Weights; and the file, as far as it tells shape, family and schedule."""
+    if path.suffix != ".safetensors":
+        return choose(read_torch(path), path), SafetensorsFile({})
+    file = read_safetensors(path)
+    own = file.family is not None and not issubclass(family_of(file.family).network, DiT)  # names of its own, and no release's
+    return ReadState(to_state(file.tensors, path), []) if own else choose(file.tensors, path), file
 
 
-def _rebuild(family: str, config: Any, state: State, path: Path) -> Network:
+def _rebuild(family: str, file: SafetensorsFile, state: State, path: Path) -> Network:
     """A network of a family with names of its own, from a file that tells its shape."""
-    if config is None:
+    if file.config is None:
         raise TeacherError(
             f"{path} does not tell the shape of a {family}: write it with `tc_lightning.models.checkpoints.save_teacher`."
         )
-    model = build(family, dataclasses.asdict(config))
+    model = build(family, dataclasses.asdict(file.config))
+    model.schedule = file.schedule or model.schedule
     require_weights(model, state, path)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)

@@ -44,7 +44,7 @@ class _Class(NamedTuple):
 
 
 def _with_betas(name: str, free: tuple[str, ...], fixed: Mapping[str, Any], **read: Any) -> ConfigFields:
-    return ConfigFields(_BETAS | read, _NO_BETAS_OF_OTHERS | fixed, (*_STEPPING, *free), name)
+    return ConfigFields(_BETAS | read, {**_NO_BETAS_OF_OTHERS, **fixed}, (*_STEPPING, *free), name)
 
 
 _CLIPPED = {"clip_sample": True}  # of x_0, at every step
@@ -116,7 +116,7 @@ def _schedule(said: dict[str, Any], path: Path) -> ReadSchedule:
         return _flow(steps, said["flow_shift"], path)
     if prediction not in _PREDICTIONS:
         raise TeacherError(f"{path}: prediction_type is {prediction!r}; {', '.join(_PREDICTIONS)} or {_FLOW} was expected.")
-    schedule = LinearBetas(steps, said["beta_start"], said["beta_end"], _PREDICTIONS[prediction])
+    schedule = LinearBetas(steps, float(said["beta_start"]), float(said["beta_end"]), _PREDICTIONS[prediction])
     told = f"{steps} linear betas from {schedule.beta_start:g} to {schedule.beta_end:g}, predicting {schedule.predicts}"
     return ReadSchedule(schedule, [f"its scheduler says: {told}"])
 
