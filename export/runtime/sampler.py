@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 import threading
 import time
@@ -23,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import onnxruntime as ort
 
+from export.runtime.admission import batch_within, most_rows, predicted_bytes
 from export.runtime.buffers import Pool, ProgramError
 from export.runtime.contract import read_artefact
 from export.runtime.cuda_provider import lane, why_no_graphs
@@ -90,6 +90,8 @@ class CachedSampler:
             its own; without one it reads the mapped file that all share. As many programs get one as there is room for, and
             full compute (`full=True`) gets one besides when it is first used.
         max_batch: images computed at a time; larger requests are split. It bounds the memory of a request.
+        max_bytes: what the buffers of a request may take (`predicted_bytes`); one that would take more is split further, and refused
+            if a single image does.
         preload: load the programs of the plan now, rather than at their first use. Full compute, the baseline, waits for its own.
         cuda_graphs: on CUDA, capture each step with its buffers as a CUDA graph when it first runs, and replay it from then on. The
             buffers of up to four sizes of request are kept for that; `release` drops them.
@@ -109,6 +111,7 @@ class CachedSampler:
         provider: str = "cpu",
         threads: int | None = None,
         max_batch: int = 32,
+        max_bytes: int | None = None,
         preload: bool = True,
         memory: float = 1.25,
         cuda_graphs: bool = True,
@@ -129,6 +132,8 @@ class CachedSampler:
                 f"{self.path} was exported for the CPU: programs share graphs that have no static shapes, which CUDA graphs need. "
                 "Export it again with --provider cuda."
             )
+        self.max_bytes = max_bytes
+        batch_within(self.manifest, max_batch, max_bytes)  # refused now rather than at the first request
         prepare(provider, threads, device)
         self._process = os.getpid()
         self._packed = packed_graphs(self.manifest, memory) if provider == "cpu" else set()
@@ -156,6 +161,10 @@ class CachedSampler:
     def graph_of(self, name: str) -> str:
         """The graph of `condition` or of a step program."""
         return name if name == CONDITION else self.manifest["programs"][name]["graph"]
+
+    def predicted_bytes(self, images: int, full: bool = False) -> int:
+        """What the buffers of so many images at a time take, at most: known before a request runs."""
+        return predicted_bytes(self.manifest, images, full)
 
     def end_profiling(self) -> dict[str, str]:
         """The profile of each program that was loaded; see `profile`."""
@@ -225,7 +234,8 @@ class CachedSampler:
         given = asked_for(self.conditions, labels, {**(conditions or {}), **named})
         images = rows_in(given)
         rows = rows_asked_for(self.manifest, images, seed, first_index if indices is None else indices, guidance)
-        started, parts = time.perf_counter(), Part(given, rows, full).split(self.max_batch)
+        size = batch_within(self.manifest, self.max_batch, self.max_bytes, full)
+        started, parts = time.perf_counter(), Part(given, rows, full).split(size)
         failed: dict[int, str] = {}
         tally, steps = Tally(), self.manifest["full_steps" if full else "steps"]
         nodes: dict[str, dict[str, int]] = {}
@@ -241,7 +251,7 @@ class CachedSampler:
                 x_BCHW, bad, ran = self._run(part, timing, functools.partial(done, place))
                 if bad and strict:
                     raise TokenCacheError(next(iter(bad.values())))
-                failed.update({place * self.max_batch + image: why for image, why in bad.items()})
+                failed.update({place * size + image: why for image, why in bad.items()})
                 latents.append(x_BCHW)
                 tally.add(ran)
             nodes.update({name: nodes_per_provider(self.session(name)) for name in tally.ran})  # if released meanwhile, it loads here
@@ -271,7 +281,7 @@ class CachedSampler:
     def _run_once(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, dict[int, str], Tally]:
         """Run a part of a request in buffers that nobody else uses meanwhile."""
         images, on_cpu = part.images, self.provider == "cpu"
-        rows = rows_in(distinct_rows(self.conditions, self._doubled, part.given)[1]) if on_cpu else self._most_rows(images)
+        rows = rows_in(distinct_rows(self.conditions, self._doubled, part.given)[1]) if on_cpu else most_rows(self.manifest, images)
         key = (images, rows, part.full)
         workspace = self._pool.take(key, lay_out(self.manifest, images, rows, part.full))
         try:
@@ -285,11 +295,6 @@ class CachedSampler:
     @property
     def _doubled(self) -> bool:
         return self.manifest["guidance"]["scale"] != 1.0
-
-    def _most_rows(self, images: int) -> int:
-        """Distinct rows of conditions that so many images can have: on CUDA the shapes depend on the size of the request alone."""
-        few = math.prod(c.classes or images for c in self.conditions)
-        return min(images, few) + self._doubled
 
     def _open(self, name: str) -> ort.InferenceSession:
         profile = None if self._profile is None else f"{self._profile}-{name}"
