@@ -106,7 +106,7 @@ class Emitter:
         table = self.plan.reference if program.name == FULL else self.plan.scaled_sampler
         history = PAST[: table.history]
         past: list[Any] = [g.input(name, "fp32", latent) for name in history]
-step, first_bad = g.input("step", "int64", []), g.input("first_bad", "int64", ["batch"])
+        step, first_bad = g.input("step", "int64", []), g.input("first_bad", "int64", ["batch"])
         terms = self._terms(g, step, [b for s in program.segments if s.mode != "skip" for b in s.blocks])
         mode = program.guidance.mode
         scale = g.input("guidance", "fp32", ["batch", 1, 1, 1]) if guidance.doubles_batch and mode != "cond" else None
