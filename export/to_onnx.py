@@ -16,7 +16,7 @@ from typing import Any
 
 from export.command import positive, run
 from export.compiler.compile import export_artefact
-from export.compiler.explain import explain, plan_figure
+from export.compiler.explain import conditioning_in_words, explain, plan_figure
 from export.runtime.decoder_contract import DATA
 from export.runtime.layout import DECODER
 from export.runtime.programs import lower
@@ -60,6 +60,7 @@ def main() -> None:
     if vae is not None:
         print(_decoder_in_words(manifest, out))
     print(f"speed         {manifest['macs_speedup']:.2f}x in MACs, {fidelity['wall_speedup']:.2f}x on the clock ({args.provider})")
+    print(f"conditioning  {conditioning_in_words(manifest)}")
     print(f"wrote {out}\nnext: python export/sample.py {out} --labels 0 1 2 3 --out grid.png --compare")
 
 

@@ -161,7 +161,7 @@ def test_batches_of_its_own_within_a_stated_memory(decoded, batch):
     manifest = json.loads((decoded / "manifest.json").read_text(encoding="utf-8"))
     sampler, seen = CachedSampler(decoded, decoder_batch=batch), []
     decode = sampler.decoder._decode
-    sampler.decoder._decode = lambda latents, first: (seen.append(len(latents)), decode(latents, first))[1]
+    sampler.decoder._decode = lambda latents: (seen.append(len(latents)), decode(latents))[1]
     result = sampler.sample([1, 2, 3, 4, 5], seed=2)
     assert seen == {1: [1] * 5, 2: [2, 2, 1], 5: [5]}[batch]
     np.testing.assert_allclose(result.images, CachedSampler(decoded).sample([1, 2, 3, 4, 5], seed=2).images, atol=1e-5)
@@ -213,6 +213,25 @@ def test_nan_from_the_decoder(decoded):
     with pytest.raises(TokenCacheError, match=r"NaN or infinite of image 0.*pixels=False"):
         sampler.sample(LABELS)
     assert np.isfinite(sampler.sample(LABELS, pixels=False).latents).all()
+
+
+def test_images_that_fail_leave_the_others_alone(decoded):
+    """Each is what it would be alone, whether its latents or its pixels are NaN."""
+    sampler = CachedSampler(decoded, decoder_batch=2)
+    latents, whole = sampler.sample(LABELS, pixels=False).latents, sampler.sample(LABELS).images
+    pixels, told = sampler.decoder.each(latents, {1: "before"})
+    assert told == {}
+    assert np.isnan(pixels[1]).all()
+    np.testing.assert_allclose(pixels[[0, 2]], whole[[0, 2]], atol=1e-5)
+    latents[0] = np.inf
+    pixels, told = sampler.decoder.each(latents, {})
+    assert set(told) == {0}
+    np.testing.assert_allclose(pixels[1:], whole[1:], atol=1e-5)
+    sampler.manifest["decoder"]["shift_factor"] = float("nan")
+    result = sampler.sample(LABELS, strict=False)
+    assert set(result.failed) == {0, 1, 2}
+    assert np.isnan(result.images).all()
+    assert np.isfinite(result.latents).all()
 
 
 def flip_a_bit(path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from export.runtime.decoder_contract import require_decoder
-from export.runtime.layout import BYTES, CONDITION, ELEMENT_TYPES, FULL
+from export.runtime.layout import BYTES, CONDITION, CONSTANT, ELEMENT_TYPES, FULL
 from export.runtime.manifest import AGAIN, NAME, PLAN, WEIGHTS, ArtefactError, read_manifest, require_files
 from export.runtime.onnx_header import Header, read_header
 from export.runtime.programs import LoweredPlan, Program, computed_tokens, condition_times, lower
@@ -53,9 +53,11 @@ def planned(plan: CachePlan, lowered: LoweredPlan, precision: str) -> dict[str, 
 
 
 def condition_declared(header: Header) -> dict[str, Any]:
-    """What a manifest says that the condition graph declares: its weights, and how many terms it writes for each step and row."""
+    """What a manifest says that the condition graph declares: its weights, how many terms it writes for each step and row, and the
+    shape of each constant for one row."""
     terms = header.sizes.get("mods", ())[2:3]
-    return {CONDITION: {"weights": declared(header)["weights"]}, "modulations": sum(terms)}
+    constants = {name: list(header.sizes[name][1:]) for name in header.outputs if name.startswith(CONSTANT)}
+    return {CONDITION: {"weights": declared(header)["weights"]}, "modulations": sum(terms), "constants": constants}
 
 
 def declared(header: Header) -> dict[str, Any]:

@@ -49,23 +49,43 @@ class Decoder:
         Raises:
             TokenCacheError: if they are not finite, or ONNX Runtime cannot make them.
         """
-        return np.concatenate([self._decode(latents_BCHW[i : i + self.batch], i) for i in range(0, len(latents_BCHW), self.batch)])
+        pixels, failed = self.each(latents_BCHW, {})
+        if failed:
+            raise TokenCacheError(next(iter(failed.values())))
+        return pixels
 
-    def _decode(self, latents_BCHW: np.ndarray, first: int) -> np.ndarray:
+    def each(self, latents_BCHW: np.ndarray, failed: Mapping[int, str]) -> tuple[np.ndarray, dict[int, str]]:
+        """The same; NaN of images that failed before, which are not decoded, and of those that fail here, which are told by place.
+
+        Raises:
+            TokenCacheError: if ONNX Runtime cannot make them.
+        """
+        pixels_BCHW = np.full((len(latents_BCHW), *self._said["pixels"]), np.nan, np.float32)
+        sound = [place for place in range(len(latents_BCHW)) if place not in failed]
+        told: dict[int, str] = {}
+        for start in range(0, len(sound), self.batch):
+            places = sound[start : start + self.batch]
+            made = self._decode(latents_BCHW[places])
+            finite_B = np.isfinite(made).reshape(len(made), -1).all(1)
+            pixels_BCHW[places] = np.where(finite_B[:, None, None, None], np.clip(made, -1.0, 1.0), np.nan)
+            told |= {place: _not_finite(place) for place, finite in zip(places, finite_B, strict=True) if not finite}
+        return pixels_BCHW, told
+
+    def _decode(self, latents_BCHW: np.ndarray) -> np.ndarray:
         session, options = self._session(DECODER), ort.RunOptions()
         if arena_is_ours() and session.get_providers()[0] == "CPUExecutionProvider":
             options.add_run_config_entry(SHRINK, "cpu:0")  # what it takes is much, and is not needed between requests
         try:
-            pixels = session.run([OUT], {IN: unscaled(self._said, latents_BCHW)}, options)[0]
+            return session.run([OUT], {IN: unscaled(self._said, latents_BCHW)}, options)[0]
         except Exception as error:
             raise TokenCacheError(
                 f"the decoder failed: {first_line(error)} If memory ran out, decode fewer images at a time (decoder_batch, now "
                 f"{self.batch}); the latents can be had without pixels (pixels=False)."
             ) from error
-        finite = np.isfinite(pixels).reshape(len(pixels), -1).all(1)
-        if not finite.all():
-            raise TokenCacheError(
-                f"the decoder made pixels that are NaN or infinite of image {first + int(np.argmin(finite))}: its latents are far from "
-                "what the VAE was trained on. Lower the guidance scale; the latents can be had without pixels (pixels=False)."
-            )
-        return np.clip(pixels, -1.0, 1.0)
+
+
+def _not_finite(place: int) -> str:
+    return (
+        f"the decoder made pixels that are NaN or infinite of image {place}: its latents are far from what the VAE was trained on. "
+        "Lower the guidance scale; the latents can be had without pixels (pixels=False)."
+    )

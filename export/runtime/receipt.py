@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from export.runtime.decoder import Decoder
 from export.runtime.layout import CONDITION
 from export.runtime.manifest import WEIGHTS
-from export.runtime.request import Tally, outside_the_fit
+from export.runtime.request import Row, Tally, outside_the_fit
+
+T = TypeVar("T")
+
+
+def one_or_each(values: Sequence[T]) -> T | list[T]:
+    """One value where they are all the same, else that of each image."""
+    return values[0] if len(set(values)) == 1 else list(values)
+
+
+def said_of(rows: Sequence[Row]) -> dict[str, Any]:
+    """Seeds and indices of a request."""
+    indices = [row.index for row in rows]
+    series = indices == list(range(indices[0], indices[0] + len(rows)))
+    return {"seed": one_or_each([row.seed for row in rows])} | ({"first_index": indices[0]} if series else {"indices": indices})
 
 
 def receipt_of(
@@ -18,7 +32,7 @@ def receipt_of(
     tally: Tally,
     asked: Mapping[str, Any],
     place: Mapping[str, Any],
-    scale: float,
+    scales: Sequence[float],
     full: bool,
     no_graphs: str | None,
     seconds: float,
@@ -30,7 +44,7 @@ def receipt_of(
         tally: what ran.
         asked: what was asked for.
         place: where it ran: provider, device, nodes on each provider.
-        scale: guidance scale.
+        scales: guidance scale of each image.
         full: whether the reference ran instead of the plan.
         no_graphs: why no CUDA graphs were used; None if they were.
         seconds: how long the latents took.
@@ -40,12 +54,17 @@ def receipt_of(
     return {
         "plan_digest": m["plan_digest"],
         "plan": m.get("plan_in_words"),
-        "outside_the_fit": outside_the_fit(None if full else m.get("fit"), scale, asked.get("labels", [])),
+        "outside_the_fit": outside_the_fit(None if full else m.get("fit"), scales, asked.get("labels", [])),
         "weights_sha256": m.get("files", {}).get(WEIGHTS, {}).get("sha256"),
         "teacher": m["teacher"],
         "precision": m["precision"],
         **asked,
-        "guidance": {"scale": scale, "planned": planned, "as_planned": scale == planned, "steps": dict(tally.guidance)},
+        "guidance": {
+            "scale": one_or_each(scales),
+            "planned": planned,
+            "as_planned": set(scales) == {planned},
+            "steps": dict(tally.guidance),
+        },
         **place,
         "full_compute": full,
         "steps_per_program": {name: count for name, count in tally.ran.items() if name != CONDITION},
@@ -55,6 +74,7 @@ def receipt_of(
         "blocks_x_tokens_share": tally.computed / everything,
         "cache_bytes": tally.cache_bytes,
         "modulation_bytes": tally.modulation_bytes,
+        "constant_bytes": tally.constant_bytes,
         "cuda_graphs": {name: tally.graphs[name] for name in ("captured", "replayed", "plain")} | {"off": no_graphs},
         "ms_per_program": {name: 1e3 * value for name, value in tally.seconds.items()} or None,  # see `timing`
         "ms": 1e3 * seconds,

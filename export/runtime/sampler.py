@@ -9,9 +9,7 @@ Shape suffixes: B images, C H W latent.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 import threading
 import time
 import warnings
@@ -22,24 +20,26 @@ from typing import Any, TypeVar
 import numpy as np
 import onnxruntime as ort
 
+from export.runtime.admission import batch_within, most_rows, predicted_bytes
 from export.runtime.buffers import Pool, ProgramError
 from export.runtime.contract import read_artefact
 from export.runtime.cuda_provider import lane, why_no_graphs
 from export.runtime.decoder import Decoder
 from export.runtime.layout import CONDITION, DECODER, lay_out
 from export.runtime.one_process import OfOneProcess
-from export.runtime.receipt import decoding_of, receipt_of
+from export.runtime.receipt import decoding_of, receipt_of, said_of
 from export.runtime.request import (
     Part,
     Tally,
     asked_for,
-    check_request,
     distinct_rows,
     echoed,
     fill,
+    rows_asked_for,
     rows_in,
     run_part,
 )
+from export.runtime.result import Result
 from export.runtime.sessions import (
     PROVIDERS,
     RuntimeUnavailableError,
@@ -58,22 +58,6 @@ from tc_lightning.plan.signature import PIXELS
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a request returns.
-
-    Args:
-        latents: the model's own output, [B, C, H, W] float32.
-        images: pixels in [-1, 1], [B, C, H, W] float32, of a model that makes pixels, or by the artefact's decoder; None where there
-            is none, or pixels were not asked for.
-        receipt: what ran, in plain JSON values.
-    """
-
-    latents: np.ndarray
-    images: np.ndarray | None
-    receipt: dict[str, Any]
-
-
 class CachedSampler(OfOneProcess):
     """An artefact, loaded and ready. Requests share no data but the weights.
 
@@ -90,6 +74,7 @@ class CachedSampler(OfOneProcess):
             its own; without one it reads the mapped file that all share. As many programs get one as there is room for, and
             full compute (`full=True`) gets one besides when it is first used.
         max_batch: images computed at a time; larger requests are split. It bounds the memory of a request.
+        max_bytes: what a request's buffers may take (`predicted_bytes`): it is split further, and refused if an image takes more.
         preload: load the programs of the plan now, rather than at their first use. Full compute, the baseline, waits for its own.
         cuda_graphs: on CUDA, capture each step with its buffers as a CUDA graph when it first runs, and replay it from then on. The
             buffers of up to four sizes of request are kept for that; `release` drops them.
@@ -110,6 +95,7 @@ class CachedSampler(OfOneProcess):
         provider: str = "cpu",
         threads: int | None = None,
         max_batch: int = 32,
+        max_bytes: int | None = None,
         preload: bool = True,
         memory: float = 1.25,
         cuda_graphs: bool = True,
@@ -132,6 +118,8 @@ class CachedSampler(OfOneProcess):
                 f"{self.path} was exported for the CPU: programs share graphs that have no static shapes, which CUDA graphs need. "
                 "Export it again with --provider cuda."
             )
+        self.max_bytes = max_bytes
+        batch_within(self.manifest, max_batch, max_bytes)  # refused now rather than at the first request
         prepare(provider, threads, device)
         self._packed = packed_graphs(self.manifest, memory) if provider == "cpu" else set()
         self._profile, self._threads = profile, threads
@@ -160,6 +148,10 @@ class CachedSampler(OfOneProcess):
         """The graph of `condition`, `decoder` or a step program."""
         return name if name in (CONDITION, DECODER) else self.manifest["programs"][name]["graph"]
 
+    def predicted_bytes(self, images: int, full: bool = False) -> int:
+        """What the buffers of so many images at a time take, at most: known before a request runs."""
+        return predicted_bytes(self.manifest, images, full)
+
     def end_profiling(self) -> dict[str, str]:
         """The profile of each program that was loaded; see `profile`."""
         self._require_own_process()
@@ -180,22 +172,25 @@ class CachedSampler(OfOneProcess):
     def sample(
         self,
         labels: Sequence[int] | None = None,
-        seed: int = 0,
-        guidance: float | None = None,
+        seed: int | Sequence[int] = 0,
+        guidance: float | Sequence[float] | None = None,
         first_index: int = 0,
         full: bool = False,
         on_step: Callable[[int, int], None] | None = None,
         timing: bool = False,
         conditions: Mapping[str, Any] | None = None,
         pixels: bool = True,
+        indices: Sequence[int] | None = None,
+        strict: bool = True,
         **named: Any,
     ) -> Result:
         """Make one image for each label, or row of conditions, `max_batch` of them at a time.
 
         Args:
             labels: classes, for a class-conditional model.
-            seed: seed of the request; image i depends on (seed, first_index + i) and its conditions alone.
-            guidance: guidance scale; None takes the plan's.
+            seed: seed of the request, or of each image; image i depends on its seed, its index, first_index + i, its guidance scale and
+                its conditions alone.
+            guidance: guidance scale, or those of each image; None takes the plan's.
             first_index: index of the first image, to continue a series.
             full: run the reference instead (the baseline): everything is computed at every step, with the reference's sampler.
             on_step: called with (steps done, steps in all) after each step; the steps of every part count. On CUDA a step counts when
@@ -204,6 +199,10 @@ class CachedSampler(OfOneProcess):
                 every request is measured.
             conditions: conditions by name, [images, ...] each, for any model.
             pixels: whether the artefact's decoder, where there is one, is to make images of the latents.
+            indices: the images' indices, in place of those that count from first_index on: images of several requests in one batch are
+                those that each would get alone.
+            strict: raise if an image's latents or pixels become NaN or infinite; else `Result.failed` says so, and the others are
+                returned.
             named: the same, as arguments of their own.
 
         Raises:
@@ -213,10 +212,10 @@ class CachedSampler(OfOneProcess):
         self._require_own_process()
         given = asked_for(self.conditions, labels, {**(conditions or {}), **named})
         images = rows_in(given)
-        scale = check_request(self.manifest, images, seed, first_index, guidance)
-        started, size = time.perf_counter(), self.max_batch
-        cuts = [slice(i, i + size) for i in range(0, images, size)]
-        parts = [Part({n: v[cut] for n, v in given.items()}, seed, first_index + cut.start, scale, full) for cut in cuts]
+        rows = rows_asked_for(self.manifest, images, seed, first_index if indices is None else indices, guidance)
+        size = batch_within(self.manifest, self.max_batch, self.max_bytes, full)
+        started, parts = time.perf_counter(), Part(given, rows, full).split(size)
+        failed: dict[int, str] = {}
         tally, steps = Tally(), self.manifest["full_steps" if full else "steps"]
         nodes: dict[str, dict[str, int]] = {}
 
@@ -228,7 +227,10 @@ class CachedSampler(OfOneProcess):
 
             latents = []
             for place, part in enumerate(parts):
-                x_BCHW, ran = self._run(part, timing, functools.partial(done, place))
+                x_BCHW, bad, ran = self._run(part, timing, functools.partial(done, place))
+                if bad and strict:
+                    raise TokenCacheError(next(iter(bad.values())))
+                failed.update({place * size + image: why for image, why in bad.items()})
                 latents.append(x_BCHW)
                 tally.add(ran)
             nodes.update({name: nodes_per_provider(self.session(name)) for name in tally.ran})  # if released meanwhile, it loads here
@@ -236,11 +238,15 @@ class CachedSampler(OfOneProcess):
 
         result = np.concatenate(self._exclusively(run))
         seconds = time.perf_counter() - started
-        shown = self.decode(result) if pixels else None
-        asked = {"seed": seed, "first_index": first_index, "images": images, **echoed(self.conditions, given), "parts": len(parts)}
+        shown, unseen = self._shown(result, failed) if pixels else (None, {})
+        if unseen and strict:
+            raise TokenCacheError(next(iter(unseen.values())))
+        decoding = decoding_of(self.decoder, shown, time.perf_counter() - started - seconds)
+        asked = {**said_of(rows), "images": images, **echoed(self.conditions, given), "parts": len(parts)}
         place = {"provider": self.provider, "device": self.device, "nodes_per_provider": nodes}
-        receipt = receipt_of(self.manifest, tally, asked, place, scale, full, self._no_graphs, seconds)
-        return Result(result, shown, receipt | decoding_of(self.decoder, shown, time.perf_counter() - started - seconds))
+        scales = [row.scale for row in rows]
+        receipt = receipt_of(self.manifest, tally, asked, place, scales, full, self._no_graphs, seconds)
+        return Result(result, shown, receipt | decoding, failed | unseen)
 
     def decode(self, latents_BCHW: np.ndarray) -> np.ndarray | None:
         """Pixels in [-1, 1] of latents that the model made; None of a model of latents without a decoder.
@@ -249,12 +255,19 @@ class CachedSampler(OfOneProcess):
             TokenCacheError: if pixels become NaN or infinite.
         """
         self._require_own_process()
-        if self.manifest["model"]["output"] == PIXELS:
-            return np.clip(latents_BCHW, -1.0, 1.0)
-        decoder = self.decoder
-        return None if decoder is None else self._exclusively(lambda _: decoder(latents_BCHW))
+        shown, unseen = self._shown(latents_BCHW, {})
+        if unseen:
+            raise TokenCacheError(next(iter(unseen.values())))
+        return shown
 
-    def _run(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, Tally]:
+    def _shown(self, latents_BCHW: np.ndarray, failed: Mapping[int, str]) -> tuple[np.ndarray | None, dict[int, str]]:
+        """Pixels, of which those of images that failed are NaN; and why further images have none."""
+        if self.manifest["model"]["output"] == PIXELS:
+            return np.clip(latents_BCHW, -1.0, 1.0), {}
+        decoder = self.decoder
+        return (None, {}) if decoder is None else self._exclusively(lambda _: decoder.each(latents_BCHW, failed))
+
+    def _run(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, dict[int, str], Tally]:
         """Run a part of a request; once more without CUDA graphs, should they fail here."""
         try:
             return self._run_once(part, timing, on_step)
@@ -266,10 +279,10 @@ class CachedSampler(OfOneProcess):
         self.release()
         return self._run_once(part, timing, on_step)
 
-    def _run_once(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, Tally]:
+    def _run_once(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, dict[int, str], Tally]:
         """Run a part of a request in buffers that nobody else uses meanwhile."""
         images, on_cpu = part.images, self.provider == "cpu"
-        rows = rows_in(distinct_rows(self.conditions, self._doubled, part.given)[1]) if on_cpu else self._most_rows(images)
+        rows = rows_in(distinct_rows(self.conditions, self._doubled, part.given)[1]) if on_cpu else most_rows(self.manifest, images)
         key = (images, rows, part.full)
         workspace = self._pool.take(key, lay_out(self.manifest, images, rows, part.full))
         try:
@@ -283,11 +296,6 @@ class CachedSampler(OfOneProcess):
     @property
     def _doubled(self) -> bool:
         return self.manifest["guidance"]["scale"] != 1.0
-
-    def _most_rows(self, images: int) -> int:
-        """Distinct rows of conditions that so many images can have: on CUDA the shapes depend on the size of the request alone."""
-        few = math.prod(c.classes or images for c in self.conditions)
-        return min(images, few) + self._doubled
 
     def _open(self, name: str) -> ort.InferenceSession:
         profile = None if self._profile is None else f"{self._profile}-{name}"

@@ -9,6 +9,7 @@ from tc_lightning.diffusion.described import describe, schedule_from
 from tc_lightning.errors import TeacherError, TokenCacheError
 from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.models.network import Network
+from tc_lightning.models.pixart import PixArt, PixArtConfig
 from tc_lightning.models.sit import SiT
 
 
@@ -19,7 +20,7 @@ class Family(NamedTuple):
     config: type
 
 
-FAMILIES: dict[str, Family] = {"dit": Family(DiT, DiTConfig), "sit": Family(SiT, DiTConfig)}
+FAMILIES: dict[str, Family] = {"dit": Family(DiT, DiTConfig), "sit": Family(SiT, DiTConfig), "pixart": Family(PixArt, PixArtConfig)}
 
 
 def family_of(name: str) -> Family:
