@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.dit import DiT, DiTConfig
+from tc_lightning.models.mdt import MDT, MDTConfig
 from tc_lightning.models.network import Network
 from tc_lightning.models.pixart import PixArt, PixArtConfig
 from tc_lightning.models.sit import SiT
@@ -19,7 +20,12 @@ class Family(NamedTuple):
     config: type
 
 
-FAMILIES: dict[str, Family] = {"dit": Family(DiT, DiTConfig), "sit": Family(SiT, DiTConfig), "pixart": Family(PixArt, PixArtConfig)}
+FAMILIES: dict[str, Family] = {
+    "dit": Family(DiT, DiTConfig),
+    "sit": Family(SiT, DiTConfig),
+    "pixart": Family(PixArt, PixArtConfig),
+    "mdt": Family(MDT, MDTConfig),
+}
 
 
 def family_of(name: str) -> Family:

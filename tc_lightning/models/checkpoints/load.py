@@ -11,14 +11,16 @@ import torch
 
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.checkpoints.diffusers_folder import CONFIG, is_diffusers, read_diffusers
+from tc_lightning.models.checkpoints.mdt_release import is_mdt, mdt_shape, read_mdt, tells_mdt
 from tc_lightning.models.checkpoints.mismatch import CONFIGURATION, LABELS, likeness, require_match, require_weights
 from tc_lightning.models.checkpoints.safetensors_file import read_safetensors
 from tc_lightning.models.checkpoints.spec import TeacherSpec, locate, resolve, resolve_family
-from tc_lightning.models.checkpoints.state import State, to_state
-from tc_lightning.models.checkpoints.state_choice import ReadState, choose
+from tc_lightning.models.checkpoints.state import State
+from tc_lightning.models.checkpoints.state_choice import ReadState, as_they_are, choose
 from tc_lightning.models.checkpoints.torch_file import read_torch
 from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.models.families import build, family_of
+from tc_lightning.models.mdt import MDT
 from tc_lightning.models.network import Network
 from tc_lightning.plan.given import read_examples
 
@@ -61,8 +63,16 @@ def _read(path: Path) -> tuple[ReadState, Any, str | None]:
     if path.suffix == ".safetensors":
         tensors, found, family = read_safetensors(path)
         own = family is not None and not issubclass(family_of(family).network, DiT)  # names of its own, and no release's
-        return ReadState(to_state(tensors, path), []) if own else choose(tensors, path), found, family
-    return choose(read_torch(path), path), None, None
+        if own or found is not None:
+            return as_they_are(tensors, path) if own else choose(tensors, path), found, family
+        return _released(tensors, path)
+    return _released(read_torch(path), path)
+
+
+def _released(raw: Any, path: Path) -> tuple[ReadState, Any, str | None]:
+    """Weights under a release's names. An MDTv2's tell what it is; a DiT's and a SiT's are alike, and do not tell how many heads."""
+    read = choose(raw, path, read=lambda weights, path: read_mdt(weights, path) if is_mdt(weights) else as_they_are(weights, path))
+    return (read, mdt_shape(read.state, path), MDT.family) if tells_mdt(read.state) else (read, None, None)
 
 
 def _with_labels(config: DiTConfig, state: State) -> tuple[DiTConfig, list[str]]:

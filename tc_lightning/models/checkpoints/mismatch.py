@@ -30,7 +30,10 @@ def require_weights(network: Network, state: State, path: Path) -> None:
     if faults := _differences(network, state):
         more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
         told = "; ".join(faults[:_LISTED]) + more
-        raise TeacherError(f"{path} does not fit a {network.family} of its shape: {told}. Write it again with `save_teacher`.")
+        raise TeacherError(
+            f"{path} does not fit a {network.family} of its shape: {told}. These are the weights of another network, or some are lost: "
+            "fetch the file again, or write it with `save_teacher`."
+        )
 
 
 def require_match(config: DiTConfig, state: State, path: Path, asker: str) -> None:
