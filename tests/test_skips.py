@@ -141,6 +141,12 @@ def test_streams_are_held_until_they_are_taken_in_for_the_last_time() -> None:
     assert not taps._held
 
 
+def test_a_block_that_takes_in_tokens_does_not_run_without_them() -> None:
+    mods, _ = MDT.modulations(torch.zeros(1, 32))
+    with pytest.raises(AssertionError, match="the tokens of its source reach"):
+        MDT.blocks[2](torch.zeros(1, 16, 32), mods[2])
+
+
 def test_full_compute_is_the_network_bit_for_bit() -> None:
     x, labels = noise_for(5, range(2), MDT), torch.tensor([1, 4])
     full = full_plan(SIGNATURE, make_plan(SIGNATURE, (FULL,) * 3).sampler, NONE)

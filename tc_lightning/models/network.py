@@ -129,7 +129,8 @@ def compose(block: Block, z_BnD: Tensor, mod: Any, take: Take, at: Tensor | None
         at: which tokens these are; None for all.
         skip_BnD: the same tokens after the block's source, if it has one.
     """
-    if skip_BnD is not None:
+    if block.source is not None:
+        assert skip_BnD is not None, "the tokens of its source reach a block that takes them in"
         z_BnD = block.merge(z_BnD, skip_BnD, at)
     for name in block.branches:
         z_BnD = z_BnD + block.gated(name, take(name, z_BnD), mod, at)

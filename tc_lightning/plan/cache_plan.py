@@ -15,6 +15,8 @@ named branches come from the cache before their gate, the current gate is applie
 segment's summed residual comes from the cache as one tensor. order: 0 repeats the cached value, 1 and 2 extrapolate it from the
 last 2 and 3 times that it was computed (keys and values are always repeated).
 
+A segment that knows some tokens alone (skip, partial) holds both ends of a long skip between blocks, or neither.
+
 A step may compute the conditional half of a guided batch alone (`tc_lightning.plan.guidance`): it then has a further key,
 "guidance": {"mode": "forecast", "order": 1}. Each half of the batch has its own cache, and such a step touches only the conditional
 half's.
