@@ -15,7 +15,7 @@ import torch
 from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.measure.psnr import is_pixels
 from tc_lightning.models.conditions import Asked, given_of
-from tc_lightning.models.network import Network
+from tc_lightning.models.network import Network, compute_through
 from tc_lightning.rollout.sampling import device_of
 
 FEATURE_TIME = 50.0  # of 1,000: nearly clean, which is what the final latents are
@@ -34,8 +34,7 @@ def teacher_features(model: Network, latents_BCHW: np.ndarray, asked: Asked, bat
     for x, y in zip(torch.from_numpy(latents_BCHW).split(batch), given_of(model.conditions, asked).split(batch), strict=True):
         terms = model.terms(torch.full((len(x),), FEATURE_TIME, device=device), y.to(device))
         z_BND = model.embed(x.to(device), terms.start)
-        for block, mod in list(zip(model.blocks, terms.blocks, strict=True))[: (model.config.depth + 1) // 2]:
-            z_BND = block(z_BND, mod)
+        z_BND = compute_through(list(model.blocks)[: (model.config.depth + 1) // 2], terms.blocks, z_BND)
         parts.append(z_BND[:, model.fixed_tokens :].double().mean(1).cpu())
     return torch.cat(parts).numpy()
 
