@@ -174,7 +174,7 @@ def _check_network(path: Path, network: Any, family: str) -> None:
         _fail(path, "network must be an object with family and config, and a schedule where it is not the family's")
     if network["family"] != family:
         _fail(path, f"network is of the family {network['family']!r}, and the plan was made for {family!r}")
-    for part in network.keys() - {"family"}:
+    for part in sorted(network.keys() - {"family"}):
         if not isinstance(network[part], dict):
             _fail(path, f"network.{part} must be an object")
         for name, value in network[part].items():
