@@ -103,6 +103,7 @@ def put(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         (put("condition_values", to=1.5), "condition_values is 1.5"),
         (put("modulations", to=25), "modulations is not what follows from the plan and the graphs"),
         (put("modulations", to=26.0), "modulations is not what follows"),
+        (put("constants", to={"constant.start.text": [1]}), "constants is not what follows"),
         (put("network", "family", to="sit"), "network is of the family 'sit', and the plan was made for 'dit'"),
         (put("network", "config", "depth", to=[5]), r"network.config.depth is \[5\]; a plain value was expected"),
         (put("network", "config", "mlp_norm_eps", to=float("nan")), "network.config.mlp_norm_eps is nan"),

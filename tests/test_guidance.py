@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tc_lightning.cache.semantics import Guided, Step, predict
 from tc_lightning.models.dit import DiT
-from tc_lightning.models.network import KeyValue
+from tc_lightning.models.network import KeyValue, Terms
 from tc_lightning.plan.dataflow import Entry
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import compute, reuse, skip
@@ -46,7 +46,7 @@ class ByHand:
     def __init__(self) -> None:
         self.blocks = [Growing() for _ in range(3)]
 
-    def embed(self, x_BCHW: Tensor) -> Tensor:
+    def embed(self, x_BCHW: Tensor, start: Any) -> Tensor:
         return x_BCHW.flatten(2)
 
     def readout(self, z: Tensor, final: None) -> Tensor:
@@ -59,7 +59,7 @@ def by_hand(mode: str, segments: Any, cached: dict[Entry, float], wanted: list[E
     mods = [gates] * 3
     values = {entry: torch.full((1, 1, 1), value) for entry, value in cached.items()}
     step = Step(tuple(segments), (None,) * len(segments), values, wanted)
-    eps, writes = predict(step, Guided(mode, 3.0, 1), torch.ones(1, 1, 1, 1), model, mods, None, 1)
+    eps, writes = predict(step, Guided(mode, 3.0, 1), torch.ones(1, 1, 1, 1), model, Terms((), mods, None), 1)
     assert eps.shape == (1, 1, 1, 1)
     return eps.item(), {entry: value.item() for entry, value in writes.items()}, [block.rows for block in model.blocks]
 

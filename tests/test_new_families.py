@@ -33,12 +33,14 @@ POLICIES = (TPRRPolicy(1.5, kinds=("partial",)), TokenCacheV1Policy(target_speed
 def test_methods_that_choose_tokens_recompute_all_its_branches(policy: Policy) -> None:
     table = make_sampler(TOY.schedule, "ddim", 10)
     rng = np.random.default_rng(0)
-    importance, sensitivity = rng.random((10, 3, TOKENS)), rng.random((10, 3, 3))
+    importance, sensitivity = rng.random((10, 3, TOKENS - REGISTERS)), rng.random((10, 3, 3))
     importance[0], sensitivity[0] = 1, 0
     scores = Scores(importance, sensitivity, SIGNATURE.teacher, sampler_digest(table))
     context = PlanningContext(SIGNATURE, TOY.schedule, table, GUIDANCE, scores, table, lambda plan, images: 0.5)
-    chosen = {segment.branches for step in policy.plan(context).plan.steps for segment in step if segment.mode == "partial"}
-    assert chosen == {NAMES}
+    chosen = [segment for step in policy.plan(context).plan.steps for segment in step if segment.mode == "partial"]
+    assert {segment.branches for segment in chosen} == {NAMES}
+    assert {segment.tokens[:REGISTERS] for segment in chosen} == {(0, 1, 2)}  # a plan without them would be refused
+    assert max(segment.tokens[-1] for segment in chosen) >= 16  # tokens of the image are counted after those
 
 
 def test_the_benchmark_recomputes_all_its_branches() -> None:

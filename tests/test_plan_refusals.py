@@ -112,8 +112,8 @@ def old_format() -> dict[str, Any]:
         ([], "plan: expected an object, found list"),
         (PLAN.to_json() | {"extra": 1}, "plan: unknown extra"),
         ({k: v for k, v in PLAN.to_json().items() if k != "guidance"}, "plan: missing guidance"),
-        (changed("format_version", to=99), "format version 99 is not 4: make the plan again"),
-        (old_format(), "format version 1 is not 4: make the plan again"),
+        (changed("format_version", to=99), "format version 99 is not 5: make the plan again"),
+        (old_format(), "format version 1 is not 5: make the plan again"),
         (changed("eps_scale", to=0.98), "eps_scale: expected a list, found float"),
         (changed("eps_scale", to=["0.98"] * 8), "eps_scale: expected a list of numbers"),
         (changed("eps_scale", to=[0.98]), "eps_scale holds 1 factors for 8 steps"),
@@ -155,6 +155,7 @@ def old_format() -> dict[str, Any]:
             for size in (0, -1)
         ),
         (changed("model", "depth", to=10**400), "model.depth: expected int, found 1000"),
+        *((changed("model", "fixed_tokens", to=count), f"model has {count} fixed tokens of 16") for count in (-1, 16)),
         (changed("model", "teacher", to="\ud800"), "model.teacher: expected str"),
         (changed("guidance", "scale", to=10**400), "guidance.scale: expected float"),
         (changed("eps_scale", to=[10**400] * 8), "eps_scale: expected a list of numbers"),

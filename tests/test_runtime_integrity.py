@@ -47,11 +47,11 @@ def test_no_manifest(copied, tmp_path):
     [
         ("{", "is not valid JSON"),
         ("", "is not valid JSON"),
-        ("[]", "is not of format version 6"),
-        ('{"format_version": 5}', "is not of format version 6"),
-        ('{"format_version": 6}', "was edited or damaged"),
-        ('{"format_version": true}', "is not of format version 6"),
-        ('{"format_version": 7}', "is of format version 7, which is newer than this package's 6: update tc-lightning"),
+        ("[]", "is not of format version 7"),
+        ('{"format_version": 6}', "is not of format version 7"),
+        ('{"format_version": 7}', "was edited or damaged"),
+        ('{"format_version": true}', "is not of format version 7"),
+        ('{"format_version": 8}', "is of format version 8, which is newer than this package's 7: update tc-lightning"),
         ("[" * 100_000, "is not valid JSON"),
     ],
 )

@@ -29,6 +29,7 @@ MANIFEST = {
     "precision": "fp16",
     "condition_values": 10**6,
     "modulations": 6 * 1 + 2,
+    "constants": {},
     "model": {"depth": 1, "width": 2, "in_channels": 3, "input_size": 8, "conditions": LABEL},
     "guidance": {"scale": 1.5},
     "programs": {
@@ -64,6 +65,7 @@ def manifest_of(plan: CachePlan) -> dict[str, Any]:
         "precision": "fp32",
         "condition_values": 10**6,
         "modulations": 6 * plan.model.depth + 2,
+        "constants": {},
         "guidance": {"scale": 1.5},
         "model": model,
     }

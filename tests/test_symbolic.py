@@ -28,6 +28,7 @@ from tc_lightning.plan.segments import skip
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 INDEX = torch.tensor([2, 0])
 OWN = torch.tensor([[2, 0], [0, 1]])
+BIAS_2NN = torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(1))
 
 
 def in_graph(function: Callable[..., Any], *tensors: Tensor, module: nn.Module | None = None, folder: Path = Path()) -> Any:
@@ -64,10 +65,15 @@ FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "mean": lambda x: x.mean(1) + x.mean(-1, keepdim=True)[:, 0],
     "floor": lambda x: (x * 4).floor() + torch.floor(x),
     "indices": lambda x: x[:, 1:, None, ..., 2:5] + x[:, 1][:, None, None, :3],
+    "features of a condition": lambda x: time_features(x * 100, 8, 0.0),
+    "ranges of an axis of any size": lambda x: x[1:] * x[:1] + x[0:2],
     "index_select": lambda x: x.index_select(1, INDEX),
     "reshape": lambda x: x.reshape(-1, 3, 2, 2, 2).permute(0, 3, 1, 2, 4).flatten(2).transpose(1, 2),
     "flatten and back": lambda x: x.flatten(1).unflatten(-1, (3, -1)).unsqueeze(1).flatten(1, 2),
     "attention": lambda x: attend(x, x * 2, x + 1, 2),
+    "attention to others": lambda x: attend(x, x[:, :2], x[:, :2] + 1, 2),
+    "attention with a mask of keys": lambda x: attend(x, x * 2, x + 1, 2, bias=x[:, None, None, :, 0] * 9),
+    "attention with a bias for all": lambda x: attend(x, x * 2, x + 1, 2, BIAS_2NN),
     "types": lambda x: x.to(torch.float32).float() + len(x[0, 0:1]) * x.ndim,
 }
 
@@ -137,14 +143,13 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a property": (lambda x: x.is_cuda, r"torch\.Tensor\.is_cuda"),
     "a decision": (lambda x: x if x.mean(1) else 0, "a decision that depends on a value"),
     "the batch size": (lambda x: len(x), "number of rows"),
-    "a range of the batch": (lambda x: x[:1], "the range None:1 of an axis"),
+    "a range of the batch": (lambda x: x[:-1], "the range None:-1 of an axis"),
     "unequal shapes": (lambda x: x + torch.zeros(3, 7), "elementwise operation on the shapes"),
     "unequal parts": (lambda x: x.chunk(3, 2), "parts of different sizes"),
     "two open sizes": (lambda x: x.transpose(0, 1).reshape(x.shape[0], -1, 8), "more than one size"),
     "another norm": (lambda x: F.layer_norm(x, x.shape[1:]), r"a norm over \(3, 8\)"),
     "a type": (lambda x: x * torch.zeros(8, dtype=torch.complex64), "complex64"),
     "other weights": (lambda x: F.linear(x, torch.zeros(8, 8)), "no parameters"),
-    "any time": (lambda x: time_features(x, 8, 0.0), "a time that is not of the sampler"),
 }
 
 

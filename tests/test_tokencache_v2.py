@@ -60,9 +60,13 @@ def test_a_global_budget_splits_into_block_shares_by_hand() -> None:
 
 def test_segments_of_a_pruned_step() -> None:
     scores = blocks_differ()
-    assert kept_segments(scores, 4, [0, 2, 16, 16], 1, 1) == (skip(0, 1, 1), partial(1, 2, (3, 5), 1), compute(2, 4))
-    assert kept_segments(scores, 4, [0, 2, 3, 16], 0, 3) == (skip(0, 2), partial(2, 3, (0, 2, 4)), compute(3, 4))
-    assert kept_segments(blocks_differ("1" * 64), 4, [5, 2, 0, 0], 2, 1) == (content(0, 1, 5, 2), content(1, 2, 2, 2), skip(2, 4, 2))
+    assert kept_segments(SIGNATURE, scores, 4, [0, 2, 16, 16], 1, 1) == (skip(0, 1, 1), partial(1, 2, (3, 5), 1), compute(2, 4))
+    assert kept_segments(SIGNATURE, scores, 4, [0, 2, 3, 16], 0, 3) == (skip(0, 2), partial(2, 3, (0, 2, 4)), compute(3, 4))
+    assert kept_segments(SIGNATURE, blocks_differ("1" * 64), 4, [5, 2, 0, 0], 2, 1) == (
+        content(0, 1, 5, 2),
+        content(1, 2, 2, 2),
+        skip(2, 4, 2),
+    )
 
 
 def context(scores: Scores, wrong: float = 1.0) -> PlanningContext:

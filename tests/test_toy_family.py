@@ -39,7 +39,7 @@ from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import compute, partial, reuse, skip
 from tc_lightning.planner.policy import PlannerPolicy
 from tc_lightning.policies.routers import router_steps
-from tc_lightning.rollout.sampling import full_plan, given_for, labels_for, model_signature, noise_for, sample, sample_steps
+from tc_lightning.rollout.sampling import Rollout, full_plan, given_for, labels_for, model_signature, noise_for, sample, sample_steps
 
 TOKENS = 16 + REGISTERS
 TOY, NAMES, GUIDANCE = make_toy(), ("look", "widen", "shade"), Guidance(1.5, 3)
@@ -51,9 +51,9 @@ EVERY_MODE: Steps = (
     FULL,
     FULL,
     (reuse(0, 1, ("look",), 1), reuse(1, 2, ("widen", "shade")), skip(2, 3, 1)),
-    (partial(0, 2, (0, 3, 7, 18), 1, NAMES), compute(2, 3)),
-    (partial(0, 2, (1, 3, 9, 15), 1, NAMES), compute(2, 3)),
-    (partial(0, 3, (2, 4), 0, ("widen", "shade")),),
+    (partial(0, 2, (0, 1, 2, 3, 7, 18), 1, NAMES), compute(2, 3)),
+    (partial(0, 2, (0, 1, 2, 5, 9, 15), 1, NAMES), compute(2, 3)),
+    (partial(0, 3, (0, 1, 2, 4), 0, ("widen", "shade")),),
     (partial(0, 3, tuple(range(TOKENS)), 0, NAMES),),
 )
 
@@ -82,7 +82,9 @@ def test_plans_name_its_branches(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"\['attn'\] must be distinct and of \['look', 'widen', 'shade'\]"):
         make_plan(SIGNATURE, (FULL, (reuse(0, 3, ("attn",)),)))
     with pytest.raises(PlanError, match="partial recomputes look and widen and shade, or widen and shade alone"):
-        make_plan(SIGNATURE, (FULL, (partial(0, 3, (1,), 0, ("look", "shade")),)))
+        make_plan(SIGNATURE, (FULL, (partial(0, 3, (0, 1, 2), 0, ("look", "shade")),)))
+    with pytest.raises(PlanError, match=r"step 1, .*partial keeps tokens 0 to 2, which are none of the image"):
+        make_plan(SIGNATURE, (FULL, (partial(0, 3, (0, 2, 5), 0, NAMES),)))
     with pytest.raises(PlanError, match=r"differ in family .*; branches"):
         plan.require_model(dataclasses.replace(SIGNATURE, family="dit", branches="attn:kv mlp"))
     reads = entries_read(partial(0, 1, (1,), 2, ("widen", "shade")), TOKENS, SIGNATURE.block)
@@ -90,7 +92,7 @@ def test_plans_name_its_branches(tmp_path: Path) -> None:
     look, widen = (block_macs(SIGNATURE, TOKENS, (name,)) for name in NAMES[:2])
     assert segment_macs(SIGNATURE, reuse(0, 2, ("shade", "look"))) == 2 * widen
     assert (look, widen) == (TOKENS * (3 * 16**2 + TOKENS * 2 * 16), TOKENS * 4 * 16**2)
-    assert block_macs(SIGNATURE, TOKENS) == look + widen + TOKENS * 16
+    assert block_macs(SIGNATURE, TOKENS) == look + widen + TOKENS * 5 * 16
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_soft_forms_and_measurements_have_one_column_a_branch() -> None:
     assert [set(cache) for cache in caches.branches] == [{*NAMES}] * 3
     ones, _ = mixed_branches_eps(model, GUIDANCE, caches.branches, x, t, GIVEN, torch.ones(2, 3, 3))
     assert torch.equal(ones, eps)
-    soft = mixed_eps(model, GUIDANCE, caches.blocks, x, t, GIVEN, torch.ones(2, 3, TOKENS))
+    soft = mixed_eps(model, GUIDANCE, caches.blocks, x, t, GIVEN, torch.ones(2, 3, TOKENS - REGISTERS))
     torch.testing.assert_close(soft, eps, rtol=1e-5, atol=1e-5)
     probes = probes_for(model, 0, [1, 2], 1)
     sensitivity = branch_sensitivity(model, GUIDANCE, x_prev, x, t_prev, t, GIVEN, probes)
@@ -153,8 +155,29 @@ def test_the_exporter_runs_it(tmp_path: Path, modes: str, precision: str) -> Non
     full = torch_latents(full_plan(plan.model, plan.sampler, plan.guidance)).numpy()
     assert relative_l2(expected, full) > 1e-3  # caching is not so harmless here that parity in fp32 would not notice it
     graph = onnx.load(str(tmp_path / "toy" / "step_full.onnx"), load_external_data=False).graph
-    assert [node.name.split("/")[0] for node in graph.node if node.op_type == "Attention"] == [f"blocks.{b}" for b in range(3)]
+    assert [node.name.split("/")[0] for node in graph.node if node.op_type == "Attention"] == [f"blocks.{b // 2}" for b in range(6)]
     assert {"RMSNormalization", "Tanh", "Attention"} <= {node.op_type for node in graph.node}
+
+
+def test_what_conditions_alone_say_is_computed_once(served: Path) -> None:
+    manifest, width = read_manifest(served), SIGNATURE.width
+    told = {f"constant.{b}.{name}": [2, width] for b in range(3) for name in ("k", "v")}
+    assert manifest["constants"] == {"constant.start.registers": [1, width], "constant.0.bias": [1, 1, 2]} | told
+    listeners = ("opening", *(f"blocks.{b}.told" for b in range(3)))
+    for path in served.glob("*.onnx"):
+        graph = onnx.load(str(path), load_external_data=False).graph
+        hears = {name.rpartition(".")[0] for name in (tensor.name for tensor in graph.initializer) if name.startswith(listeners)}
+        assert bool(hears) == (path.stem == "condition")
+        assert len({value.name for value in graph.input}) == len(graph.input)
+    receipt = CachedSampler(served).sample(seed=5, **ARRAYS).receipt
+    assert receipt["constant_bytes"] == 4 * 3 * (width + 2 + 3 * 4 * width)  # of three rows: two images, and the null one
+
+
+def test_constants_of_a_half_are_those_of_its_rows() -> None:
+    run = Rollout(TOY, make_plan(SIGNATURE, (FULL,) * 2, GUIDANCE), GIVEN)
+    for found, expected in zip(run.constants.part(slice(2)).tensors, TOY.constants(**GIVEN).tensors, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert TOY.terms(torch.ones(2), GIVEN).blocks[0]._fields == ("widen", "shade", "k", "v", "bias")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tc_lightning.diffusion.linear_betas import LinearBetas
 from tc_lightning.models.dit import DiTConfig
 from tc_lightning.models.embedders import LabelEmbedder, TimestepEmbedder
 from tc_lightning.models.lean import attend, patch_tokens, take
-from tc_lightning.models.network import Block, KeyValue, Network, See
+from tc_lightning.models.network import Block, Constants, KeyValue, Network, See
 from tc_lightning.models.signatures import mlp_macs, signature_of
 from tc_lightning.plan.conditions import Condition
 from tc_lightning.plan.signature import Macs, ModelSignature
@@ -24,12 +24,22 @@ class Terms(NamedTuple):
     shade: Tensor
 
 
+class Opening(NamedTuple):
+    registers: Tensor  # what is added to the registers, [B, 1, D]
+
+
+class Told(NamedTuple):
+    k: Tensor  # of the mood, which every block listens to, [B, 2, D]
+    v: Tensor
+    bias: Tensor  # [B, 1, 1, 2], the same in every block
+
+
 class Readout(NamedTuple):
     lift: Tensor  # what is added before the output, [B, 1, D]
 
 
 class ToyBlock(Block):
-    """`look` attends, without a gate; `widen` is an MLP; `shade` depends on where a token is."""
+    """`look` attends, without a gate; `widen` is an MLP; `shade` depends on where a token is, and those of the image hear the mood."""
 
     branches, attends = ("look", "widen", "shade"), ("look",)
 
@@ -38,9 +48,9 @@ class ToyBlock(Block):
         self.heads, self.q, self.kv = heads, nn.Linear(D, D), nn.Linear(D, 2 * D, bias=False)
         self.mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.Tanh(), nn.Linear(2 * D, D))
         self.scale, self.place = nn.Parameter(torch.ones(D)), nn.Parameter(torch.randn(1, tokens, D))
-        self.gates = nn.Linear(D, 2 * D)
+        self.gates, self.told = nn.Linear(D, 2 * D), nn.Linear(3, 2 * D)
 
-    def branch(self, name: str, z: Tensor, mod: Terms, at: Tensor | None = None, see: See | None = None) -> tuple[Tensor, Any]:
+    def branch(self, name: str, z: Tensor, mod: Any, at: Tensor | None = None, see: See | None = None) -> tuple[Tensor, Any]:
         h = nn.functional.rms_norm(z, z.shape[-1:], self.scale, 1e-5)
         if name == "look":
             own = KeyValue(*self.kv(h).chunk(2, dim=-1))
@@ -48,16 +58,18 @@ class ToyBlock(Block):
             return attend(self.q(h), kv.k, kv.v, self.heads), kv
         if name == "widen":
             return self.mlp(h), None
-        return h * (self.place if at is None else take(self.place, at)), None
+        placed, heard = h * (self.place if at is None else take(self.place, at)), h[:, REGISTERS:]
+        heard = attend(heard, mod.k, mod.v, self.heads, bias=mod.bias)
+        return torch.cat([placed[:, :REGISTERS], placed[:, REGISTERS:] + heard], 1), None
 
-    def gated(self, name: str, update: Tensor, mod: Terms, at: Tensor | None = None) -> Tensor:
+    def gated(self, name: str, update: Tensor, mod: Any, at: Tensor | None = None) -> Tensor:
         return update if name == "look" else getattr(mod, name) * update
 
 
 class Toy(Network):
     """A network of such blocks; a class and a mood act with the time through two gates a block and a shift at the end."""
 
-    family, schedule = "toy", LinearBetas()
+    family, schedule, fixed_tokens = "toy", LinearBetas(), REGISTERS
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -65,17 +77,21 @@ class Toy(Network):
         self.conditions = Condition("kind", "int64", (), 4, 4), Condition("mood", "fp32", (2, 3), -0.5)
         self.patches = nn.Conv2d(config.in_channels, D, config.patch_size, config.patch_size, bias=False)
         self.registers, self.time = nn.Parameter(torch.randn(1, REGISTERS, D)), TimestepEmbedder(D)
-        self.label, self.mood = LabelEmbedder(4, D), nn.Linear(6, D)
+        self.label, self.mood, self.opening = LabelEmbedder(4, D), nn.Linear(6, D), nn.Linear(6, D)
         self.blocks = nn.ModuleList(ToyBlock(D, config.num_heads, tokens) for _ in range(config.depth))
         self.out = nn.Linear(D, config.patch_size**2 * config.out_channels)
 
     def signature(self, teacher: str) -> ModelSignature:
-        D, tokens = self.config.hidden_size, REGISTERS + self.config.num_tokens
-        return signature_of(self, teacher, (Macs(3 * D**2, 2 * D), mlp_macs(D, 2 * D), Macs(D)), 1000, tokens)
+        D = self.config.hidden_size
+        return signature_of(self, teacher, (Macs(3 * D**2, 2 * D), mlp_macs(D, 2 * D), Macs(5 * D)), 1000)
 
-    def embed(self, x: Tensor) -> Tensor:
-        z = patch_tokens(x, self.patches.weight, None)
-        return torch.cat([self.registers + z[:, :1] * 0, z], 1)  # for every image of the batch
+    def embed(self, x: Tensor, start: Any = ()) -> Tensor:
+        return torch.cat([self.registers + start.registers, patch_tokens(x, self.patches.weight, None)], 1)
+
+    def constants(self, kind: Tensor, mood: Tensor) -> Constants:  # type: ignore[override]
+        bias = 2 * mood[:, None, None, :, 0]
+        told = [Told(*block.told(mood).chunk(2, dim=-1), bias) for block in self.blocks]
+        return Constants(Opening(self.opening(mood.flatten(-2))[:, None]), told)
 
     def condition(self, t: Tensor, kind: Tensor, mood: Tensor) -> Tensor:  # type: ignore[override]
         return torch.tanh(self.time(t)) * (self.label(kind) + self.mood(mood.flatten(-2)))

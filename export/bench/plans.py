@@ -31,14 +31,14 @@ def benchmark_plans(signature: ModelSignature, sampler: SamplerTable, full_steps
     num_steps = len(sampler)
     if not WARMUP + 2 <= full_steps <= num_steps:
         raise PlanError(f"{full_steps} full steps of {num_steps} cannot be spread: give {WARMUP + 2} to {num_steps}.")
-    L, N = signature.depth, signature.tokens
+    L, N = signature.depth, signature.image_tokens
     third = max(2, L // 3)
     front = third // 2
     ends = (compute(0, front), skip(front, L - third + front, 2), compute(L - third + front, L))
     chooser = random.Random(0)
 
     def quarter() -> tuple[Segment, ...]:
-        return (partial(0, L, tuple(chooser.sample(range(N), N // 4)), 1, signature.block.names),)
+        return (partial(0, L, signature.kept(chooser.sample(range(N), N // 4)), 1, signature.block.names),)
 
     guidance, rest = Guidance(1.5, min(3, signature.in_channels)), full_steps - WARMUP
     full = {*range(WARMUP), *(WARMUP - 1 + round((num_steps - WARMUP) * (j + 1) / rest) for j in range(rest))}

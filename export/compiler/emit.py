@@ -3,21 +3,23 @@
 Inputs and outputs of the graphs (M rows that the step computes: B, or 2 B where it computes both halves of guidance; U distinct
 rows of conditions, S steps of a chunk, R terms of the conditioning, which `export.compiler.traced` packs):
 
-    condition   steps [S], offset, given.NAME [U, ...] of each condition  -> mods [S, U, R, D], first_step
-    step_*      x [B, C, H, W], (m_prev), (m_prev2), step, first_bad, first_step, mods, rows [M], (guidance), (numbers [M]), ENTRY.j ...
-                                                                         -> x_next, step_next, first_bad_next, (m), ENTRY.new ...
+    condition   steps [S], offset, given.NAME [U, ...] of each condition  -> mods [S, U, R, D], first_step, constant.NAME [U, ...] ...
+    step_*      x [B, C, H, W], (m_prev), (m_prev2), step, first_bad, first_step, mods, rows [M], constant.NAME ..., (guidance),
+                (numbers [M]), ENTRY.j ...                               -> x_next, step_next, first_bad_next, (m), ENTRY.new ...
 
 `step` is counted, and latents that are not finite are noticed, in the graphs, so that nothing has to come from the host or go to it
 between two steps: `first_bad` is the first step whose latents were not finite, and the number of steps while there is none. `offset`
 is the place of the run's first step among the times that the condition graph knows.
-`rows` are the rows of conditions of `mods`; `numbers` count the rows of the batch (0, 1, 2, ...), for programs that scatter. An entry
-that is read and written in one program is updated in place: bind both to one buffer. A graph that programs share reads and writes
-what any of them does: what a step does not read, it replaces whole before it is used, and what it does not write may be left unbound.
+`rows` are the rows of conditions of `mods` and of constants; `numbers` count the rows of the batch (0, 1, 2, ...), for programs that
+scatter. An entry that is read and written in one program is updated in place: bind both to one buffer. A graph that programs share
+reads and writes what any of them does: what a step does not read, it replaces whole before it is used, and what it does not write may
+be left unbound.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +30,7 @@ import torch
 from export.compiler.symbolic import Graph, Sym, Weights
 from export.compiler.torch_functions import ANSWERS
 from export.compiler.torch_shapes import at, gather, lookup
-from export.compiler.traced import NetworkInGraph, conditioning, pack, skeleton, unpack
+from export.compiler.traced import Hoisted, NetworkInGraph, conditioning, skeleton
 from export.compiler.weights import MODULATION_TABLE, SELECTOR, TORCH_DTYPES, External
 from export.runtime.layout import GIVEN, PAST
 from export.runtime.programs import FULL, Program, condition_times, kept_tokens
@@ -36,7 +38,7 @@ from tc_lightning.cache.semantics import Guided, Step, forecast, predict
 from tc_lightning.diffusion.update import Coefficients, advance
 from tc_lightning.models.conditions import null_rows
 from tc_lightning.models.content_predictor import ContentPredictor
-from tc_lightning.models.network import Network
+from tc_lightning.models.network import Network, Terms
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import entry_dtype, entry_shape
 from tc_lightning.plan.dataflow import Entry, StepFlow
@@ -68,7 +70,7 @@ class Emitter:
         self._network, names = skeleton(network, dtype)
         like, working = null_rows(network.conditions, torch.zeros(1, device="meta")), TORCH_DTYPES[dtype]
         given = {name: value.to(working) if value.is_floating_point() else value for name, value in like.items()}
-        self._like = conditioning(self._network, torch.zeros(1, device="meta"), given)
+        self._hoisted = Hoisted(conditioning(self._network, torch.zeros(1, device="meta"), given))
         self._predictor = None
         if predictor is not None:
             self._predictor, more = skeleton(predictor, dtype, f"{SELECTOR}.")
@@ -82,9 +84,11 @@ class Emitter:
         given = {c.name: g.input(GIVEN + c.name, c.dtype, ["given", *c.shape]) for c in self.plan.model.conditions}
         given = {c.name: given[c.name].cast(self.dtype) if c.dtype == "fp32" else given[c.name] for c in self.plan.model.conditions}
         t_S1 = lookup(g, np.array(condition_times(self.plan)[0]), (steps + offset)[:, None], "fp32")
-        mods = pack(conditioning(self._network, t_S1, given))
-        g.output("mods", mods, ["steps", "given", *self._table_shape])
+        found = conditioning(self._network, t_S1, given)
+        g.output("mods", self._for_all_rows(g, self._hoisted.pack(found)), ["steps", "given", *self._table_shape])
         g.output("first_step", at(steps, 0, 0), [])
+        for name, value in self._hoisted.named(found.constants).items():
+            g.output(name, value.cast(self.dtype), ["given", *self._hoisted.constants[name]])
         return g.model()
 
     def step(self, programs: Sequence[Program]) -> onnx.ModelProto:
@@ -102,17 +106,16 @@ class Emitter:
         history = PAST[: table.history]
         past: list[Any] = [g.input(name, "fp32", latent) for name in history]
         step, first_bad = g.input("step", "int64", []), g.input("first_bad", "int64", [])
-        mods = self._modulations(g, step)
+        terms = self._terms(g, step, [b for s in program.segments if s.mode != "skip" for b in s.blocks])
         mode = program.guidance.mode
         scale = g.input("guidance", "fp32", []) if guidance.doubles_batch and mode != "cond" else None
         guided = Guided(mode, scale, guidance.channels) if guidance.doubles_batch else None
 
         model = NetworkInGraph(g, self._network, self.dtype)
-        terms = unpack(g, mods, self._like, [b for s in program.segments if s.mode != "skip" for b in s.blocks])
         todo = Step(
             program.segments, self._kept(g, step, program), self._cached(g, step, program), program.writes, self._scorer(g, step)
         )
-        predicted: tuple[Any, dict[Entry, Any]] = predict(todo, guided, x, model, terms.blocks, terms.final, signature.in_channels)
+        predicted: tuple[Any, dict[Entry, Any]] = predict(todo, guided, x, model, terms, signature.in_channels)
         eps, found = predicted
         advanced: tuple[Any, Any] = advance(x, eps, past, self._coefficients(g, step, table))
         x_next, m = advanced
@@ -126,20 +129,30 @@ class Emitter:
         return g.model()
 
     @property
-    def modulations(self) -> int:
-        """Rows of the table that the condition graph writes for each step and row of conditions."""
-        return self._like.rows
-
-    @property
     def _table_shape(self) -> tuple[int, int]:
-        return self.modulations, self.plan.model.width
+        return self._hoisted.rows, self.plan.model.width
 
-    def _modulations(self, g: Graph, step: Sym) -> Sym:
-        """This step's adaLN terms for every row of the batch, [M, R, D]."""
+    def _for_all_rows(self, g: Graph, mods: Sym) -> Sym:
+        """The table with a row for each row of conditions, also where the network's terms depend on time alone."""
+        if mods.shape[1] is None:
+            return mods
+        condition = self.plan.model.conditions[0]
+        images = g.op("Shape", Sym(g, GIVEN + condition.name, condition.dtype, (None,)), shape=(1,), kind="int64", start=0, end=1)
+        one = g.constant(np.array([1]), "int64")
+        sizes = g.op("Concat", one, images, one, one, shape=(4,), axis=0)
+        return g.op("Expand", mods, sizes, shape=(mods.shape[0], None, *mods.shape[2:]))
+
+    def _terms(self, g: Graph, step: Sym, used: Sequence[int]) -> Terms:
+        """This step's terms for every row of the batch, and the constants that it needs."""
         first = g.input("first_step", "int64", [])
         table = g.input("mods", self.dtype, ["steps", "given", *self._table_shape])
         rows = g.input("rows", "int64", ["rows"])
-        return gather(gather(table, step - first, 0), rows, 0)
+
+        @functools.cache
+        def constant(name: str) -> Sym:
+            return gather(g.input(name, self.dtype, ["given", *self._hoisted.constants[name]]), rows, 0)
+
+        return self._hoisted.unpack(g, gather(gather(table, step - first, 0), rows, 0), used, constant)
 
     def _scorer(self, g: Graph, step: Sym) -> Callable[[Any], Any]:
         """The content predictor at a step, from tokens to scores [B, L, N] in fp32."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from export.compiler.symbolic import KINDS, Graph, Shape, Sym
 from export.compiler.torch_shapes import ANSWERS, Linear, Piece, Rows, answers, gather, lifted, product
-from tc_lightning.models.lean import attend, patch_tokens, time_features
+from tc_lightning.models.lean import attend, patch_tokens, time_features, time_frequencies
 
 __all__ = ["ANSWERS"]
 
@@ -173,10 +173,24 @@ def _require_last_axis(x: Sym, normalized_shape: Sequence[int]) -> None:
 
 
 @answers(attend)
-def _attend(q_BnD: Sym, k_BND: Sym, v_BND: Sym, heads: int) -> Sym:
-    """One node, which splits the heads itself."""
+def _attend(q_BnD: Sym, k_BND: Sym, v_BND: Sym, heads: int, bias: Any = None) -> Sym:
+    """One node, which splits the heads itself; a bias that is the same for all queries has to be repeated for it."""
     attributes: dict[str, Any] = {"q_num_heads": heads, "kv_num_heads": heads, "softmax_precision": 1}
-    return q_BnD.graph.op("Attention", q_BnD, k_BND, v_BND, shape=q_BnD.shape, **attributes)
+    masks = [] if bias is None else [_for_each_query(lifted(q_BnD.graph, bias).cast(q_BnD.kind), q_BnD)]
+    return q_BnD.graph.op("Attention", q_BnD, k_BND, v_BND, *masks, shape=q_BnD.shape, **attributes)
+
+
+def _for_each_query(bias: Sym, q_BnD: Sym) -> Sym:
+    """The bias with a row for each query, as ONNX Runtime wants it."""
+    g, n = q_BnD.graph, q_BnD.shape[1]
+    if bias.ndim < 2 or bias.shape[-2] != 1 or n == 1:
+        return bias
+    if n is None:
+        one, count = g.constant(np.array([1]), "int64"), g.op("Shape", q_BnD, shape=(1,), kind="int64", start=1, end=2)
+        sizes = g.op("Concat", *[one] * (bias.ndim - 2), count, one, shape=(bias.ndim,), axis=0)
+    else:
+        sizes = g.constant(np.array([*[1] * (bias.ndim - 2), n, 1]), "int64")
+    return g.op("Expand", bias, sizes, shape=(*bias.shape[:-2], n, bias.shape[-1]))
 
 
 @answers(patch_tokens)
@@ -192,8 +206,12 @@ def _patch_tokens(x_BCHW: Sym, weight_DCPP: Tensor, bias_D: Tensor | None) -> Sy
 
 @answers(time_features)
 def _time_features(t: Sym, width: int, freq_shift: float) -> Sym:
-    """Computed by PyTorch for every time that the graph knows: sines of large arguments are no matter for half precision."""
+    """Computed by PyTorch for every time that the graph knows: sines of large arguments are no matter for half precision.
+
+    Of a condition (a resolution, for example) they are computed in the graph, in fp32.
+    """
     if not isinstance(t.origin, Rows):
-        raise t.graph.refusal("features of a time that is not of the sampler")
+        args = t.cast("fp32")[..., None] * time_frequencies(width, freq_shift)
+        return t.graph.op("Concat", _unary("Cos", args), _unary("Sin", args), shape=(*t.shape, width), axis=t.ndim)
     table = time_features(torch.tensor(t.origin.table, dtype=torch.float32), width, freq_shift)
     return gather(t.graph.constant(table.numpy(), "fp32"), t.origin.rows, 0)

@@ -18,6 +18,7 @@ from export.compiler.symbolic import CONTRIB, KINDS, Graph, Moved, Sym, syms
 from tc_lightning.models.lean import put, take
 
 ANSWERS: dict[Any, Callable[..., Any]] = {}
+_OPEN = 2**63 - 1  # the end of a range that goes as far as there is anything
 Answer = Callable[..., Any]
 
 
@@ -276,10 +277,12 @@ def _range(x: Sym, axis: int, bounds: slice) -> Sym:
     size = x.shape[axis]
     if bounds == slice(None):
         return x
-    if size is None or not all(bound is None or isinstance(bound, int) for bound in (bounds.start, bounds.stop)):
+    ends = bounds.start, bounds.stop
+    if not all(end is None or (isinstance(end, int) and (size is not None or end >= 0)) for end in ends):
         raise x.graph.refusal(f"the range {bounds.start}:{bounds.stop} of an axis whose size is known at run time alone")
-    start, stop, _ = bounds.indices(size)
+    start, stop, _ = bounds.indices(_OPEN if size is None else size)
     if (start, stop) == (0, size):
         return x
     given = [x.graph.constant(np.array([value]), "int64") for value in (start, stop, axis)]
-    return x.graph.op("Slice", x, *given, shape=(*x.shape[:axis], max(stop - start, 0), *x.shape[axis + 1 :]))
+    length = None if size is None else max(stop - start, 0)
+    return x.graph.op("Slice", x, *given, shape=(*x.shape[:axis], length, *x.shape[axis + 1 :]))

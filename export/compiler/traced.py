@@ -1,4 +1,4 @@
-"""A network's own modules, made ready to be run on symbolic values, and its conditioning as one table.
+"""A network's own modules, made ready to be run on symbolic values, and its conditioning as one table and constants.
 
 Shape suffixes: S steps of a chunk, U distinct rows of conditions, M rows of the (doubled) batch, R rows of the table, D width.
 """
@@ -17,7 +17,8 @@ from export.compiler.symbolic import Graph, Sym, syms
 from export.compiler.torch_functions import elementwise
 from export.compiler.torch_shapes import Piece
 from export.compiler.weights import TORCH_DTYPES
-from tc_lightning.models.network import Block
+from export.runtime.layout import CONSTANT
+from tc_lightning.models.network import Block, Constants, Terms, side_by_side
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -86,9 +87,9 @@ class NetworkInGraph:
         self._network, self._precision = network, precision
         self.blocks = [NamedBlock(graph, f"blocks.{b}", block) for b, block in enumerate(network.blocks)]
 
-    def embed(self, x_MCHW: Sym) -> Sym:
+    def embed(self, x_MCHW: Sym, start: Any) -> Sym:
         """Latents -> tokens."""
-        return self._network.embed(x_MCHW.cast(self._precision))
+        return self._network.embed(x_MCHW.cast(self._precision), start)
 
     def readout(self, z_MND: Sym, final: Any) -> Sym:
         """Tokens -> raw output."""
@@ -96,59 +97,111 @@ class NetworkInGraph:
 
 
 class Conditioning(NamedTuple):
-    """What a network makes of time and conditions: the terms of each block, and those of the readout; named tuples of [.., 1, D]."""
+    """What a network makes of time and conditions: the terms of each block, those of the readout, named tuples of [.., r, D], and the
+    constants of its conditions."""
 
-    blocks: list[Any]
+    blocks: Sequence[Any]
     final: Any
+    constants: Constants
 
     @property
-    def rows(self) -> int:
-        """Terms in all."""
-        return sum(map(len, self.blocks)) + len(self.final)
+    def terms(self) -> list[Any]:
+        """All terms, one after the other; those that blocks share come several times."""
+        return [term for block in (*self.blocks, self.final) for term in block]
 
 
 def conditioning(network: Any, t: Any, given: Mapping[str, Any]) -> Conditioning:
     """The conditioning of times and conditions."""
-    return Conditioning(*network.modulations(network.condition(t, **given)))
+    blocks, final = network.modulations(network.condition(t, **given))
+    return Conditioning(blocks, final, network.constants(**given))
 
 
-def pack(terms: Conditioning) -> Sym:
-    """All terms as a table [S, U, R, D], in which each has a row.
+class Hoisted:
+    """What the condition graph hands to the steps, and in which form: terms as rows of a table, and constants by name.
 
-    Terms that are the parts of one value, in order, need not be taken apart for that; numbers that were added to some come last.
-    """
-    leaves = [term for block in (*terms.blocks, terms.final) for term in block]
-    parts, plus = [], []
-    while leaves:
-        piece = leaves[0].origin
-        whole = leaves[: piece.parts] if isinstance(piece, Piece) else []
-        made_of = [term.origin._replace(plus=0.0) if isinstance(term.origin, Piece) else None for term in whole]
-        if whole and made_of == [Piece(piece.whole, j, piece.parts) for j in range(piece.parts)]:
-            parts.append(piece.whole.reshape(*leaves[0].shape[:-2], piece.parts, leaves[0].shape[-1]))
-            plus += [term.origin.plus for term in whole]
-        else:
-            whole = leaves[:1]
-            parts += whole
-            plus.append(0.0)
-        del leaves[: len(whole)]
-    return elementwise("Add", torch.cat(parts, -2), torch.tensor(plus, dtype=parts[0].dtype)[:, None])
-
-
-def unpack(graph: Graph, table_MRD: Sym, like: Conditioning, used: Sequence[int]) -> Conditioning:
-    """The terms of the `used` blocks (None for the others) and of the readout, each [M, 1, D], from the rows of `pack`.
+    What is one tensor in the network is handed over once, however many blocks take it.
 
     Args:
-        graph: the graph.
-        table_MRD: the table's rows for each row of the batch.
-        like: conditioning of the same structure.
-        used: blocks whose terms are wanted.
+        like: conditioning of the same structure, of tensors without values.
     """
-    starts = np.cumsum([0, *map(len, like.blocks)]).tolist()
-    rows = [row for b in used for row in range(starts[b], starts[b + 1])] + list(range(starts[-1], like.rows))
-    if len(rows) < like.rows:
-        table_MRD = table_MRD.index_select(1, graph.constant(np.array(rows), "int64"))
-    pieces = list(table_MRD.chunk(len(rows), 1))
-    blocks: list[Any] = [None] * len(like.blocks)
-    for b in used:
-        blocks[b] = type(like.blocks[b])(*(pieces.pop(0) for _ in like.blocks[b]))
-    return Conditioning(blocks, type(like.final)(*pieces))
+
+    def __init__(self, like: Conditioning) -> None:
+        self._like = like
+        self._rows: dict[int, range] = {}  # of each term, by the identity of its tensor
+        for term in like.terms:
+            self._rows.setdefault(id(term), range(self.rows, self.rows + term.shape[-2]))
+        constants = like.constants
+        named = [("start", constants.start), *((str(b), block) for b, block in enumerate(constants.blocks))]
+        pairs = [(id(value), f"{CONSTANT}{place}.{name}") for place, values in named for name, value in _fields(values)]
+        self._names = dict(reversed(pairs))  # the first that has a tensor names it
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table."""
+        return sum(map(len, self._rows.values()))
+
+    @property
+    def constants(self) -> dict[str, tuple[int, ...]]:
+        """Names of the constants, and the shape of each for one row of conditions."""
+        return {self._names[id(value)]: tuple(value.shape[1:]) for value in self._like.constants.tensors}
+
+    def named(self, constants: Constants) -> dict[str, Any]:
+        """Constants of the same structure by name."""
+        return {self._names[id(of)]: value for of, value in zip(self._like.constants.tensors, constants.tensors, strict=True)}
+
+    def pack(self, terms: Conditioning) -> Sym:
+        """All terms as a table [S, U, R, D], in which each has its rows.
+
+        Terms that are the parts of one value, in order, need not be taken apart for that; numbers that were added to some come last.
+        """
+        first: dict[int, Any] = {}
+        for of, term in zip(self._like.terms, terms.terms, strict=True):
+            first.setdefault(id(of), term)
+        leaves, parts, plus = list(first.values()), [], []
+        while leaves:
+            piece = leaves[0].origin
+            whole = leaves[: piece.parts] if isinstance(piece, Piece) else []
+            made_of = [term.origin._replace(plus=0.0) if isinstance(term.origin, Piece) else None for term in whole]
+            if whole and leaves[0].shape[-2] == 1 and made_of == [Piece(piece.whole, j, piece.parts) for j in range(piece.parts)]:
+                parts.append(piece.whole.reshape(*leaves[0].shape[:-2], piece.parts, leaves[0].shape[-1]))
+                plus += [term.origin.plus for term in whole]
+            else:
+                whole = leaves[:1]
+                parts += whole
+                plus += [0.0] * whole[0].shape[-2]
+            del leaves[: len(whole)]
+        return elementwise("Add", torch.cat(parts, -2), torch.tensor(plus, dtype=parts[0].dtype)[:, None])
+
+    def unpack(self, graph: Graph, table_MRD: Sym, used: Sequence[int], constant: Callable[[str], Sym]) -> Terms:
+        """The terms of the `used` blocks (None for the others), of `embed` and of the readout, for each row of the batch.
+
+        Args:
+            graph: the graph.
+            table_MRD: the rows of `pack`.
+            used: blocks whose terms are wanted.
+            constant: the constant of a name.
+        """
+        like, blocks = self._like, list[Any]([None] * len(self._like.blocks))
+        found = self._taken(graph, table_MRD, [term for values in (*(like.blocks[b] for b in used), like.final) for term in values])
+
+        def filled(values: Any, known: Mapping[int, Any]) -> Any:
+            return type(values)(*(known[id(value)] for value in values)) if values else values
+
+        held = {id(value): constant(self._names[id(value)]) for b in used for value in like.constants.blocks[b]}
+        for b in used:
+            blocks[b] = side_by_side(filled(like.blocks[b], found), filled(like.constants.blocks[b], held))
+        start = filled(like.constants.start, {id(value): constant(self._names[id(value)]) for value in like.constants.start})
+        return Terms(start, blocks, filled(like.final, found))
+
+    def _taken(self, graph: Graph, table_MRD: Sym, wanted: Sequence[Any]) -> dict[int, Sym]:
+        """Terms by identity."""
+        rows = {id(term): self._rows[id(term)] for term in wanted}
+        if any(len(places) > 1 for places in rows.values()):
+            return {term: table_MRD[:, places.start : places.stop] for term, places in rows.items()}
+        if len(rows) < self.rows:
+            table_MRD = table_MRD.index_select(1, graph.constant(np.array([places.start for places in rows.values()]), "int64"))
+        return dict(zip(rows, table_MRD.chunk(len(rows), 1), strict=True))
+
+
+def _fields(values: Any) -> list[tuple[str, Any]]:
+    return list(values._asdict().items()) if values else []

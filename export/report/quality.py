@@ -46,9 +46,9 @@ def teacher_features(model: Network, latents_BCHW: np.ndarray, asked: Asked, bat
     """Tokens after the teacher's middle block at a small time and the image's conditions, averaged over tokens, [B, D] float64."""
     device, parts = device_of(model), []
     for x, y in zip(torch.from_numpy(latents_BCHW).split(batch), given_of(model.conditions, asked).split(batch), strict=True):
-        z_BND = model.embed(x.to(device))
-        mods, _ = model.modulations(model.condition(torch.full((len(x),), FEATURE_TIME, device=device), **y.to(device)))
-        for block, mod in list(zip(model.blocks, mods, strict=True))[: (model.config.depth + 1) // 2]:
+        terms = model.terms(torch.full((len(x),), FEATURE_TIME, device=device), y.to(device))
+        z_BND = model.embed(x.to(device), terms.start)
+        for block, mod in list(zip(model.blocks, terms.blocks, strict=True))[: (model.config.depth + 1) // 2]:
             z_BND = block(z_BND, mod)
         parts.append(z_BND.double().mean(1).cpu())
     return torch.cat(parts).numpy()

@@ -8,6 +8,7 @@ Buffers go by name:
     m.0 m.1 ...                 outputs of the solver, in a ring as long as the sampler looks back, and one more
     ENTRY@SLOT                  a slot of a cache entry
     mods, first_step            modulations of a chunk of steps, and the chunk's first step: what the condition program writes
+    constant.NAME               and what it makes of conditions alone, the same for every chunk
     steps.J, offset             what it reads: the steps of chunk J, and where the run's first one is among the times that it knows
     given.NAME                  and the distinct rows of each condition
     rows.both, numbers.both     row of conditions and number of every row of the batch; rows.half, numbers.half of the conditional half
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 
 CONDITION, FULL = "condition", "step_full"
 PAST = ("m_prev", "m_prev2")  # the solver's last outputs, latest first; the sampler weighs them with next_m_prev, next_m_prev2
-SLOT, GIVEN = "@", "given."
+SLOT, GIVEN, CONSTANT = "@", "given.", "constant."
 ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16, "int64": 7}  # ONNX's numbers of the types of buffers and weights
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int64": 8}
 
@@ -103,7 +104,7 @@ def lay_out(manifest: dict[str, Any], images: int, given: int, full: bool = Fals
     model, sampling = manifest["model"], sampling_runs(manifest, full)
     table = (given, manifest["modulations"], model["width"])
     chunks = split_steps(len(sampling), manifest["condition_values"] // math.prod(table))
-    runs = _with_condition(sampling, chunks, [condition["name"] for condition in model["conditions"]])
+    runs = _with_condition(sampling, chunks, [condition["name"] for condition in model["conditions"]], list(manifest["constants"]))
     latent = Spec("fp32", (images, model["in_channels"], model["input_size"], model["input_size"]))
     batch = images * (2 if manifest["guidance"]["scale"] != 1.0 else 1)
     buffers = {"x.0": latent, "x.1": latent} | {f"m.{j}": latent for j in range(len(PAST) + 1)}
@@ -112,6 +113,7 @@ def lay_out(manifest: dict[str, Any], images: int, given: int, full: bool = Fals
     buffers |= {"first_step": Spec("int64", ()), "offset": Spec("int64", ()), "guidance": Spec("fp32", ())}
     buffers |= {GIVEN + c["name"]: Spec(c["dtype"], (given, *c["shape"])) for c in model["conditions"]}
     buffers |= {"mods": Spec(manifest["precision"], (len(chunks[0]), *table))}
+    buffers |= {name: Spec(manifest["precision"], (given, *shape)) for name, shape in manifest["constants"].items()}
     buffers |= {f"steps.{j}": Spec("int64", (len(chunk),)) for j, chunk in enumerate(chunks)}
     for name, entry in {} if full else manifest["entries"].items():
         spec = Spec(entry["dtype"], (images * entry["rows"], *entry["shape"]))
@@ -174,13 +176,15 @@ def _bind(program: dict[str, Any], bound: dict[str, Any], step: int, ring: int) 
     )
 
 
-def _with_condition(sampling: tuple[ProgramRun, ...], chunks: tuple[range, ...], conditions: list[str]) -> tuple[ProgramRun, ...]:
+def _with_condition(
+    sampling: tuple[ProgramRun, ...], chunks: tuple[range, ...], conditions: list[str], constants: list[str]
+) -> tuple[ProgramRun, ...]:
     """Put the condition program before the first step of each chunk."""
     runs: list[ProgramRun] = []
     covered = 0
     for j, chunk in enumerate(chunks):
         inputs = (("steps", f"steps.{j}"), ("offset", "offset"), *((GIVEN + name, GIVEN + name) for name in conditions))
-        runs.append(ProgramRun(CONDITION, inputs, (("mods", "mods"), ("first_step", "first_step"))))
+        runs.append(ProgramRun(CONDITION, inputs, tuple((name, name) for name in ("mods", "first_step", *constants))))
         runs += sampling[covered : chunk.stop]
         covered = chunk.stop
     return tuple(runs)

@@ -14,7 +14,7 @@ from typing import Any
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.atomic import write_atomically
 
-FORMAT_VERSION = 6  # 4: says which onnxruntime it needs; 5: how many terms the condition graph writes; 6: conditions, any family
+FORMAT_VERSION = 7  # 5: how many terms the condition graph writes; 6: conditions, any family; 7: constants of a request
 NAME, WEIGHTS, PLAN = "manifest.json", "weights.data", "plan.json"
 AGAIN = "Export it again with `python export/to_onnx.py`."
 _KEYS = (
@@ -36,6 +36,7 @@ _KEYS = (
     "condition",
     "condition_values",
     "modulations",
+    "constants",
     "weights",
     "precision",
     "macs_speedup",

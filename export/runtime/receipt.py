@@ -52,6 +52,7 @@ def receipt_of(
         "blocks_x_tokens_share": tally.computed / everything,
         "cache_bytes": tally.cache_bytes,
         "modulation_bytes": tally.modulation_bytes,
+        "constant_bytes": tally.constant_bytes,
         "cuda_graphs": {name: tally.graphs[name] for name in ("captured", "replayed", "plain")} | {"off": no_graphs},
         "ms_per_program": {name: 1e3 * value for name, value in tally.seconds.items()} or None,  # see `timing`
         "ms": 1e3 * seconds,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from export.runtime.buffers import Workspace
-from export.runtime.layout import BYTES, GIVEN, SLOT, Layout, ProgramRun, read_first
+from export.runtime.layout import BYTES, CONSTANT, GIVEN, SLOT, Layout, ProgramRun, read_first
 from export.runtime.sessions import arena_is_ours, is_int
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.conditions import Conditions, class_label, conditions_from_json
@@ -58,6 +58,7 @@ class Tally:
     computed: float = 0  # of the whole batch: a step that computes half of it counts half
     cache_bytes: int = 0
     modulation_bytes: int = 0
+    constant_bytes: int = 0
 
     def add(self, other: Tally) -> None:
         """Take over what ran in a part."""
@@ -70,6 +71,7 @@ class Tally:
         self.computed += other.computed
         self.cache_bytes = max(self.cache_bytes, other.cache_bytes)
         self.modulation_bytes = max(self.modulation_bytes, other.modulation_bytes)
+        self.constant_bytes = max(self.constant_bytes, other.constant_bytes)
 
 
 def rows_in(given: Arrays) -> int:
@@ -216,7 +218,9 @@ def run_part(
 
 def _sized(layout: Layout) -> Tally:
     held = {name: spec.values * BYTES[spec.dtype] for name, spec in layout.buffers.items()}
-    return Tally(cache_bytes=sum(nbytes for name, nbytes in held.items() if SLOT in name), modulation_bytes=held["mods"])
+    cache = sum(nbytes for name, nbytes in held.items() if SLOT in name)
+    constants = sum(nbytes for name, nbytes in held.items() if name.startswith(CONSTANT))
+    return Tally(cache_bytes=cache, modulation_bytes=held["mods"], constant_bytes=constants)
 
 
 def _require_finite(workspace: Workspace, run: ProgramRun) -> None:

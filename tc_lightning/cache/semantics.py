@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tc_lightning.diffusion.update import difference_of_halves, guide, guide_by
 from tc_lightning.models.lean import put, take
-from tc_lightning.models.network import KeyValue, compose
+from tc_lightning.models.network import KeyValue, Terms, compose
 from tc_lightning.plan.dataflow import Entry
 from tc_lightning.plan.segments import Segment
 
@@ -189,7 +189,7 @@ class Guided(NamedTuple):
 
 
 def predict(
-    step: Step, guided: Guided | None, x_BCHW: Tensor, model: Any, mods: Sequence[Any], final: Any, channels: int
+    step: Step, guided: Guided | None, x_BCHW: Tensor, model: Any, terms: Terms, channels: int
 ) -> tuple[Tensor, dict[Entry, Tensor]]:
     """Guided eps of one step, from latents to latents.
 
@@ -200,8 +200,7 @@ def predict(
         guided: None for a network without guidance, which sees the batch as it is.
         x_BCHW: latents.
         model: a network, or an object with its methods.
-        mods: terms of the conditioning of each block, for the rows that are computed.
-        final: those of the readout.
+        terms: those of the conditioning, for the rows that are computed.
         channels: channels C of the latents.
 
     Returns:
@@ -210,10 +209,10 @@ def predict(
     both = guided is not None and guided.mode == "both"
     wanted = dict.fromkeys(entry.whole for entry in step.wanted if entry.kind != "guidance")
     inner = step._replace(cached=join_halves(step.cached), wanted=tuple(wanted))
-    z_BND = model.embed(torch.cat([x_BCHW, x_BCHW]) if both else x_BCHW)
+    z_BND = model.embed(torch.cat([x_BCHW, x_BCHW]) if both else x_BCHW, terms.start)
     inner = _choose_all(inner, z_BND, both)
-    z_BND, found = run_blocks(inner, z_BND, model.blocks, mods)
-    eps = model.readout(z_BND, final)[:, :channels]
+    z_BND, found = run_blocks(inner, z_BND, model.blocks, terms.blocks)
+    eps = model.readout(z_BND, terms.final)[:, :channels]
     writes = split_halves(found, step.wanted, both)
     for entry in (e for e in step.wanted if e.kind == "guidance"):
         assert guided is not None

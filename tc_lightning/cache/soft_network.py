@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tc_lightning.cache.soft import BlockCache, BranchCache, full_block, mixed_block, mixed_branches
@@ -22,12 +23,13 @@ from tc_lightning.models.network import Network
 from tc_lightning.plan.guidance import Guidance
 
 
-def enter(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, asked: Asked) -> tuple[Tensor, list[Any], Any]:
-    """Tokens and adaLN terms; with guidance the conditional half of the batch comes first, then the unconditional one."""
+def enter(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, asked: Asked) -> tuple[Tensor, Sequence[Any], Any]:
+    """Tokens, and terms of blocks and readout; with guidance the conditional half of the batch comes before the unconditional one."""
     given = given_of(model.conditions, asked)
     if guidance.doubles_batch:
         x_BCHW, t_B, given = torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), given.with_nulls(model.conditions)
-    return model.embed(x_BCHW), *model.modulations(model.condition(t_B, **given))
+    terms = model.terms(t_B, given)
+    return model.embed(x_BCHW, terms.start), terms.blocks, terms.final
 
 
 def guided_eps(model: Network, guidance: Guidance, z_BND: Tensor, final: Any) -> Tensor:
@@ -73,10 +75,10 @@ def mixed_eps(
 ) -> Tensor:
     """Guided eps [B, C, H, W] when block l computes its tokens with weight w and takes them from `caches` with weight 1 - w.
 
-    Both halves of guidance use the same weights.
+    Weights are those of the image's tokens; others are computed. Both halves of guidance use the same weights.
     """
     z_BND, mods, final = enter(model, guidance, x_BCHW, t_B, asked)
-    w_BLN = torch.cat([w_BLN, w_BLN]) if guidance.doubles_batch else w_BLN
+    w_BLN = F.pad(torch.cat([w_BLN, w_BLN]) if guidance.doubles_batch else w_BLN, (model.fixed_tokens, 0), value=1.0)
     for block, mod, w_BN, cache in zip(model.blocks, mods, w_BLN.unbind(1), caches, strict=True):
         z_BND = mixed_block(block, z_BND, mod, w_BN, cache)  # type: ignore[arg-type]
     return guided_eps(model, guidance, z_BND, final)

@@ -121,7 +121,7 @@ class PlanningJob:
         for objective in objectives:
             objective.finish(self.trainer)
         learned = {objective.learns: objective.cpu().scores().numpy() for objective in objectives}
-        everything_TLN = np.ones((len(sampler), signature.depth, signature.tokens))
+        everything_TLN = np.ones((len(sampler), signature.depth, signature.image_tokens))
         return Scores(
             importance_TLN=learned.get("importance_TLN", everything_TLN),
             sensitivity_TL2=self._sensitivity().numpy(),

@@ -32,8 +32,8 @@ class Scores:
     """Importances and sensitivities of every step and block; row i belongs to sampling step i, the noisiest being 0.
 
     Args:
-        importance_TLN: the predictor's w in [0, 1], 1 meaning recompute; row 0 is all ones. Ones everywhere if no predictor of tokens
-            was trained.
+        importance_TLN: the predictor's w in [0, 1] of the image's tokens, 1 meaning recompute; row 0 is all ones. Ones everywhere if no
+            predictor of tokens was trained.
         sensitivity_TL2: mean squared change of the guided eps when one branch of one block is reused from the step before and
             everything else is computed; row 0 is all zeros, since there is nothing to reuse.
         teacher: sha256 of the teacher's weights.

@@ -71,9 +71,9 @@ def token_sensitivity(
     asked: Asked,
     probes_PBCHW: Tensor,
 ) -> Tensor:
-    """As `branch_sensitivity`, when a single token of a branch is reused, [B, L, 2, N]."""
+    """As `branch_sensitivity`, when a single token of the image is reused in a branch, [B, L, 2, N]."""
     shifts = _probe_shifts(model, guidance, x_prev_BCHW, x_BCHW, t_prev_B, t_B, asked, probes_PBCHW)
-    return shifts.square().mean(0) / x_BCHW[0].numel()
+    return shifts[..., model.fixed_tokens :].square().mean(0) / x_BCHW[0].numel()
 
 
 def _probe_shifts(

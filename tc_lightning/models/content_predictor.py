@@ -54,7 +54,13 @@ class ContentPredictor(nn.Module):
 
     @classmethod
     def from_teacher(cls, model: Network) -> ContentPredictor:
-        """A predictor whose block is a trainable copy of the teacher's first, and whose scores are `INITIAL_IMPORTANCE` everywhere."""
+        """A predictor whose block is a trainable copy of the teacher's first, and whose scores are `INITIAL_IMPORTANCE` everywhere.
+
+        Raises:
+            TeacherError: if that is no block of a DiT, or the teacher has no null label.
+        """
+        if not isinstance(model.blocks[0], DiTBlock):
+            raise TeacherError(f"a content predictor copies a block of a DiT, and a {model.family} has others: leave `content` out.")
         predictor = cls(model.config)
         predictor.block.load_state_dict(model.blocks[0].state_dict())
         return predictor

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from tc_lightning.diffusion.linear_betas import LinearBetas
 from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.errors import TeacherError
-from tc_lightning.models.embedders import FREQUENCIES, LabelEmbedder, PatchEmbed, TimestepEmbedder, sincos_position_embedding
+from tc_lightning.models.embedders import (
+    FREQUENCIES,
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    sincos_position_embedding,
+    unpatched,
+)
 from tc_lightning.models.lean import attend
 from tc_lightning.models.network import Block, KeyValue, Network, See
 from tc_lightning.models.signatures import attention_macs, fixed_macs, mlp_macs, signature_of
@@ -255,7 +262,7 @@ class DiT(Network):
         macs = attention_macs(c.hidden_size), mlp_macs(c.hidden_size, c.mlp_size)
         return signature_of(self, teacher, macs, fixed_macs(c))
 
-    def embed(self, x_BCHW: Tensor) -> Tensor:
+    def embed(self, x_BCHW: Tensor, start: Any = ()) -> Tensor:
         """Latents -> tokens [B, N, D]."""
         return self.x_embedder(x_BCHW) + self.pos_embed
 
@@ -269,10 +276,8 @@ class DiT(Network):
 
     def readout(self, z_BND: Tensor, mod: FinalModulation) -> Tensor:
         """Tokens -> raw output [B, out_channels, H, W]."""
-        P, C = self.config.patch_size, self.config.out_channels
-        grid = self.config.input_size // P
-        patches = self.final_layer(z_BND, mod).reshape(-1, grid, grid, P, P, C)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, C, grid * P, grid * P)
+        P = self.config.patch_size
+        return unpatched(self.final_layer(z_BND, mod), self.config.input_size // P, P)
 
     def _initialise(self) -> None:
         """Initialisation of the original release: Xavier, and zero for gates and the output (adaLN-Zero)."""

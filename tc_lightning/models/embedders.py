@@ -51,9 +51,23 @@ class PatchEmbed(nn.Module):
         return patch_tokens(x_BCHW, self.proj.weight, self.proj.bias)
 
 
-def sincos_position_embedding(dim: int, grid: int) -> np.ndarray:
-    """Fixed 2-D sine-cosine table [grid * grid, dim] in float64; the first half of the features is the column."""
-    rows, columns = np.meshgrid(np.arange(grid, dtype=np.float64), np.arange(grid, dtype=np.float64), indexing="ij")
+def unpatched(patches_BNF: Tensor, grid: int, patch_size: int) -> Tensor:
+    """Patches of side P, in row-major order, pixel by pixel and in each channel by channel -> image [B, C, grid P, grid P]."""
+    P, patches = patch_size, patches_BNF.reshape(-1, grid, grid, patch_size, patch_size, patches_BNF.shape[-1] // patch_size**2)
+    return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, patches.shape[-1], grid * P, grid * P)
+
+
+def sincos_position_embedding(dim: int, grid: int, first: float = 0.0, step: float = 1.0) -> np.ndarray:
+    """Fixed 2-D sine-cosine table [grid * grid, dim] in float64; the first half of the features is the column.
+
+    Args:
+        dim: features.
+        grid: rows, and columns.
+        first: where the first of them is.
+        step: how far the next is from it.
+    """
+    places = first + step * np.arange(grid, dtype=np.float64)
+    rows, columns = np.meshgrid(places, places, indexing="ij")
     return np.concatenate([_sincos_1d(dim // 2, columns.ravel()), _sincos_1d(dim // 2, rows.ravel())], axis=1)
 
 

@@ -25,19 +25,27 @@ def hands_over(function: Function) -> Function:
     """Let arguments that override PyTorch's functions answer for this one, too."""
 
     @functools.wraps(function)
-    def asking(*args: object) -> Tensor:
-        if has_torch_function(args):
-            return handle_torch_function(asking, args, *args)
-        return function(*args)
+    def asking(*args: object, **kwargs: object) -> Tensor:
+        if has_torch_function(values := (*args, *kwargs.values())):
+            return handle_torch_function(asking, values, *args, **kwargs)
+        return function(*args, **kwargs)
 
     return asking  # type: ignore[return-value]
 
 
 @hands_over
-def attend(q_BnD: Tensor, k_BND: Tensor, v_BND: Tensor, heads: int) -> Tensor:
-    """Multi-head attention from the tokens of q to those of k and v, heads side by side, [B, n, D]."""
+def attend(q_BnD: Tensor, k_BND: Tensor, v_BND: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Multi-head attention from the tokens of q to those of k and v, heads side by side, [B, n, D].
+
+    Args:
+        q_BnD: queries.
+        k_BND: keys of the tokens that are attended to, which may be of another number.
+        v_BND: their values.
+        heads: attention heads.
+        bias: added to the logits before the softmax; of any shape that broadcasts to [B, heads, n, N]. -10000 hides a token.
+    """
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q_BnD, k_BND, v_BND))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
 
 @hands_over
@@ -55,11 +63,15 @@ def time_features(t: Tensor, width: int, freq_shift: float) -> Tensor:
         width: number of features.
         freq_shift: frequencies are spaced by 1 / (width / 2 - freq_shift) of the logarithmic range.
     """
-    half = width // 2
     # On the CPU first: the frequencies are constants of the graph, and must be the same on every device.
-    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - freq_shift)).to(t.device)
-    args = t.float()[..., None] * freqs
+    args = t.float()[..., None] * time_frequencies(width, freq_shift).to(t.device)
     return torch.cat([torch.cos(args), torch.sin(args)], dim=-1)
+
+
+def time_frequencies(width: int, freq_shift: float) -> Tensor:
+    """The frequencies of `time_features`, [width / 2] in fp32 on the CPU."""
+    half = width // 2
+    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - freq_shift))
 
 
 @hands_over

@@ -9,8 +9,10 @@ D width.
 
 from __future__ import annotations
 
+import collections
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -34,6 +36,55 @@ See = Callable[[KeyValue], KeyValue]  # own keys and values -> those that are at
 Take = Callable[[str, Tensor], Tensor]  # a branch's name and its input [B, n, D] -> its update before the gate
 
 
+class Constants(NamedTuple):
+    """What depends on conditions alone, never on time: computed once a request. Named tuples of tensors [B, ...], empty for none.
+
+    Args:
+        start: what `embed` takes, for example the tokens of a text that stand before those of the image.
+        blocks: what each block finds among its terms, for example keys and values of a text, and a bias for its mask.
+    """
+
+    start: Any
+    blocks: Sequence[Any]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, one after the other."""
+        return [value for values in (self.start, *self.blocks) for value in values]
+
+    def part(self, rows: slice) -> Constants:
+        """Those of some rows."""
+        return Constants(_part(self.start, rows), [_part(block, rows) for block in self.blocks])
+
+
+class Terms(NamedTuple):
+    """All that a forward takes of time and conditions: what `embed`, each block and `readout` find there, in named tuples."""
+
+    start: Any
+    blocks: Sequence[Any]
+    final: Any
+
+
+def terms_of(modulations: tuple[Sequence[Any], Any], constants: Constants) -> Terms:
+    """A network's terms; those of a block that depend on time, and its constants, stand side by side in one named tuple."""
+    blocks, final = modulations
+    return Terms(constants.start, [side_by_side(*both) for both in zip(blocks, constants.blocks, strict=True)], final)
+
+
+def side_by_side(mod: Any, constants: Any) -> Any:
+    """One named tuple with the fields of two; the first itself where there is no second."""
+    return _joined((*mod._fields, *constants._fields))(*mod, *constants) if constants else mod
+
+
+@functools.cache
+def _joined(fields: tuple[str, ...]) -> Any:
+    return collections.namedtuple("BlockTerms", fields)
+
+
+def _part(values: Any, rows: slice) -> Any:
+    return type(values)(*(value[rows] for value in values)) if values else values
+
+
 class Block(nn.Module, ABC):
     """A block: branches that read the residual stream, one after the other, and add to it."""
 
@@ -47,7 +98,7 @@ class Block(nn.Module, ABC):
         Args:
             name: which branch.
             z_BnD: the tokens to compute.
-            mod: the block's terms of the conditioning.
+            mod: the block's terms of the conditioning, and its constants.
             at: which tokens these are (`tc_lightning.models.lean.take`); None for all.
             see: where given, what the tokens attend to in place of their own keys and values.
         """
@@ -77,13 +128,17 @@ def compose(block: Block, z_BnD: Tensor, mod: Any, take: Take, at: Tensor | None
 
 
 class Network(nn.Module, ABC):
-    """A diffusion transformer: tokens in, blocks, tokens out. What depends on time and conditions alone comes from `modulations`."""
+    """A diffusion transformer: tokens in, blocks, tokens out.
 
-    schedule: Schedule  # how it was trained: its times, and what its output predicts
+    What depends on time and conditions alone comes from `modulations`, and of that what no time changes from `constants`.
+    """
+
+    schedule: Schedule  # how it was trained: its times, and what its output predicts; an instance may have another than its class
     blocks: nn.ModuleList
     family: str  # its name in `tc_lightning.models.families`
     conditions: Conditions  # what a request must bring
     config: Any  # its shape, a dataclass of plain values; input_size and in_channels at least
+    fixed_tokens: int = 0  # how many tokens are none of the image: they come first, and are computed wherever any are
     examples: Arrays | None = None  # rows of conditions that cannot be drawn, for images that nobody gave any
 
     @property
@@ -97,8 +152,8 @@ class Network(nn.Module, ABC):
         """What a plan must know of it; `teacher` is the sha256 of its weights."""
 
     @abstractmethod
-    def embed(self, x_BCHW: Tensor) -> Tensor:
-        """Latents -> tokens [B, N, D]."""
+    def embed(self, x_BCHW: Tensor, start: Any = ()) -> Tensor:
+        """Latents, and what `constants` has for them -> tokens [B, N, D]."""
 
     @abstractmethod
     def condition(self, t_B: Tensor, **given: Tensor) -> Tensor:
@@ -110,7 +165,14 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def modulations(self, c_BD: Tensor) -> tuple[list[Any], Any]:
-        """The terms of every block and of the readout, which depend on time and conditions alone: named tuples of [B, 1, D]."""
+        """The terms of every block and of the readout, which depend on time and conditions alone: named tuples of [B, r, D].
+
+        r is 1 as a rule. A term that several blocks share is to be one tensor: it is then kept once for all of them.
+        """
+
+    def constants(self, **given: Tensor) -> Constants:
+        """What depends on conditions alone, each of which is [B, ...] by name; nothing unless a network says otherwise."""
+        return Constants((), [()] * len(self.blocks))
 
     @abstractmethod
     def readout(self, z_BND: Tensor, mod: Any) -> Tensor:
@@ -118,11 +180,22 @@ class Network(nn.Module, ABC):
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, asked: Asked) -> Tensor:
         """Raw output [B, out_channels, H, W] for latents, times and conditions."""
-        z_BND = self.embed(x_BCHW)
-        mods, final = self.modulations(self.condition(t_B, **by_name(self.conditions, asked)))
-        for block, mod in zip(self.blocks, mods, strict=True):
+        terms = self.terms(t_B, by_name(self.conditions, asked))
+        z_BND = self.embed(x_BCHW, terms.start)
+        for block, mod in zip(self.blocks, terms.blocks, strict=True):
             z_BND = block(z_BND, mod)
-        return self.readout(z_BND, final)
+        return self.readout(z_BND, terms.final)
+
+    def terms(self, t_B: Tensor, given: Mapping[str, Tensor], constants: Constants | None = None) -> Terms:
+        """All that a forward takes of times and conditions.
+
+        Args:
+            t_B: times, in the network's own units.
+            given: all conditions by name, each [B, ...].
+            constants: those of these conditions, if they are at hand.
+        """
+        own = self.constants(**given) if constants is None else constants
+        return terms_of(self.modulations(self.condition(t_B, **given)), own)
 
     def eps(self, x_BCHW: Tensor, t_B: Tensor, asked: Asked) -> Tensor:
         """What the schedule says that the network predicts, [B, C, H, W]: the first C channels of the output."""

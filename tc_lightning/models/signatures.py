@@ -34,13 +34,13 @@ def signature_of(network: Network, teacher: str, macs: tuple[Macs, ...], fixed: 
         teacher: sha256 of its weights.
         macs: costs of its branches, in order.
         fixed: MACs of a forward outside of them.
-        tokens: tokens between `embed` and `readout`; None for those of the image.
+        tokens: tokens between `embed` and `readout`; None for the network's fixed ones and those of the image.
     """
     config = network.config
     return ModelSignature(
         family=network.family,
         depth=config.depth,
-        tokens=tokens or config.num_tokens,
+        tokens=tokens or network.fixed_tokens + config.num_tokens,
         width=config.hidden_size,
         heads=config.num_heads,
         mlp_width=config.mlp_size,
@@ -54,4 +54,5 @@ def signature_of(network: Network, teacher: str, macs: tuple[Macs, ...], fixed: 
         output=config.output,
         teacher=teacher,
         branches=network.branches.text,
+        fixed_tokens=network.fixed_tokens,
     )

@@ -40,7 +40,7 @@ from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.segments import MAX_ORDER, Segment, require_branches, require_valid
 from tc_lightning.plan.signature import ModelSignature
 
-FORMAT_VERSION = 4  # 4: conditions, costs of branches and the output space of the model
+FORMAT_VERSION = 5  # 4: conditions, costs of branches and the output space of the model; 5: its fixed tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +246,7 @@ def _validate(plan: CachePlan) -> None:
         reached = 0
         for segment in segments:
             where = f"step {i}, blocks [{segment.start}, {segment.stop})"
-            require_valid(segment, reached, plan.model.depth, plan.model.tokens, where, plan.model.block)
+            require_valid(segment, reached, plan.model.depth, plan.model.tokens, where, plan.model.block, plan.model.fixed_tokens)
             reached = segment.stop
         if reached != plan.model.depth:
             raise PlanError(f"step {i} covers {reached} of {plan.model.depth} blocks: the plan is for another depth, or a gap.")

@@ -165,7 +165,9 @@ def reuse(start: int, stop: int, branches: tuple[str, ...], order: int = 0) -> S
     return Segment(start, stop, "reuse", order, branches)
 
 
-def require_valid(segment: Segment, reached: int, depth: int, num_tokens: int, where: str, block: Branches = DIT) -> None:
+def require_valid(
+    segment: Segment, reached: int, depth: int, num_tokens: int, where: str, block: Branches = DIT, fixed_tokens: int = 0
+) -> None:
     """Check a segment by itself, and that it goes on from block `reached`.
 
     Raises:
@@ -193,6 +195,10 @@ def require_valid(segment: Segment, reached: int, depth: int, num_tokens: int, w
         fail(f"tokens must lie in 0 to {num_tokens - 1}; the plan is for another token count")
     if any(a >= b for a, b in zip(segment.tokens, segment.tokens[1:], strict=False)):
         fail("tokens must be ascending and distinct")
+    if segment.tokens and segment.tokens[:fixed_tokens] != tuple(range(fixed_tokens)):
+        fail(f"partial keeps tokens 0 to {fixed_tokens - 1}, which are none of the image, whatever else it keeps")
+    if segment.is_content and fixed_tokens:
+        fail(f"content chooses among tokens of the image, and {fixed_tokens} of this model's are none: list the tokens")
     if segment.mode == "reuse" and not segment.branches:
         fail("reuse must name the branches that come from the cache")
     if segment.mode == "partial" and set(segment.branches) not in ({*block.names}, {*block.tokenwise}):

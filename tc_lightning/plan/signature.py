@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from tc_lightning.errors import PlanError
@@ -34,6 +35,8 @@ class ModelSignature:
     `conditions` are what a request must bring, `macs` the costs of each branch in their order and `fixed_macs` those of a forward
     outside of branches, and `output` says what latents are: `pixels` in [-1, 1], or `latents` that a decoder of the model's own turns
     into images. `branches` names those of a block in order, and says which attend (`tc_lightning.plan.segments.Branches`).
+    `fixed_tokens` of the tokens are not the image's (a text's, for example): they come first, and no step that recomputes tokens leaves
+    them out.
     """
 
     family: str
@@ -52,11 +55,21 @@ class ModelSignature:
     output: str
     teacher: str
     branches: str = DIT.text
+    fixed_tokens: int = 0
 
     @functools.cached_property
     def block(self) -> Branches:
         """The branches of a block."""
         return Branches.parse(self.branches)
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that are the image's: those that may be chosen to be recomputed, and that scores are of."""
+        return self.tokens - self.fixed_tokens
+
+    def kept(self, chosen: Iterable[int]) -> tuple[int, ...]:
+        """The tokens that a step recomputes, ascending: all fixed ones, and the chosen ones, which are numbered within the image."""
+        return (*range(self.fixed_tokens), *sorted(self.fixed_tokens + token for token in chosen))
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -81,8 +94,11 @@ class ModelSignature:
 
     def __post_init__(self) -> None:
         sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type == "int"}
+        fixed = sizes.pop("fixed_tokens")
         if wrong := [f"{name} {size}" for name, size in sizes.items() if not 1 <= size <= MOST]:
             raise PlanError(f"the model has {', '.join(wrong)}: every size must be at least 1, and one that a model can have.")
+        if not 0 <= fixed < self.tokens:
+            raise PlanError(f"the model has {fixed} fixed tokens of {self.tokens}: it needs one of an image at least.")
         if self.output not in OUTPUTS:
             raise PlanError(f"the model's output is {self.output!r}: choose one of {', '.join(OUTPUTS)}.")
         if any(not 0 <= value <= MOST for macs in self.macs for value in macs):

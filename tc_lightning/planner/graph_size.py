@@ -43,9 +43,9 @@ def graph_size(run: Rollout, x_BCHW: Tensor) -> GraphSize:
     """
     own_BTF = own_coefficients(run.plan, len(x_BCHW), x_BCHW.device)
     state = run.start(x_BCHW)
-    weights, kept = _Storages([*run.model.parameters(), own_BTF]), _Storages(tensors(state))
+    known, kept = _Storages([*run.model.parameters(), own_BTF]), _Storages([*tensors(state), *run.constants.tensors])
     if run.selector is not None:
-        weights.add(run.selector.predictor.parameters())
+        known.add(run.selector.predictor.parameters())
     steps: list[tuple[int, int]] = []
     graphs, wanting = 0, 0
     for _ in range(run.plan.num_steps):
@@ -53,7 +53,7 @@ def graph_size(run: Rollout, x_BCHW: Tensor) -> GraphSize:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.add_one, _never):
             state = advance_with(run, as_leaves(state), own_BTF)
         kept.add(tensors(state))
-        saved.remove(weights, kept)
+        saved.remove(known, kept)
         before, wanting = wanting, _Storages([t for t in tensors(state) if t.requires_grad]).size
         steps.append((kept.size + saved.size + saved.largest, max(before, wanting)))
         graphs += saved.size

@@ -31,7 +31,7 @@ class PrunedStep:
         kind: skip, edges, branch or partial.
         order: forecast order of what comes from the cache.
         block_share: share of the blocks that are not skipped (not used by skip); at least one block.
-        token_share: share of the tokens recomputed (partial alone); at least one token.
+        token_share: share of the image's tokens recomputed (partial alone); at least one token.
 
     Raises:
         PlanError: if the kind is unknown, or a share that it uses is not above 0 and at most 1.
@@ -82,7 +82,7 @@ def best_window(sensitivity_L: np.ndarray, width: int) -> tuple[int, int]:
 
 
 def top_tokens(importance_N: np.ndarray, count: int) -> tuple[int, ...]:
-    """The most important tokens, ascending; of equals, the first."""
+    """The most important tokens of the image, ascending; of equals, the first."""
     return tuple(sorted(np.argsort(-importance_N, kind="stable")[:count].tolist()))
 
 
@@ -111,11 +111,12 @@ def _branch(p: PrunedStep, signature: ModelSignature, scores: Scores, phase: Seq
 
 
 def _partial(p: PrunedStep, signature: ModelSignature, scores: Scores, phase: Sequence[int], step: int) -> tuple[Segment, ...]:
-    L, N = signature.depth, signature.tokens
+    L, N = signature.depth, signature.image_tokens
     sensitivity_L = scores.sensitivity_TL2[list(phase)].sum((0, 2))
     start, stop = best_window(sensitivity_L, _rounded(p.block_share, L))
     tokens = top_tokens(scores.importance_TLN[step, start:stop].mean(0), _rounded(p.token_share, N))
-    return skip(0, start, p.order), partial(start, stop, tokens, p.order, signature.block.names), skip(stop, L, p.order)
+    kept = partial(start, stop, signature.kept(tokens), p.order, signature.block.names)
+    return skip(0, start, p.order), kept, skip(stop, L, p.order)
 
 
 _KINDS: dict[str, Callable[[PrunedStep, ModelSignature, Scores, Sequence[int], int], tuple[Segment, ...]]] = {

@@ -86,18 +86,18 @@ def toca_full_steps(num_steps: int, interval: int) -> list[int]:
 
 
 def toca_tokens(signature: ModelSignature, num_steps: int, ratio: float, step: int, block: int) -> int:
-    """Tokens whose MLP is recomputed in one block of one step, 0 to N."""
+    """Tokens of the image whose MLP is recomputed in one block of one step, 0 to N."""
     step_factor = 1 + STEP_WEIGHT - 2 * STEP_WEIGHT * (num_steps - 1 - step) / num_steps
     block_factor = 1 + BLOCK_WEIGHT - 2 * BLOCK_WEIGHT * block / max(signature.depth - 1, 1)
-    return min(signature.tokens, round(ratio * MLP_WEIGHT * step_factor * block_factor * signature.tokens))
+    return min(signature.image_tokens, round(ratio * MLP_WEIGHT * step_factor * block_factor * signature.image_tokens))
 
 
 def _segment(signature: ModelSignature, block: int, tokens: tuple[int, ...]) -> Segment:
     """One block: all branches reused without tokens, attention alone with all of them."""
-    if len(tokens) == signature.tokens:
+    if len(tokens) == signature.image_tokens:
         return reuse(block, block + 1, signature.block.attending)
     if tokens:
-        return partial(block, block + 1, tokens, 0, signature.block.tokenwise)
+        return partial(block, block + 1, signature.kept(tokens), 0, signature.block.tokenwise)
     return reuse(block, block + 1, signature.block.names)
 
 

@@ -37,7 +37,7 @@ class TokenCacheV1Policy(TargetedPolicy):
         k2: interval of the second.
         boundary_share: share of the steps in the first phase.
         block_share: share of the blocks in which P-steps recompute tokens; the least important others reuse their residual.
-        token_share: share of the tokens that P-steps recompute in those blocks.
+        token_share: share of the image's tokens that P-steps recompute in those blocks.
         images: held-out images on which intervals are compared.
 
     Raises:
@@ -76,13 +76,15 @@ class TokenCacheV1Policy(TargetedPolicy):
         """See `TargetedPolicy`."""
         signature, sampler, offers = context.signature, context.sampler, []
         for k2 in range(1, MAX_INTERVAL):
-            tokens = largest(functools.partial(self._macs, signature, sampler, k2), self._tokens(signature), signature.tokens, budget)
+            tokens = largest(
+                functools.partial(self._macs, signature, sampler, k2), self._tokens(signature), signature.image_tokens, budget
+            )
             if tokens is not None:
                 offers.append(self._offer(context, k2 + 1, k2, tokens))
         return offers
 
     def _tokens(self, signature: ModelSignature) -> int:
-        return max(1, round(self.token_share * signature.tokens))
+        return max(1, round(self.token_share * signature.image_tokens))
 
     def _blocks(self, signature: ModelSignature) -> int:
         return max(1, round(self.block_share * signature.depth))
@@ -105,7 +107,7 @@ class TokenCacheV1Policy(TargetedPolicy):
             "k2": k2,
             "boundary_share": self.boundary_share,
             "block_share": self.block_share,
-            "token_share": tokens / context.signature.tokens,
+            "token_share": tokens / context.signature.image_tokens,
             "scores": context.scores.digest,
         }
         return Offer(steps, arguments)
@@ -119,12 +121,13 @@ class TokenCacheV1Policy(TargetedPolicy):
 
 
 def _segments(signature: ModelSignature, kept: Sequence[int], choose: Callable[[int, int], tuple[int, ...]]) -> tuple[Segment, ...]:
-    """Neighbouring blocks of one kind make a segment; `choose(start, stop)` names the tokens of one that is kept."""
+    """Neighbouring blocks of one kind make a segment; `choose(start, stop)` names the image's tokens of one that is kept."""
     segments = []
     for is_kept, group in itertools.groupby(range(signature.depth), key=set(kept).__contains__):
         blocks = list(group)
         start, stop = blocks[0], blocks[-1] + 1
-        segments.append(partial(start, stop, choose(start, stop), 0, signature.block.names) if is_kept else skip(start, stop))
+        tokens = signature.kept(choose(start, stop)) if is_kept else ()
+        segments.append(partial(start, stop, tokens, 0, signature.block.names) if is_kept else skip(start, stop))
     return tuple(segments)
 
 

@@ -26,7 +26,7 @@ from tc_lightning.measure.scores import Scores
 from tc_lightning.plan.costs import full_step_macs, selector_runs, step_macs
 from tc_lightning.plan.guidance import BOTH
 from tc_lightning.plan.sampler_table import SamplerTable
-from tc_lightning.plan.segments import BRANCHES, MAX_ORDER, Segment, compute, content, partial, skip
+from tc_lightning.plan.segments import MAX_ORDER, Segment, compute, content, partial, skip
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import top_tokens
@@ -48,25 +48,25 @@ def block_keeps(importance_LN: np.ndarray, total: int) -> list[int]:
 
 
 def kept_segments(
-    scores: Scores, step: int, keeps: Sequence[int], order: int, least: int, names: tuple[str, ...] = BRANCHES
+    signature: ModelSignature, scores: Scores, step: int, keeps: Sequence[int], order: int, least: int
 ) -> tuple[Segment, ...]:
     """Segments of a P-step.
 
     Args:
+        signature: the model.
         scores: whose predictor chooses the tokens.
         step: the step, at which static tokens are chosen.
-        keeps: tokens that each block recomputes.
+        keeps: tokens of the image that each block recomputes.
         order: forecast order of what is not recomputed.
         least: blocks that would recompute fewer tokens are skipped.
-        names: the branches of a block.
     """
-    N = scores.importance_TLN.shape[2]
+    N = signature.image_tokens
     segments: list[Segment] = []
     for kind, run in itertools.groupby(enumerate(keeps), key=lambda block: _kind(block[1], least, N)):
         blocks = list(run)
         start, stop = blocks[0][0], blocks[-1][0] + 1
         if kind == "partial":
-            segments += [_kept(scores, step, b, keep, order, names) for b, keep in blocks]
+            segments += [_kept(signature, scores, step, b, keep, order) for b, keep in blocks]
         else:
             segments.append(compute(start, stop) if kind == "compute" else skip(start, stop, order))
     return tuple(segments)
@@ -119,13 +119,13 @@ class TokenCacheV2Policy(TargetedPolicy):
 
     def published(self, context: PlanningContext) -> list[Offer]:
         """See `TargetedPolicy`."""
-        L, N = context.signature.depth, context.signature.tokens
+        L, N = context.signature.depth, context.signature.image_tokens
         full_steps = percentile_steps(context.scores.importance_TLN, _count(self.full_share, len(context.sampler)))
         return [self._offer(context, full_steps, round(self.keep_share * L * N), order) for order in self.orders]
 
     def within(self, context: PlanningContext, budget: float) -> list[Offer]:
         """See `TargetedPolicy`."""
-        everything, offers = context.signature.depth * context.signature.tokens, []
+        everything, offers = context.signature.depth * context.signature.image_tokens, []
         for count in sorted({_count(share, len(context.sampler)) for share in self.full_shares}):
             full_steps = percentile_steps(context.scores.importance_TLN, count)
             total = largest(functools.partial(self._macs, context, full_steps), 0, everything, budget)
@@ -138,16 +138,15 @@ class TokenCacheV2Policy(TargetedPolicy):
         return sum(step_macs(context.signature, segments, runs) for segments in self._steps(context, full_steps, total, 0))
 
     def _steps(self, context: PlanningContext, full_steps: Sequence[int], total: int, order: int) -> Steps:
-        scores, T, L, N = context.scores, len(context.sampler), context.signature.depth, context.signature.tokens
+        signature, scores, T = context.signature, context.scores, len(context.sampler)
         pruned = [i for i in range(T) if i not in full_steps]
         keeps = block_keeps(scores.importance_TLN[pruned].mean(0), total) if pruned else []
-        least = max(1, round(self.least_share * N))
-        names = context.signature.block.names
-        return tuple((compute(0, L),) if i in full_steps else kept_segments(scores, i, keeps, order, least, names) for i in range(T))
+        least, everything = max(1, round(self.least_share * signature.image_tokens)), (compute(0, signature.depth),)
+        return tuple(everything if i in full_steps else kept_segments(signature, scores, i, keeps, order, least) for i in range(T))
 
     def _offer(self, context: PlanningContext, full_steps: Sequence[int], total: int, order: int) -> Offer:
         steps = self._steps(context, full_steps, total, order)
-        share = total / (context.signature.depth * context.signature.tokens)
+        share = total / (context.signature.depth * context.signature.image_tokens)
         arguments = {"keep_share": share, "order": order, "least_share": self.least_share, "scores": context.scores.digest}
         chosen = any(s.is_content for segments in steps for s in segments)
         return Offer(steps, arguments, selector=context.scores.selector if chosen else "")
@@ -163,8 +162,10 @@ def _kind(keep: int, least: int, num_tokens: int) -> str:
     return "compute" if keep == num_tokens else "partial"
 
 
-def _kept(scores: Scores, step: int, block: int, keep: int, order: int, names: tuple[str, ...]) -> Segment:
-    """One block that recomputes `keep` tokens."""
+def _kept(signature: ModelSignature, scores: Scores, step: int, block: int, keep: int, order: int) -> Segment:
+    """One block that recomputes `keep` tokens of the image."""
+    names = signature.block.names
     if scores.selector:
         return content(block, block + 1, keep, order, names)
-    return partial(block, block + 1, top_tokens(scores.importance_TLN[step, block], keep), order, names)
+    tokens = signature.kept(top_tokens(scores.importance_TLN[step, block], keep))
+    return partial(block, block + 1, tokens, order, names)

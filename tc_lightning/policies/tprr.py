@@ -164,7 +164,7 @@ class TPRRPolicy(Policy):
         Raises:
             PlanError: if it cannot, with the largest target that can.
         """
-        T, L, N, branches = len(sampler), signature.depth, signature.tokens, len(signature.block.names)
+        T, L, N, branches = len(sampler), signature.depth, signature.image_tokens, len(signature.block.names)
         either = np.zeros((branches, T, L, branches))
         either[range(branches), 1:, :, range(branches)] = 1.0
         blanks = [Scores(np.ones((T, L, N)), each, signature.teacher, sampler_digest(sampler)) for each in either]

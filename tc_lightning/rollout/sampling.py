@@ -6,6 +6,7 @@ Shape suffixes: B images (guidance doubles them inside), C H W latent.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.checkpoints import teacher_digest
 from tc_lightning.models.conditions import Asked, Given, drawn_given, given_of, require_given, require_null
 from tc_lightning.models.content_predictor import Selector, require_selector
-from tc_lightning.models.network import Network
+from tc_lightning.models.network import Constants, Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.dataflow import Entry, StepFlow
 from tc_lightning.plan.given import drawn_labels
@@ -62,6 +63,16 @@ class Rollout:
         """Conditions of each image, by name."""
         return given_of(self.model.conditions, self.asked)
 
+    @functools.cached_property
+    def rows(self) -> Given:
+        """Conditions of each row that the network computes: those of the images, then the null values, if the plan is guided."""
+        return self.given.with_nulls(self.model.conditions) if self.plan.guidance.doubles_batch else self.given
+
+    @functools.cached_property
+    def constants(self) -> Constants:
+        """What the network makes of these rows for all steps."""
+        return self.model.constants(**self.rows)
+
     def check(self) -> None:
         """Refuse what does not belong together.
 
@@ -81,8 +92,18 @@ class Rollout:
 
     def predict(self, state: RunState) -> tuple[Tensor, dict[Entry, Tensor]]:
         """Guided eps [B, C, H, W] of a step, and what it writes; gradients are recorded if they are wanted."""
-        flow = self.plan.flows[state.step]
-        return _predict(self.model, self.plan, state.step, flow, state.x, self.given, state.store, self.selector)
+        plan, model, i, x_BCHW = self.plan, self.model, state.step, state.x
+        flow, mode, guidance = plan.flows[i], plan.guidance_mode(i), plan.guidance
+        cached = {r.entry: forecast([state.store[r.entry, s] for s in r.sources], r.weights) for r in flow.reads}
+        kept = tuple(kept_tokens(s, x_BCHW.device) for s in plan.steps[i])
+        half = slice(len(x_BCHW)) if mode.single else slice(None)
+        rows = self.rows.part(half)
+        t_M = torch.full((rows.images,), plan.sampler.steps[i].t, device=x_BCHW.device)
+        guided = Guided(mode.mode, guidance.scale, guidance.channels) if guidance.doubles_batch else None
+        scorer = None if self.selector is None else self.selector.scorer(model, t_M[: len(x_BCHW)])
+        step = Step(plan.steps[i], kept, cached, flow.writes, scorer)
+        terms = model.terms(t_M, rows, self.constants.part(half))
+        return predict(step, guided, x_BCHW, model, terms, plan.model.in_channels)
 
     def after(self, state: RunState, x_next: Tensor, m: Tensor, writes: dict[Entry, Tensor]) -> RunState:
         """The state that a step leads to; the old one belongs to whoever kept it."""
@@ -195,29 +216,6 @@ def sample(model: Network, plan: CachePlan, x_BCHW: Tensor, asked: Asked, seed: 
     for state in sample_steps(model, plan, x_BCHW, asked, seed, selector=selector):
         x_BCHW = state.x_next
     return x_BCHW
-
-
-def _predict(
-    model: Network,
-    plan: CachePlan,
-    i: int,
-    flow: StepFlow,
-    x_BCHW: Tensor,
-    given: Given,
-    store: Store,
-    selector: Selector | None,
-) -> tuple[Tensor, dict[Entry, Tensor]]:
-    """Guided eps of step i, and what it writes."""
-    cached = {r.entry: forecast([store[r.entry, s] for s in r.sources], r.weights) for r in flow.reads}
-    kept = tuple(kept_tokens(s, x_BCHW.device) for s in plan.steps[i])
-    doubled = plan.guidance.doubles_batch and not plan.guidance_mode(i).single
-    rows = given.with_nulls(model.conditions) if doubled else given
-    t_M = torch.full((rows.images,), plan.sampler.steps[i].t, device=x_BCHW.device)
-    mods, final = model.modulations(model.condition(t_M, **rows))
-    guidance = plan.guidance
-    guided = Guided(plan.guidance_mode(i).mode, guidance.scale, guidance.channels) if guidance.doubles_batch else None
-    step = Step(plan.steps[i], kept, cached, flow.writes, None if selector is None else selector.scorer(model, t_M[: len(x_BCHW)]))
-    return predict(step, guided, x_BCHW, model, mods, final, plan.model.in_channels)
 
 
 def kept_tokens(segment: Segment, device: torch.device | str = "cpu") -> Tensor | None:

@@ -62,7 +62,7 @@ class TokenSuperposition(Budgeted):
     def prepare(self, task: Task) -> None:
         """See `Objective`."""
         super().prepare(task)
-        self.predictor = CachePredictor(task.signature.depth, task.signature.tokens, self.hidden_size)
+        self.predictor = CachePredictor(task.signature.depth, task.signature.image_tokens, self.hidden_size)
         self.times_T: Tensor
         self.register_buffer("times_T", task.clock, persistent=False)
 
@@ -96,7 +96,7 @@ class TokenSuperposition(Budgeted):
 
     def _macs_share(self, mean_w: Tensor) -> Tensor:
         signature = self.task.signature
-        full, blocks = full_step_macs(signature), signature.depth * block_macs(signature, signature.tokens)
+        full, blocks = full_step_macs(signature), signature.depth * block_macs(signature, signature.image_tokens)
         return 1 - (1 - mean_w) * blocks / full
 
 

@@ -70,7 +70,7 @@ class EqualCost:
     @property
     def keep(self) -> int:
         """Tokens that a P-step recomputes in a block, on the average."""
-        return _rounded(self.token_share, self.signature.tokens)
+        return _rounded(self.token_share, self.signature.image_tokens)
 
     @property
     def width(self) -> int:

@@ -171,7 +171,7 @@ def _window(layout: EqualCost, scores: Scores) -> tuple[int, int]:
 
 
 def _static(layout: EqualCost, v1: Scores, importance_N: np.ndarray) -> Segment:
-    return partial(*_window(layout, v1), top_tokens(importance_N, layout.keep), layout.order)
+    return partial(*_window(layout, v1), layout.signature.kept(top_tokens(importance_N, layout.keep)), layout.order)
 
 
 def _in_window(layout: EqualCost, v1: Scores, segment: Segment) -> Segments:
@@ -181,7 +181,7 @@ def _in_window(layout: EqualCost, v1: Scores, segment: Segment) -> Segments:
 
 def _split(layout: EqualCost, scores: Scores, keeps: list[int]) -> Callable[[int], Segments]:
     """Every block with a set of its own, of the given size."""
-    return lambda i: kept_segments(scores, i, keeps, layout.order, least=1)
+    return lambda i: kept_segments(layout.signature, scores, i, keeps, layout.order, least=1)
 
 
 def _even(layout: EqualCost, v1: Scores) -> list[int]:
