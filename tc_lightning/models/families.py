@@ -10,6 +10,7 @@ from tc_lightning.errors import TeacherError, TokenCacheError
 from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.models.network import Network
 from tc_lightning.models.pixart import PixArt, PixArtConfig
+from tc_lightning.models.sd3 import SD3, SD3Config
 from tc_lightning.models.sit import SiT
 
 
@@ -20,7 +21,12 @@ class Family(NamedTuple):
     config: type
 
 
-FAMILIES: dict[str, Family] = {"dit": Family(DiT, DiTConfig), "sit": Family(SiT, DiTConfig), "pixart": Family(PixArt, PixArtConfig)}
+FAMILIES: dict[str, Family] = {
+    "dit": Family(DiT, DiTConfig),
+    "sit": Family(SiT, DiTConfig),
+    "pixart": Family(PixArt, PixArtConfig),
+    "sd3": Family(SD3, SD3Config),
+}
 
 
 def family_of(name: str) -> Family:

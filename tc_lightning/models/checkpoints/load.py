@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.checkpoints.diffusers_config import ReadNetwork
 from tc_lightning.models.checkpoints.diffusers_folder import is_diffusers, read_diffusers
@@ -35,6 +37,8 @@ def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> Netw
     """
     path = locate(spec.weights)
     model, notes = _from_folder(spec, path) if is_diffusers(path) else _from_file(spec, path)
+    if spec.text_tokens is not None:
+        model = _with_text_tokens(model, spec.text_tokens)
     if spec.conditions is not None:
         model.examples = read_examples(Path(spec.conditions).expanduser(), model.conditions)
     if notes:
@@ -72,6 +76,17 @@ def _read(path: Path) -> tuple[ReadState, SafetensorsFile]:
     file = read_safetensors(path)
     own = file.family is not None and not issubclass(family_of(file.family).network, DiT)  # names of its own, and no release's
     return ReadState(to_state(file.tensors, path), []) if own else choose(file.tensors, path), file
+
+
+def _with_text_tokens(model: Network, tokens: int) -> Network:
+    """The same weights for texts of another length."""
+    if not hasattr(model.config, "text_tokens"):
+        raise TeacherError(f"a {model.family} takes no text: remove `text_tokens`.")
+    with torch.device("meta"):
+        other = type(model)(dataclasses.replace(model.config, text_tokens=tokens))
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.schedule = model.schedule
+    return other.eval().requires_grad_(False)
 
 
 def _rebuild(family: str, file: SafetensorsFile, state: State, path: Path) -> Network:
