@@ -17,9 +17,11 @@ from export.compiler.compile import export_artefact
 from export.compiler.parity import relative_l2
 from export.runtime.manifest import read_manifest
 from export.runtime.sampler import CachedSampler
+from tc_lightning.cache.soft_network import full_eps, mixed_branches_eps, mixed_eps
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.scores import Scores, sampler_digest
+from tc_lightning.measure.sensitivity import branch_sensitivity, probes_for
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher
 from tc_lightning.models.conditions import Given
 from tc_lightning.models.sd3 import SD3
@@ -154,6 +156,21 @@ def test_a_plan_tells_which_blocks_are_unlike_the_rest(tmp_path: Path) -> None:
     assert [(one["blocks"], one["kv_widths"]) for one in told["unlike"]] == [([0, 1], 2), ([3], 1)]
     plain = make_sd3(dataclasses.replace(SMALL, dual_blocks=""))
     assert [one.blocks for one in model_signature(plain).unlike] == [(3,)]
+
+
+def test_what_training_and_measurements_see() -> None:
+    """All of them importances of 1: the network itself. Scores are of the image's tokens, and branches matter in every block."""
+    x_prev, x = noise_for(0, range(2), MODEL), noise_for(1, range(2), MODEL)
+    t_prev, t = torch.tensor([950.0, 700.0]), torch.tensor([900.0, 600.0])
+    eps, _ = full_eps(MODEL, GUIDANCE, x, t, GIVEN)
+    _, caches = full_eps(MODEL, GUIDANCE, x_prev, t_prev, GIVEN)
+    branches, _ = mixed_branches_eps(MODEL, GUIDANCE, caches.branches, x, t, GIVEN, torch.ones(2, 4, 2))
+    torch.testing.assert_close(branches, eps, rtol=1e-5, atol=1e-5)
+    tokens = mixed_eps(MODEL, GUIDANCE, caches.blocks, x, t, GIVEN, torch.ones(2, 4, IMAGE))
+    torch.testing.assert_close(tokens, eps, rtol=1e-5, atol=1e-5)
+    sensitivity = branch_sensitivity(MODEL, GUIDANCE, x_prev, x, t_prev, t, GIVEN, probes_for(MODEL, 0, [1, 2], 1))
+    assert sensitivity.shape == (2, 4, 2)
+    assert (sensitivity > 0).all()
 
 
 # Artefacts

@@ -85,7 +85,7 @@ def _with_text_tokens(model: Network, tokens: int) -> Network:
     with torch.device("meta"):
         other = type(model)(dataclasses.replace(model.config, text_tokens=tokens))
     other.load_state_dict(model.state_dict(), assign=True)
-    other.schedule = model.schedule
+    vars(other).update({name: value for name, value in vars(model).items() if name not in vars(other)})  # its schedule, for example
     return other.eval().requires_grad_(False)
 
 
