@@ -8,6 +8,7 @@ from tc_lightning.models.embedders import FREQUENCIES
 from tc_lightning.models.network import Network
 from tc_lightning.plan.block_costs import UnlikeBlocks
 from tc_lightning.plan.signature import Macs, ModelSignature
+from tc_lightning.plan.skips import LongSkips
 
 
 def attention_macs(width: int) -> Macs:
@@ -34,6 +35,7 @@ def signature_of(
     fixed: int,
     tokens: int | None = None,
     unlike: tuple[UnlikeBlocks, ...] = (),
+    merge: int = 0,
 ) -> ModelSignature:
     """Signature of a network whose configuration has the fields of `tc_lightning.models.dit.DiTConfig`.
 
@@ -44,6 +46,7 @@ def signature_of(
         fixed: MACs of a forward outside of them.
         tokens: tokens between `embed` and `readout`; None for the network's fixed ones and those of the image.
         unlike: blocks that are unlike the rest.
+        merge: MACs of taking in a token by a long skip.
     """
     config = network.config
     return ModelSignature(
@@ -65,4 +68,5 @@ def signature_of(
         branches=network.branches.text,
         fixed_tokens=network.fixed_tokens,
         unlike=unlike,
+        skips=LongSkips(network.skips, merge),
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.dataflow import Entry, assign_slots
 from tc_lightning.plan.guidance import Guidance, GuidanceMode
-from tc_lightning.plan.segments import Segment
+from tc_lightning.plan.segments import Segment, compute
 from tc_lightning.plan.signature import ModelSignature
 
 
@@ -35,7 +35,8 @@ def segment_macs(model: ModelSignature, segment: Segment) -> int:
     if segment.mode == "skip":
         return 0
     tokens = segment.keep if segment.mode == "partial" else model.tokens
-    return blocks_macs(model, segment.blocks, tokens, tuple(filter(segment.computes, model.block.names)))
+    blocks = blocks_macs(model, segment.blocks, tokens, tuple(filter(segment.computes, model.block.names)))
+    return blocks + model.skips.taken_in(segment.start, segment.stop) * tokens * model.skips.macs
 
 
 def selector_macs(model: ModelSignature) -> int:
@@ -51,7 +52,7 @@ def step_macs(model: ModelSignature, segments: tuple[Segment, ...], selector_run
 
 def full_step_macs(model: ModelSignature) -> int:
     """MACs of a full forward for one sample."""
-    return model.fixed_macs + blocks_macs(model, range(model.depth), model.tokens)
+    return model.fixed_macs + segment_macs(model, compute(0, model.depth))
 
 
 def halves_share(mode: GuidanceMode) -> float:

@@ -22,6 +22,7 @@ from tc_lightning.plan.block_costs import (
 from tc_lightning.plan.conditions import Conditions, conditions_from_json, require_distinct
 from tc_lightning.plan.json_fields import MOST, from_fields
 from tc_lightning.plan.segments import DIT, Branches
+from tc_lightning.plan.skips import NO_SKIPS, LongSkips, require_skips
 
 PIXELS, LATENTS = "pixels", "latents"
 OUTPUTS = (PIXELS, LATENTS)
@@ -35,7 +36,7 @@ class ModelSignature:
     outside of branches, and `output` says what latents are: `pixels` in [-1, 1], or `latents` that a decoder of the model's own turns
     into images. `branches` names those of a block in order, and says which attend (`tc_lightning.plan.segments.Branches`).
     `fixed_tokens` of the tokens are not the image's (a text's, for example): they come first, and no step that recomputes tokens leaves
-    them out. `macs` are those of most blocks; `unlike` names the others.
+    them out. `macs` are those of most blocks; `unlike` names the others. `skips` are the long skips between blocks, if there are any.
     """
 
     family: str
@@ -56,6 +57,7 @@ class ModelSignature:
     branches: str = DIT.text
     fixed_tokens: int = 0
     unlike: tuple[UnlikeBlocks, ...] = ()
+    skips: LongSkips = NO_SKIPS
 
     @functools.cached_property
     def block(self) -> Branches:
@@ -89,12 +91,12 @@ class ModelSignature:
         return self.in_channels, self.input_size, self.input_size
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; branches where they are not those of a DiT, and blocks that are unlike the rest where there are any."""
-        silent = (("branches", DIT.text), ("unlike", ()))
+        """Plain JSON values; branches where they are not those of a DiT, blocks unlike the rest and long skips where there are any."""
+        silent = (("branches", DIT.text), ("unlike", ()), ("skips", NO_SKIPS))
         plain = {name: value for name, value in vars(self).items() if name in _FIELDS and (name, value) not in silent}
-        made = {"conditions": [one.to_json() for one in self.conditions], "macs": macs_to_json(self.block.names, self.macs)}
-        unlike = [unlike_to_json(self.block.names, one) for one in self.unlike]
-        return plain | made | ({"unlike": unlike} if unlike else {})
+        plain |= {"conditions": [one.to_json() for one in self.conditions], "macs": macs_to_json(self.block.names, self.macs)}
+        plain |= {"unlike": [unlike_to_json(self.block.names, one) for one in self.unlike]} if self.unlike else {}
+        return plain | ({"skips": self.skips.to_json()} if self.skips != NO_SKIPS else {})
 
     @classmethod
     def from_json(cls, raw: Any, where: str) -> ModelSignature:
@@ -103,8 +105,8 @@ class ModelSignature:
         Raises:
             PlanError: if a key is missing or unknown, or a value has the wrong type.
         """
-        made = {"conditions": conditions_from_json, "macs": macs_from_json, "unlike": unlike_from_json}
-        return from_fields(cls, raw, where, {"branches", "unlike"}, made)
+        made = {"conditions": conditions_from_json, "macs": macs_from_json, "unlike": unlike_from_json, "skips": LongSkips.from_json}
+        return from_fields(cls, raw, where, {"branches", "unlike", "skips"}, made)
 
     def __post_init__(self) -> None:
         sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type == "int"}
@@ -115,10 +117,11 @@ class ModelSignature:
             raise PlanError(f"the model has {fixed} fixed tokens of {self.tokens}: it needs one of an image at least.")
         if self.output not in OUTPUTS:
             raise PlanError(f"the model's output is {self.output!r}: choose one of {', '.join(OUTPUTS)}.")
-        for macs in (self.macs, *(one.macs for one in self.unlike)):
+        for macs in (self.macs, (Macs(self.skips.macs),), *(one.macs for one in self.unlike)):
             require_costs(macs, self.fixed_tokens, self.tokens)
         require_unlike(self.unlike, self.depth)
         require_distinct(self.conditions)
+        require_skips(self.skips, self.depth)
 
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(ModelSignature))
