@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.checkpoints.diffusers_config import ReadNetwork
 from tc_lightning.models.checkpoints.diffusers_folder import is_diffusers, read_diffusers
@@ -38,6 +40,8 @@ def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> Netw
     """
     path = locate(spec.weights)
     model, notes = _from_folder(spec, path) if is_diffusers(path) else _from_file(spec, path)
+    if spec.text_tokens is not None:
+        model = _with_text_tokens(model, spec.text_tokens)
     if spec.conditions is not None:
         model.examples = read_examples(Path(spec.conditions).expanduser(), model.conditions)
     if notes:
@@ -84,6 +88,17 @@ def _released(raw: Any, path: Path) -> tuple[ReadState, SafetensorsFile]:
     read = choose(raw, path, read=lambda weights, path: read_mdt(weights, path) if is_mdt(weights) else as_they_are(weights, path))
     told = tells_mdt(read.state)
     return read, SafetensorsFile({}, mdt_shape(read.state, path), MDT.family) if told else SafetensorsFile({})
+
+
+def _with_text_tokens(model: Network, tokens: int) -> Network:
+    """The same weights for texts of another length."""
+    if not hasattr(model.config, "text_tokens"):
+        raise TeacherError(f"a {model.family} takes no text: remove `text_tokens`.")
+    with torch.device("meta"):
+        other = type(model)(dataclasses.replace(model.config, text_tokens=tokens))
+    other.load_state_dict(model.state_dict(), assign=True)
+    vars(other).update({name: value for name, value in vars(model).items() if name not in vars(other)})  # its schedule, for example
+    return other.eval().requires_grad_(False)
 
 
 def _rebuild(family: str, file: SafetensorsFile, state: State, path: Path) -> Network:
