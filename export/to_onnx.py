@@ -14,7 +14,7 @@ from pathlib import Path
 
 from export.command import positive, run
 from export.compiler.compile import export_artefact
-from export.compiler.explain import explain, plan_figure
+from export.compiler.explain import conditioning_in_words, explain, plan_figure
 from export.runtime.programs import lower
 from export.torch_device import torch_device
 from tc_lightning.models.checkpoints import load_teacher
@@ -52,6 +52,7 @@ def main() -> None:
     print(f"export error  {parity['trajectory_rel_l2']:.1e} relative L2 over whole trajectories, ONNX Runtime against torch")
     print(f"method error  {fidelity['psnr_db']:.1f} dB PSNR, cached against full compute")
     print(f"speed         {manifest['macs_speedup']:.2f}x in MACs, {fidelity['wall_speedup']:.2f}x on the clock ({args.provider})")
+    print(f"conditioning  {conditioning_in_words(manifest)}")
     print(f"wrote {out}\nnext: python export/sample.py {out} --labels 0 1 2 3 --out grid.png --compare")
 
 

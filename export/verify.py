@@ -127,7 +127,7 @@ def rebuild_teacher(sampler: CachedSampler) -> Network:
     said = sampler.manifest["network"]
     try:
         with torch.device("meta"):
-            model = build(said["family"], said["config"])
+            model = build(said["family"], said["config"], said.get("schedule"))
     except TeacherError as error:
         raise ArtefactError(f"{sampler.path}: {error}") from error
     plan = CachePlan.load(sampler.path / "plan.json")

@@ -12,12 +12,12 @@ from export.compiler.parity import to_numpy
 from export.runtime.buffers import MOST_SIZES, Pool, ProgramError, Workspace, place
 from export.runtime.cuda_provider import Lane
 from export.runtime.layout import graphed, lay_out, read_first
-from export.runtime.request import Part, fill, run_part
+from export.runtime.request import Part, Row, fill, run_part
 from export.runtime.sampler import CachedSampler
 from export.runtime.sessions import on_device
 from tc_lightning.errors import TokenCacheError
 
-PART = Part({"label": np.array([0, 3])}, seed=7, first=0, scale=1.5, full=False)
+PART = Part({"label": np.array([0, 3])}, (Row(7, 0, 1.5), Row(7, 1, 1.5)), full=False)
 
 
 @pytest.fixture(scope="module")
@@ -83,23 +83,24 @@ def test_a_run_may_be_repeated(sampler, expected):
 
 
 def test_latents_are_looked_at_once_on_a_device(sampler, expected):
-    latents, tally = run_part(workspace_of(sampler), sampler.manifest, on_cpu=False, timing=False, on_step=lambda _: None)
+    latents, failed, tally = run_part(workspace_of(sampler), sampler.manifest, on_cpu=False, timing=False, on_step=lambda _: None)
+    assert failed == {}
     assert np.array_equal(latents, expected)
     assert tally.seconds == {}
-    _, timed = run_part(workspace_of(sampler), sampler.manifest, on_cpu=False, timing=True, on_step=lambda _: None)
+    _, _, timed = run_part(workspace_of(sampler), sampler.manifest, on_cpu=False, timing=True, on_step=lambda _: None)
     assert set(timed.seconds) == set(timed.ran)
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])
 def test_the_first_bad_step_is_named_whenever_one_looks(sampler, on_cpu):
-    overflowing, seen = dataclasses.replace(PART, scale=1e38), []
-    with pytest.raises(TokenCacheError) as caught:
-        run_part(workspace_of(sampler, overflowing), sampler.manifest, on_cpu, False, seen.append)
+    overflowing, seen = dataclasses.replace(PART, rows=(Row(7, 0, 1e38), Row(7, 1, 1e38))), []
+    _, failed, _ = run_part(workspace_of(sampler, overflowing), sampler.manifest, on_cpu, False, seen.append)
     steps = sampler.manifest["steps"]
     assert len(seen) < steps if on_cpu else len(seen) == steps
     with pytest.raises(TokenCacheError) as again:
         sampler.sample([0, 3], seed=7, guidance=1e38)
-    assert str(caught.value) == str(again.value)
+    assert str(again.value) == failed[0]
+    assert set(failed) == {0, 1}
 
 
 def test_nan_of_one_image_is_noticed(sampler):
@@ -110,11 +111,11 @@ def test_nan_of_one_image_is_noticed(sampler):
         workspace.fill("x.0", x)
         workspace.run(workspace.layout.runs[0])
         workspace.run(workspace.layout.runs[1])
-        assert int(workspace.read("first_bad.1")) == 0
+        assert workspace.read("first_bad.1").tolist() == [sampler.manifest["steps"], 0]
     x[1, 2, 3, 4] = 3e38  # large, but a number
     workspace.fill("x.0", np.zeros_like(x))
     workspace.run(workspace.layout.runs[1])
-    assert int(workspace.read("first_bad.1")) == sampler.manifest["steps"]
+    assert workspace.read("first_bad.1").tolist() == [sampler.manifest["steps"]] * 2
 
 
 def test_a_program_that_fails_is_named(sampler):

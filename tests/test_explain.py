@@ -9,7 +9,7 @@ from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps, vp_sa
 from PIL import Image
 
 from export.bench.plans import benchmark_plans
-from export.compiler.explain import explain, plan_figure, values_held
+from export.compiler.explain import conditioning_in_words, explain, plan_figure, values_held
 from export.runtime.programs import lower
 from tc_lightning.errors import PlanError
 from tc_lightning.plan.costs import macs_speedup
@@ -74,6 +74,12 @@ def test_no_more_is_held_than_there_is_room_for(seed):
     plan = make_plan(SIGNATURE, random_steps(seed, num_steps=12))
     _, depth = assign_slots(plan.flows)
     assert max(values_held(plan)) <= sum(depth.values())
+
+
+def test_what_conditioning_takes():
+    """Two rows of 4000 values a step and 6000 constants, of two bytes each."""
+    manifest = {"precision": "fp16", "modulations": 2, "model": {"width": 4000}, "constants": {"a": [1000, 2, 2], "b": [2000]}}
+    assert conditioning_in_words(manifest) == "0.01 MB a request and 16 kB a step for each distinct row of conditions"
 
 
 def test_picture(tmp_path: Path):

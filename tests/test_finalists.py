@@ -22,19 +22,22 @@ from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import skip
 from tc_lightning.planner import trials as bench
-from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose, worth_refining
+from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose, finalist_recipes
 from tc_lightning.planner.front import write_front
 from tc_lightning.planner.image_choice import SEED
 from tc_lightning.planner.policy import PlannerPolicy
-from tc_lightning.planner.recipe import Kind, Recipe, build_plan
+from tc_lightning.planner.recipe import Recipe, build_plan
 from tc_lightning.planner.run import Choice, PlannerRun
+from tc_lightning.planner.search import Search
 from tc_lightning.planner.target import TargetRun
+from tc_lightning.planner.trials import Trial
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import PrunedStep
 from tc_lightning.rollout.sampling import labels_for, model_signature, reference_plan
 
 GUIDANCE, SKIP = Guidance(1.5, 3), PrunedStep("skip", 1)
 STEPS = 12
+ALL: dict[str, Any] = {"solver": "dpmpp_2m", "spacing": "logsnr", "num_steps": 4, "full": (0, 1, 2, 3), "pruned": SKIP}
 TEACHER = make_teacher(depth=2)
 PLANS = {
     "full": make_plan(make_teacher(), (FULL,) * 4),
@@ -65,6 +68,16 @@ class TestChoose:
     def test_one_image_does_not_decide(self) -> None:
         full, skips = finalist("full", 1.0, 1.0, 1.0, 100.0), finalist("skips", 1.0, 1.0, 1.0, 1.0)
         assert choose([skips, full], "auto") is full
+
+    def test_twice_the_error_on_most_images_decides_however_unlike_they_are(self) -> None:
+        """Differences 1, 3, 30 and -20, with a standard error three times their mean: one image would hide the others."""
+        full, halves = finalist("full", 2.0, 6.0, 60.0, 380.0), finalist("halves", 1.0, 3.0, 30.0, 400.0)
+        assert choose([full, halves], "auto") is halves
+
+    def test_a_plan_that_is_better_on_most_images_but_not_in_the_mean_is_not_taken(self) -> None:
+        full, skips = finalist("full", 1.0, 1.0, 1.0, 1.0), finalist("skips", 0.5, 0.5, 0.5, 40.0)
+        assert skips.error > full.error
+        assert choose([full, skips], "auto") is full
 
     def test_images_count_by_their_weights(self) -> None:
         full, skips = finalist("full", 3.0, 1.0, weights=(1.0, 9.0)), finalist("skips", 1.0, 3.0, weights=(1.0, 9.0))
@@ -97,18 +110,23 @@ class TestChoose:
         assert best_without_cache([finalist("skips", 0.1)]) is None
 
 
-class TestWorthRefining:
-    def test_full_compute_always_and_of_caches_the_best(self) -> None:
-        hopeless, halves, skips = finalist("full", 9.0), finalist("halves", 1.0), finalist("skips", 2.0)
-        assert worth_refining([skips, hopeless, halves]) == [hopeless, halves]
-        better = finalist("skips", 0.5)
-        assert worth_refining([better, hopeless, halves]) == [hopeless, halves, better]
-        assert worth_refining([hopeless]) == [hopeless]
-
-    def test_what_became_nan_only_where_nothing_else_caches(self) -> None:
-        nan, skips = finalist("halves", math.nan), finalist("skips", 2.0)
-        assert worth_refining([nan, skips]) == [skips]
-        assert worth_refining([nan]) == [nan]
+class TestFinalistRecipes:
+    @pytest.mark.parametrize(
+        ("errors", "use", "found"),
+        [
+            ({"full": 9.0, "halves": 1.0, "cache": 2.0}, "auto", ["full", "halves"]),
+            ({"full": 9.0, "halves": 1.0, "cache": 0.5}, "keep", ["full", "halves", "cache"]),
+            ({"full": 9.0, "halves": math.inf, "cache": 2.0}, "auto", ["full", "cache"]),
+            ({"full": 9.0, "cache": 2.0}, "auto", ["full", "cache"]),
+            ({"full": 9.0, "halves": 1.0, "cache": 0.5}, "none", ["full"]),
+        ],
+    )
+    def test_skips_only_where_halves_did_no_better(self, errors: dict[str, float], use: CacheUse, found: list[str]) -> None:
+        halves = ALL | {"alone": (3,)}
+        recipes = {"full": Recipe(**ALL), "halves": Recipe(**halves), "cache": Recipe(**ALL | {"full": (0, 1, 3)})}
+        search = Search(PlannerRun(policy("auto").settings, context()).bench, 4.0)
+        search.trials = {recipes[kind]: Trial(recipes[kind], 4.0, error) for kind, error in errors.items()}
+        assert [recipe.kind for recipe in finalist_recipes(search, use)] == found
 
 
 def scores(model: DiT) -> Scores:
@@ -168,8 +186,7 @@ class TestPlanner:
         points = run.points({2.5: Choice(winner, few, []), 2.0: Choice(few, few, [])})
         assert [(p.role, p.budgets) for p in points] == [("planned", (2.5,)), ("planned", (2.0,))]
 
-    def test_those_that_may_win_are_refined_once_and_all_are_compared(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of each budget full compute, halves of guidance, and what skips where it is the best with a cache before that."""
+    def test_finalists_are_refined_once_and_compared_in_every_budget_that_pays_for_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         passes: list[dict[str, Any]] = []
         real = bench.refine_sampler
 
@@ -178,21 +195,15 @@ class TestPlanner:
             return real(model, plan, target, iterations, *more)
 
         monkeypatch.setattr(bench, "refine_sampler", refine)
-        c = context()
-        run = PlannerRun(policy("auto").settings, c)
+        run = PlannerRun(policy("auto").settings, context())
         searches = run.searches()
         choices = run.finish(searches)
-        kinds: tuple[Kind, ...] = ("full", "halves", "cache")
-        best = [search.best_of(kind) for search in searches.values() for kind in kinds]
-        recipes = {trial.recipe for trial in best if trial is not None}
-        assert {one.recipe for choice in choices.values() for one in choice.finalists} == recipes
-        always = [recipe.to_json() for recipe in recipes if recipe.kind != "cache"]
-        assert all(passes.count(arguments) == 1 for arguments in always)
-        assert len(passes) == len({str(arguments) for arguments in passes}) <= len(always) + len(searches)
-        for choice in choices.values():
-            for one in choice.finalists:
-                assert one.refined == (one.recipe.to_json() in passes)
-                assert torch.isfinite(one.errors_B).all()
+        recipes = {recipe for search in searches.values() for recipe in finalist_recipes(search, "auto")}
+        assert all(passes.count(recipe.to_json()) == 1 for recipe in recipes)
+        assert len(passes) == len(recipes)
+        for speedup, choice in choices.items():
+            assert {one.recipe for one in choice.finalists} == {r for r in recipes if run.bench.cost(r) <= searches[speedup].budget}
+            assert all(torch.isfinite(one.errors_B).all() for one in choice.finalists)
 
     @pytest.mark.parametrize("use", ["auto", "keep", "none"])
     def test_plan_json_is_what_the_table_calls_chosen(self, use: CacheUse, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,14 @@ from export.runtime.manifest import read_manifest
 from export.runtime.programs import lower
 from export.runtime.sampler import CachedSampler
 from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.conditions import Given
 from tc_lightning.models.pixart import PixArt, PixArtConfig
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import compute, partial, reuse, skip
+from tc_lightning.planner.policy import PlannerPolicy
+from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.tprr import tprr_plan
 from tc_lightning.rollout.sampling import full_plan, given_for, model_signature, noise_for, sample
 
@@ -67,10 +72,22 @@ def tprr() -> CachePlan:
     return tprr_plan(SIGNATURE, table, GUIDANCE, table, boundary=4, k1=3, k2=2, pruned_step=pruned)
 
 
-PLANS = {
-    "by hand": make_plan(SIGNATURE, STEPS, GUIDANCE),
-    "halves": make_plan(SIGNATURE, STEPS, GUIDANCE, "dpmpp_2m", modes="bb1bb1"),
-    "tprr": tprr(),
+def planned() -> CachePlan:
+    """The planner's own, with a cache."""
+    table, rng = make_sampler(PIXART.schedule, "ddim", 10), np.random.default_rng(0)
+    importance, sensitivity = rng.random((10, 4, 16)), rng.random((10, 4, 3))
+    importance[0], sensitivity[0] = 1, 0
+    scores = Scores(importance, sensitivity, SIGNATURE.teacher, sampler_digest(table))
+    policy = PlannerPolicy(1.5, "reference", (), 3, 1, "keep", 2, 2, 2, 2, 0, 0, progress=False)
+    context = PlanningContext(SIGNATURE, PIXART.schedule, table, GUIDANCE, scores, table, lambda plan, images: math.nan, model=PIXART)
+    return policy.plan(context).plan
+
+
+PLANS: dict[str, Callable[[], CachePlan]] = {
+    "by hand": lambda: make_plan(SIGNATURE, STEPS, GUIDANCE),
+    "halves": lambda: make_plan(SIGNATURE, STEPS, GUIDANCE, "dpmpp_2m", modes="bb1bb1"),
+    "tprr": tprr,
+    "planned": planned,
 }
 
 
@@ -80,7 +97,7 @@ def torch_latents(plan: CachePlan, given: Given) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=PLANS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[CachePlan, Path]:
-    plan, out = PLANS[request.param], tmp_path_factory.mktemp("pixart") / "artefact"
+    plan, out = PLANS[request.param](), tmp_path_factory.mktemp("pixart") / "artefact"
     export_artefact(PIXART, plan, out, "fp32", "cpu", 2, lambda _: None)
     return plan, out
 
@@ -91,6 +108,7 @@ def test_artefacts_agree_with_torch_over_whole_trajectories(exported: tuple[Cach
     result = sampler.sample(seed=5, conditions={name: value.numpy() for name, value in given.items()})
     wanted = torch_latents(plan, given)
     assert worst_error(result.latents, wanted) < 1e-4
+    assert plan.caches
     assert worst_error(torch_latents(full_plan(SIGNATURE, plan.sampler, GUIDANCE), given), wanted) > 1e-3  # caching is felt here
     assert sampler.manifest["modulations"] == 6 + 2  # for all blocks together, and the readout
     assert result.receipt["constant_bytes"] == 5 * 4 * (5 + 4 * 2 * 5 * 24)  # of four texts and the null one

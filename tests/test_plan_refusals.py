@@ -155,6 +155,7 @@ def old_format() -> dict[str, Any]:
             for size in (0, -1)
         ),
         (changed("model", "depth", to=10**400), "model.depth: expected int, found 1000"),
+        *((changed("model", "fixed_tokens", to=count), f"model has {count} fixed tokens of 16") for count in (-1, 16)),
         (changed("model", "teacher", to="\ud800"), "model.teacher: expected str"),
         (changed("guidance", "scale", to=10**400), "guidance.scale: expected float"),
         (changed("eps_scale", to=[10**400] * 8), "eps_scale: expected a list of numbers"),

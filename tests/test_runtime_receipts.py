@@ -91,8 +91,8 @@ def test_receipt_without_guidance(unguided):
 
 def test_a_receipt_says_when_a_request_leaves_the_range_of_the_fit():
     fit = {"guidance": 1.5, "labels": [0, 1]}
-    assert outside_the_fit(None, 4.0, [3]) == outside_the_fit(fit, 1.5, [1, 0, 1]) == []
-    told = outside_the_fit(fit, 4.0, [1, 3, 3, 2])
+    assert outside_the_fit(None, 4.0, [3]) == outside_the_fit(fit, [1.5], [1, 0, 1]) == []
+    told = outside_the_fit(fit, [4.0], [1, 3, 3, 2])
     assert told == ["guidance 4: fitted at 1.5", "2 of its classes: no image of them was fitted on"]
 
 

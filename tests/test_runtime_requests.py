@@ -20,13 +20,22 @@ from tc_lightning.errors import TokenCacheError
         ({"labels": ["3"]}, "label '3' is not a class"),
         ({"labels": [True]}, "label True is not a class"),
         ({"labels": [0], "seed": 1.5}, "seed 1.5 is out of range"),
-        ({"labels": [0, 1], "first_index": 2**63 - 2}, "first_index .* is out of range"),
+        ({"labels": [0, 1], "first_index": 2**63 - 1}, "index .* is out of range"),
+        ({"labels": [0, 1], "seed": [1]}, "1 values of seed were given for 2 images: give one, or one for each"),
+        ({"labels": [0, 1], "seed": [1, 2.5]}, "seed 2.5 is out of range"),
+        ({"labels": [0, 1], "seed": [1, True]}, "seed True is out of range"),
+        ({"labels": [0, 1], "seed": "17"}, "seed '17' is out of range"),
+        ({"labels": [0, 1], "indices": [3]}, "1 values of index were given for 2 images"),
+        ({"labels": [0, 1], "indices": [3, -1]}, "index -1 is out of range"),
+        ({"labels": [0, 1], "guidance": [1.5, 2.0, 3.0]}, "3 values of guidance were given for 2 images"),
+        ({"labels": [0, 1], "guidance": [1.5, "high"]}, "guidance 'high' is not a number that can be used"),
+        ({"labels": [0, 1], "guidance": [1.5, float("nan")]}, "guidance nan"),
         ({"labels": []}, "no labels were given"),
         ({"labels": [0], "guidance": float("nan")}, "guidance nan"),
         ({"labels": [0], "guidance": float("inf")}, "guidance inf"),
         ({"labels": [0], "seed": -1}, "seed -1 is out of range"),
         ({"labels": [0], "seed": 2**63}, "is out of range"),
-        ({"labels": [0], "first_index": -1}, "first_index -1 is out of range"),
+        ({"labels": [0], "first_index": -1}, "index -1 is out of range"),
     ],
 )
 def test_requests_that_are_refused(sampler, arguments, message):
@@ -56,6 +65,40 @@ def test_an_image_does_not_depend_on_its_batch(sampler):
     assert close(others[1], together[1])
     assert not close(others[0], together[0])
     assert not close(sampler.sample([0], seed=7, first_index=1).latents[0], together[0])
+
+
+def test_rows_of_several_requests_in_one_batch(sampler):
+    """Each with its own label, seed, index and guidance: the images that each would get alone, in any order and any company."""
+    rows = [(0, 7, 0, 1.5), (3, 7, 1, 1.5), (1, 2**62, 5, 4.0), (0, 7, 0, 0.0), (4, 11, 2**62, 1.5)]
+
+    def made(some):
+        labels, seeds, indices, scales = map(list, zip(*some, strict=True))
+        return sampler.sample(labels, seed=seeds, indices=indices, guidance=scales)
+
+    together = made(rows)
+    for row, latent in zip(rows, together.latents, strict=True):
+        alone = sampler.sample([row[0]], seed=row[1], first_index=row[2], guidance=row[3]).latents[0]
+        assert close(alone, latent)
+    assert np.array_equal(made(rows[::-1]).latents[::-1], together.latents)
+    assert not close(together.latents[0], together.latents[3])  # their guidance alone differs
+    receipt = together.receipt
+    assert (receipt["seed"], receipt["indices"]) == ([7, 7, 2**62, 7, 11], [0, 1, 5, 0, 2**62])
+    assert receipt["guidance"]["scale"] == [1.5, 1.5, 4.0, 0.0, 1.5]
+    assert not receipt["guidance"]["as_planned"]
+
+
+@pytest.mark.parametrize("max_batch", [1, 2, 8])
+def test_an_image_that_became_nan_fails_alone(artefact, sampler, max_batch):
+    splitting, scales = CachedSampler(artefact, max_batch=max_batch), [1.5, 1e38, 1.5]
+    result = splitting.sample([0, 3, 1], seed=7, guidance=scales, strict=False)
+    assert list(result.failed) == [1]
+    assert "latents became NaN or infinite at step" in result.failed[1]
+    good = sampler.sample([0, 3, 1], seed=7)
+    assert close(result.latents[0], good.latents[0])
+    assert close(result.latents[2], good.latents[2])
+    assert good.failed == {}
+    with pytest.raises(TokenCacheError, match="NaN or infinite"):
+        splitting.sample([0, 3, 1], seed=7, guidance=scales)
 
 
 def test_large_requests_are_split(artefact, sampler):

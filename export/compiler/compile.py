@@ -26,6 +26,7 @@ from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.conditions import require_null
 from tc_lightning.models.content_predictor import Selector, require_selector
+from tc_lightning.models.families import own_schedule
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.rollout.sampling import model_signature
@@ -182,12 +183,19 @@ def _describe(
         "programs": programs,
         **condition_declared(graphs["condition"]),
         "condition_values": CONDITION_VALUES,
-        "network": {"family": model.family, "config": dataclasses.asdict(model.config)},
+        "network": _network(model),
         "precision": precision,
         "weights": {name: list(entry) for name, entry in index.items()},
         "needs": {"onnxruntime": ONNXRUNTIME, "opset": OPSET, "ir_version": IR_VERSION},
         "versions": {"torch": torch.__version__, "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__},
     }
+
+
+def _network(model: Network) -> dict[str, Any]:
+    """What makes the network again: its family, its shape, and its schedule where that is not the family's."""
+    schedule = own_schedule(model)
+    told = {"family": model.family, "config": dataclasses.asdict(model.config)}
+    return told if schedule is None else told | {"schedule": schedule}
 
 
 def _measured(checks: list[Check], fidelity: Fidelity, images: int, provider: str) -> dict[str, Any]:

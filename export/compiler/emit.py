@@ -8,8 +8,9 @@ rows of conditions, S steps of a chunk, R terms of the conditioning, which `expo
                 (numbers [M]), ENTRY.j ...                               -> x_next, step_next, first_bad_next, (m), ENTRY.new ...
 
 `step` is counted, and latents that are not finite are noticed, in the graphs, so that nothing has to come from the host or go to it
-between two steps: `first_bad` is the first step whose latents were not finite, and the number of steps while there is none. `offset`
-is the place of the run's first step among the times that the condition graph knows.
+between two steps: `first_bad` is, of each image, the first step whose latents were not finite, and the number of steps while there is
+none. `guidance` is the scale of each image. `offset` is the place of the run's first step among the times that the condition graph
+knows.
 `rows` are the rows of conditions of `mods` and of constants; `numbers` count the rows of the batch (0, 1, 2, ...), for programs that
 scatter. An entry that is read and written in one program is updated in place: bind both to one buffer. A graph that programs share
 reads and writes what any of them does: what a step does not read, it replaces whole before it is used, and what it does not write may
@@ -105,10 +106,10 @@ class Emitter:
         table = self.plan.reference if program.name == FULL else self.plan.scaled_sampler
         history = PAST[: table.history]
         past: list[Any] = [g.input(name, "fp32", latent) for name in history]
-        step, first_bad = g.input("step", "int64", []), g.input("first_bad", "int64", [])
+        step, first_bad = g.input("step", "int64", []), g.input("first_bad", "int64", ["batch"])
         terms = self._terms(g, step, [b for s in program.segments if s.mode != "skip" for b in s.blocks])
         mode = program.guidance.mode
-        scale = g.input("guidance", "fp32", []) if guidance.doubles_batch and mode != "cond" else None
+        scale = g.input("guidance", "fp32", ["batch", 1, 1, 1]) if guidance.doubles_batch and mode != "cond" else None
         guided = Guided(mode, scale, guidance.channels) if guidance.doubles_batch else None
 
         model = NetworkInGraph(g, self._network, self.dtype)
@@ -121,7 +122,7 @@ class Emitter:
         x_next, m = advanced
         g.output("x_next", x_next, latent)
         g.output("step_next", step + 1, [])
-        g.output("first_bad_next", self._first_bad(g, x_next, step, first_bad, len(table)), [])
+        g.output("first_bad_next", self._first_bad(g, x_next, step, first_bad, len(table)), ["batch"])
         if history:
             g.output("m", m, latent)
         for entry in program.writes:
@@ -166,9 +167,12 @@ class Emitter:
         return scores
 
     def _first_bad(self, g: Graph, x_BCHW: Sym, step: Sym, first_bad: Sym, steps: int) -> Sym:
-        """This step, if a latent is not finite and none was before; 0 times such a value is NaN, and so is a sum with NaN."""
-        spoilt = g.op("IsNaN", g.op("ReduceSum", x_BCHW * 0.0, shape=(), keepdims=0), shape=(), kind="bool")
-        return g.op("Min", first_bad, g.op("Where", spoilt, step, g.constant(steps, "int64"), shape=(), kind="int64"), shape=())
+        """Of each image [B] this step, if a latent is not finite and none was before; 0 times such a value is NaN, and so is a sum with
+        NaN."""
+        images, chw = first_bad.shape, g.constant(np.array([1, 2, 3]), "int64")
+        spoilt = g.op("IsNaN", g.op("ReduceSum", x_BCHW * 0.0, chw, shape=images, keepdims=0), shape=images, kind="bool")
+        found = g.op("Where", spoilt, step, g.constant(steps, "int64"), shape=images, kind="int64")
+        return g.op("Min", first_bad, found, shape=images)
 
     def _cached(self, g: Graph, step: Sym, program: Program) -> dict[Entry, Any]:
         """Declare the cache inputs and forecast every entry that is read."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from export.runtime.layout import BYTES
 from export.runtime.programs import FULL, LoweredPlan
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import (
@@ -58,6 +60,13 @@ def explain(plan: CachePlan, lowered: LoweredPlan, bytes_per_value: int = 4) -> 
     lines.append("  values that the cache holds after it:                 " + " ".join(map(str, held)))
     lines.append(f"  at most {max(held)} at a time, in {_places(plan, lowered, bytes_per_value)}")
     return "\n".join(lines)
+
+
+def conditioning_in_words(manifest: dict[str, Any]) -> str:
+    """What the condition graph writes for each distinct row of a request's conditions, which is held beside the cache."""
+    size, constants = BYTES[manifest["precision"]], sum(map(math.prod, manifest["constants"].values()))
+    terms = size * manifest["modulations"] * manifest["model"]["width"]
+    return f"{size * constants / 1e6:.2f} MB a request and {terms / 1e3:.0f} kB a step for each distinct row of conditions"
 
 
 def _places(plan: CachePlan, lowered: LoweredPlan, bytes_per_value: int) -> str:

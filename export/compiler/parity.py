@@ -137,12 +137,12 @@ def _check_program(plan: CachePlan, program: Program, sampler: CachedSampler, st
     precision = sampler.manifest["precision"]
     offset = sampler.manifest["full_offset"] if program.name == FULL else 0
     feed = {"steps": np.array([state.step]), "offset": np.int64(offset), "step": np.int64(state.step)}
-    feed |= {"first_bad": np.int64(state.step + 1), "rows": np.arange(rows.images), "numbers": np.arange(rows.images)}
+    feed |= {"first_bad": np.full(given.images, state.step + 1), "rows": np.arange(rows.images), "numbers": np.arange(rows.images)}
     values = {name: place(np.asarray(value), "int64", sampler.provider, sampler.device) for name, value in feed.items()}
     values |= {GIVEN + c.name: place(rows[c.name].numpy(), c.dtype, sampler.provider, sampler.device) for c in plan.model.conditions}
     values |= run_once(sampler.session(CONDITION), values, sampler.provider)
     past = [*state.past, *[torch.zeros_like(state.x)] * (len(PAST) - len(state.past))]
-    floats = {"x": state.x, "guidance": torch.tensor(plan.guidance.scale)} | dict(zip(PAST, past, strict=True))
+    floats = {"x": state.x, "guidance": torch.full((given.images, 1, 1, 1), plan.guidance.scale)} | dict(zip(PAST, past, strict=True))
     values |= {name: _place(tensor, "fp32", sampler) for name, tensor in floats.items()}
     values |= {name: _place(tensor, dtype, sampler) for name, dtype, tensor in _cache_inputs(program, state, precision)}
     session = sampler.session(program.name)

@@ -43,13 +43,13 @@ def ssim(actual_BCHW: np.ndarray, expected_BCHW: np.ndarray, span: float) -> np.
 
 @torch.no_grad()
 def teacher_features(model: Network, latents_BCHW: np.ndarray, asked: Asked, batch: int = 32) -> np.ndarray:
-    """Tokens after the teacher's middle block at a small time and the image's conditions, averaged over tokens, [B, D] float64."""
+    """Tokens after the teacher's middle block at a small time and the image's conditions, averaged over the image, [B, D] float64."""
     device, parts = device_of(model), []
     for x, y in zip(torch.from_numpy(latents_BCHW).split(batch), given_of(model.conditions, asked).split(batch), strict=True):
         terms = model.terms(torch.full((len(x),), FEATURE_TIME, device=device), y.to(device))
         z_BND = model.embed(x.to(device), terms.start)
         z_BND = compute_through(list(model.blocks)[: (model.config.depth + 1) // 2], terms.blocks, z_BND)
-        parts.append(z_BND.double().mean(1).cpu())
+        parts.append(z_BND[:, model.fixed_tokens :].double().mean(1).cpu())
     return torch.cat(parts).numpy()
 
 

@@ -166,14 +166,18 @@ def _graph(path: Path, graphs: Mapping[str, Header], stem: str) -> Header:
 
 
 def _check_network(path: Path, network: Any, family: str) -> None:
-    """The network is of the plan's family and has a shape of plain values; what they mean the family knows, where it is rebuilt."""
-    if not isinstance(network, dict) or set(network) != {"family", "config"} or not isinstance(network["config"], dict):
-        _fail(path, "network must be an object with family and config")
+    """The network is of the plan's family, and has a shape of plain values and so, where it is not the family's, a schedule; what they
+    mean the family knows, where it is rebuilt."""
+    if not isinstance(network, dict) or {*network, "schedule"} != {"family", "config", "schedule"}:
+        _fail(path, "network must be an object with family and config, and a schedule where it is not the family's")
     if network["family"] != family:
         _fail(path, f"network is of the family {network['family']!r}, and the plan was made for {family!r}")
-    for name, value in network["config"].items():
-        if type(value) not in (bool, int, float, str) or (type(value) in (int, float) and not abs(value) < _MOST):
-            _fail(path, f"network.config.{name} is {value!r}; a plain value was expected")
+    for part in network.keys() - {"family"}:
+        if not isinstance(network[part], dict):
+            _fail(path, f"network.{part} must be an object")
+        for name, value in network[part].items():
+            if type(value) not in (bool, int, float, str) or (type(value) in (int, float) and not abs(value) < _MOST):
+                _fail(path, f"network.{part}.{name} is {value!r}; a plain value was expected")
 
 
 def _check_weights(path: Path, weights: Any, precision: str, size: int) -> None:

@@ -4,7 +4,7 @@ Buffers go by name:
 
     x.0 x.1                     latents: a step reads one and writes the other
     step.0 step.1               number of the step, likewise
-    first_bad.0 .1              the first step whose latents were not finite, likewise; the number of steps while there is none
+    first_bad.0 .1              of each image the first step whose latents were not finite, likewise; the number of steps while none is
     m.0 m.1 ...                 outputs of the solver, in a ring as long as the sampler looks back, and one more
     ENTRY@SLOT                  a slot of a cache entry
     mods, first_step            modulations of a chunk of steps, and the chunk's first step: what the condition program writes
@@ -12,7 +12,7 @@ Buffers go by name:
     steps.J, offset             what it reads: the steps of chunk J, and where the run's first one is among the times that it knows
     given.NAME                  and the distinct rows of each condition
     rows.both, numbers.both     row of conditions and number of every row of the batch; rows.half, numbers.half of the conditional half
-    guidance                    its scale
+    guidance                    its scale, of each image
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def lay_out(manifest: dict[str, Any], images: int, given: int, full: bool = Fals
     latent = Spec("fp32", (images, model["in_channels"], model["input_size"], model["input_size"]))
     batch = images * (2 if manifest["guidance"]["scale"] != 1.0 else 1)
     buffers = {"x.0": latent, "x.1": latent} | {f"m.{j}": latent for j in range(len(PAST) + 1)}
-    buffers |= {f"{name}.{j}": Spec("int64", ()) for name in ("step", "first_bad") for j in range(2)}
+    buffers |= {f"step.{j}": Spec("int64", ()) for j in range(2)} | {f"first_bad.{j}": Spec("int64", (images,)) for j in range(2)}
     buffers |= {f"{name}.{half}": Spec("int64", (rows,)) for name in ("rows", "numbers") for half, rows in _halves(images, batch)}
-    buffers |= {"first_step": Spec("int64", ()), "offset": Spec("int64", ()), "guidance": Spec("fp32", ())}
+    buffers |= {"first_step": Spec("int64", ()), "offset": Spec("int64", ()), "guidance": Spec("fp32", (images, 1, 1, 1))}
     buffers |= {GIVEN + c["name"]: Spec(c["dtype"], (given, *c["shape"])) for c in model["conditions"]}
     buffers |= {"mods": Spec(manifest["precision"], (len(chunks[0]), *table))}
     buffers |= {name: Spec(manifest["precision"], (given, *shape)) for name, shape in manifest["constants"].items()}

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from export.runtime.layout import CONDITION
 from export.runtime.manifest import WEIGHTS
-from export.runtime.request import Tally, outside_the_fit
+from export.runtime.request import Row, Tally, outside_the_fit
+
+T = TypeVar("T")
+
+
+def one_or_each(values: Sequence[T]) -> T | list[T]:
+    """One value where they are all the same, else that of each image."""
+    return values[0] if len(set(values)) == 1 else list(values)
+
+
+def said_of(rows: Sequence[Row]) -> dict[str, Any]:
+    """Seeds and indices of a request."""
+    indices = [row.index for row in rows]
+    series = indices == list(range(indices[0], indices[0] + len(rows)))
+    return {"seed": one_or_each([row.seed for row in rows])} | ({"first_index": indices[0]} if series else {"indices": indices})
 
 
 def receipt_of(
@@ -15,7 +29,7 @@ def receipt_of(
     tally: Tally,
     asked: Mapping[str, Any],
     place: Mapping[str, Any],
-    scale: float,
+    scales: Sequence[float],
     full: bool,
     no_graphs: str | None,
     seconds: float,
@@ -27,7 +41,7 @@ def receipt_of(
         tally: what ran.
         asked: what was asked for.
         place: where it ran: provider, device, nodes on each provider.
-        scale: guidance scale.
+        scales: guidance scale of each image.
         full: whether the reference ran instead of the plan.
         no_graphs: why no CUDA graphs were used; None if they were.
         seconds: how long it took.
@@ -37,12 +51,17 @@ def receipt_of(
     return {
         "plan_digest": m["plan_digest"],
         "plan": m.get("plan_in_words"),
-        "outside_the_fit": outside_the_fit(None if full else m.get("fit"), scale, asked.get("labels", [])),
+        "outside_the_fit": outside_the_fit(None if full else m.get("fit"), scales, asked.get("labels", [])),
         "weights_sha256": m.get("files", {}).get(WEIGHTS, {}).get("sha256"),
         "teacher": m["teacher"],
         "precision": m["precision"],
         **asked,
-        "guidance": {"scale": scale, "planned": planned, "as_planned": scale == planned, "steps": dict(tally.guidance)},
+        "guidance": {
+            "scale": one_or_each(scales),
+            "planned": planned,
+            "as_planned": set(scales) == {planned},
+            "steps": dict(tally.guidance),
+        },
         **place,
         "full_compute": full,
         "steps_per_program": {name: count for name, count in tally.ran.items() if name != CONDITION},

@@ -23,27 +23,38 @@ from tc_lightning.rollout.noise import initial_noise
 
 
 @dataclasses.dataclass(frozen=True)
+class Row:
+    """What an image depends on beside its conditions: seed, index and guidance scale of its own, and nothing of the batch that it is
+    computed in."""
+
+    seed: int
+    index: int
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Part:
-    """What is asked for: image j of the part depends on (seed, first + j) and its conditions alone.
+    """What is asked for: image j depends on row j of the conditions and on rows[j] alone.
 
     Args:
         given: conditions, [B, ...] each.
-        seed: seed of the request.
-        first: index of the first image.
-        scale: guidance scale.
+        rows: the images' seeds, indices and scales.
         full: run the reference instead of the plan.
     """
 
     given: Arrays
-    seed: int
-    first: int
-    scale: float
+    rows: tuple[Row, ...]
     full: bool
 
     @property
     def images(self) -> int:
         """B, how many there are."""
-        return rows_in(self.given)
+        return len(self.rows)
+
+    def split(self, size: int) -> list[Part]:
+        """Parts of at most so many images."""
+        cuts = [slice(start, start + size) for start in range(0, self.images, size)]
+        return [Part({name: value[cut] for name, value in self.given.items()}, self.rows[cut], self.full) for cut in cuts]
 
 
 @dataclasses.dataclass
@@ -111,26 +122,60 @@ def echoed(conditions: Conditions, given: Arrays) -> dict[str, Any]:
     return {"labels": said[conditions[0].name]} if len(said) == 1 and conditions[0].classes else {"conditions": said}
 
 
-def check_request(manifest: dict[str, Any], images: int, seed: int, first_index: int, guidance: float | None) -> float:
-    """Check what is asked for beside conditions, and return its guidance scale.
+def rows_asked_for(
+    manifest: dict[str, Any],
+    images: int,
+    seed: int | Sequence[int],
+    indices: int | Sequence[int],
+    guidance: float | Sequence[float] | None,
+) -> tuple[Row, ...]:
+    """What is asked for beside conditions, image by image, checked.
+
+    Args:
+        manifest: the artefact's.
+        images: how many there are.
+        seed: of all, or of each.
+        indices: of the first, from which the others count on, or of each.
+        guidance: scale of all, or of each; None takes the plan's.
 
     Raises:
-        TokenCacheError: if the seed, the first index or the guidance cannot be used.
+        TokenCacheError: if seeds, indices or scales are not one for each image, or cannot be used.
     """
-    plan = manifest["guidance"]
-    if not is_int(seed) or not 0 <= seed < 2**63:
-        raise TokenCacheError(f"seed {seed!r} is out of range: choose an integer, 0 to 2**63 - 1.")
-    if not is_int(first_index) or not 0 <= first_index < 2**63 - images:
-        raise TokenCacheError(f"first_index {first_index!r} is out of range: choose an integer, 0 to 2**63 - 1 less the images.")
-    scale = float(plan["scale"] if guidance is None else guidance)
-    if not np.isfinite(scale):
-        raise TokenCacheError(f"guidance {scale} is not a number that can be used.")
-    if plan["scale"] == 1.0 and scale != 1.0:
+    planned = manifest["guidance"]["scale"]
+    seeds = _for_each("seed", seed, images)
+    places = [indices + image for image in range(images)] if isinstance(indices, int) else _for_each("index", indices, images)
+    scales = [planned] * images if guidance is None else _for_each("guidance", guidance, images)
+    for name, numbers in (("seed", seeds), ("index", places)):
+        for number in numbers:
+            if not is_int(number) or not 0 <= number < 2**63:
+                raise TokenCacheError(f"{name} {number!r} is out of range: choose integers, 0 to 2**63 - 1.")
+    return tuple(
+        Row(int(one), int(place), _usable_scale(planned, scale)) for one, place, scale in zip(seeds, places, scales, strict=True)
+    )
+
+
+def _for_each(name: str, value: Any, images: int) -> list[Any]:
+    """A value for each image, from one for all or a list."""
+    if isinstance(value, str) or not hasattr(value, "__len__"):
+        return [value] * images
+    if len(value) != images:
+        raise TokenCacheError(f"{len(value)} values of {name} were given for {images} images: give one, or one for each.")
+    return list(value)
+
+
+def _usable_scale(planned: float, scale: Any) -> float:
+    try:
+        number = float(scale)
+    except (TypeError, ValueError):
+        number = np.nan
+    if not np.isfinite(number):
+        raise TokenCacheError(f"guidance {scale!r} is not a number that can be used.")
+    if planned == 1.0 and number != 1.0:
         raise TokenCacheError(
-            f"guidance {scale:g} was asked for, but this artefact was planned at scale 1 and holds no unconditional half. "
+            f"guidance {number:g} was asked for, but this artefact was planned at scale 1 and holds no unconditional half. "
             "Fit with model.guidance_scale set, and export again."
         )
-    return scale
+    return number
 
 
 def distinct_rows(conditions: Conditions, doubled: bool, given: Arrays) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -153,15 +198,15 @@ def fill(workspace: Workspace, manifest: dict[str, Any], part: Part) -> None:
     x = layout.buffers["x.0"].shape
     half_B = rows_M[: part.images]  # the conditional half, which is all that some programs compute
     values: dict[str, Any] = {
-        "x.0": initial_noise(part.seed, range(part.first, part.first + x[0]), x[1:]),
+        "x.0": np.concatenate([initial_noise(row.seed, (row.index,), x[1:]) for row in part.rows]),
         "step.0": np.int64(0),
-        "first_bad.0": np.int64(manifest["full_steps" if part.full else "steps"]),
+        "first_bad.0": np.full(part.images, manifest["full_steps" if part.full else "steps"]),
         "rows.both": rows_M,
         "rows.half": half_B,
         "numbers.both": np.arange(len(rows_M)),
         "numbers.half": np.arange(len(half_B)),
         "offset": np.int64(manifest["full_offset"] if part.full else 0),
-        "guidance": np.float32(part.scale),
+        "guidance": np.array([row.scale for row in part.rows]),
     }
     for name, rows_U in distinct.items():
         padding = layout.buffers[GIVEN + name].shape[0] - len(rows_U)
@@ -174,22 +219,19 @@ def fill(workspace: Workspace, manifest: dict[str, Any], part: Part) -> None:
 
 def run_part(
     workspace: Workspace, manifest: dict[str, Any], on_cpu: bool, timing: bool, on_step: Callable[[int], None]
-) -> tuple[np.ndarray, Tally]:
+) -> tuple[np.ndarray, dict[int, str], Tally]:
     """Run the layout of a workspace that is filled.
 
     Args:
         workspace: its buffers.
         manifest: the artefact's.
-        on_cpu: whether each run has ended when it returns. Then latents that are not finite stop the request at once; on a device
-            they are found at the end, since to look would be to wait.
+        on_cpu: whether each run has ended when it returns. Then nothing more is computed once the latents of all images have become NaN
+            or infinite; on a device they are looked at at the end, since to look would be to wait.
         timing: wait for each program, to measure it.
         on_step: called with the number of steps done, or in the device's queue, after each.
 
     Returns:
-        Latents [B, C, H, W], and what ran.
-
-    Raises:
-        TokenCacheError: if latents become NaN or infinite.
+        Latents [B, C, H, W], what went wrong with which of the images, and what ran.
     """
     runs = workspace.layout.runs
     tally = _sized(workspace.layout)
@@ -208,12 +250,11 @@ def run_part(
         program = manifest["programs"][run.program]
         tally.computed += program["blocks_x_tokens"]
         tally.guidance[program["guidance"]] += 1
-        if on_cpu:
-            _require_finite(workspace, run)
         on_step(run.step + 1)
+        if on_cpu and len(failed := _not_finite(workspace, run)) == len(workspace.read(dict(run.outputs)["first_bad_next"])):
+            return np.array(workspace.read(dict(run.outputs)["x_next"])), failed, tally
     workspace.wait()
-    _require_finite(workspace, runs[-1])
-    return np.array(workspace.read(dict(runs[-1].outputs)["x_next"])), tally
+    return np.array(workspace.read(dict(runs[-1].outputs)["x_next"])), _not_finite(workspace, runs[-1]), tally
 
 
 def _sized(layout: Layout) -> Tally:
@@ -223,27 +264,28 @@ def _sized(layout: Layout) -> Tally:
     return Tally(cache_bytes=cache, modulation_bytes=held["mods"], constant_bytes=constants)
 
 
-def _require_finite(workspace: Workspace, run: ProgramRun) -> None:
-    """After a step: no latents were NaN or infinite so far."""
-    step = int(workspace.read(dict(run.outputs)["first_bad_next"]))
-    bad = next((other for other in workspace.layout.runs if other.step == step), None)
-    if bad is not None:
-        raise TokenCacheError(
-            f"latents became NaN or infinite at step {step} in program {bad.program}: "
-            "lower the guidance scale, or export with --precision fp32."
-        )
+def _not_finite(workspace: Workspace, run: ProgramRun) -> dict[int, str]:
+    """After a step: of which images the latents became NaN or infinite so far, and where."""
+    programs = {other.step: other.program for other in workspace.layout.runs if other.step is not None}
+    first_bad_B = workspace.read(dict(run.outputs)["first_bad_next"]).tolist()
+    return {
+        image: f"latents became NaN or infinite at step {step} in program {programs[step]}: "
+        "lower the guidance scale, or export with --precision fp32."
+        for image, step in enumerate(first_bad_B)
+        if step in programs
+    }
 
 
-def outside_the_fit(fit: dict[str, Any] | None, scale: float, labels: Sequence[int]) -> list[str]:
+def outside_the_fit(fit: dict[str, Any] | None, scales: Sequence[float], labels: Sequence[int]) -> list[str]:
     """In what a request leaves the range that the sampler's coefficients were fitted in; empty where none were, or it does not.
 
     Args:
         fit: the manifest's word of it: the guidance scale, and the classes of the images.
-        scale: the request's guidance scale.
+        scales: the request's guidance scales.
         labels: the request's classes.
     """
     if fit is None:
         return []
-    found = [] if scale == fit["guidance"] else [f"guidance {scale:g}: fitted at {fit['guidance']:g}"]
+    found = [f"guidance {scale:g}: fitted at {fit['guidance']:g}" for scale in sorted(set(scales)) if scale != fit["guidance"]]
     unseen = sorted(set(labels) - set(fit["labels"]))
     return [*found, *([f"{len(unseen)} of its classes: no image of them was fitted on"] if unseen else [])]

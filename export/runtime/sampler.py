@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 import threading
 import time
@@ -23,19 +22,20 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import onnxruntime as ort
 
+from export.runtime.admission import batch_within, most_rows, predicted_bytes
 from export.runtime.buffers import Pool, ProgramError
 from export.runtime.contract import read_artefact
 from export.runtime.cuda_provider import lane, why_no_graphs
 from export.runtime.layout import CONDITION, lay_out
-from export.runtime.receipt import receipt_of
+from export.runtime.receipt import receipt_of, said_of
 from export.runtime.request import (
     Part,
     Tally,
     asked_for,
-    check_request,
     distinct_rows,
     echoed,
     fill,
+    rows_asked_for,
     rows_in,
     run_part,
 )
@@ -65,11 +65,13 @@ class Result:
         latents: the model's own output, [B, C, H, W] float32.
         images: pixels in [-1, 1], [B, C, H, W] float32; None for a model of latents, which its own decoder turns into images.
         receipt: what ran, in plain JSON values.
+        failed: why there is no image, of those whose latents became NaN or infinite; only where they were not to be raised.
     """
 
     latents: np.ndarray
     images: np.ndarray | None
     receipt: dict[str, Any]
+    failed: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 class CachedSampler:
@@ -88,6 +90,8 @@ class CachedSampler:
             its own; without one it reads the mapped file that all share. As many programs get one as there is room for, and
             full compute (`full=True`) gets one besides when it is first used.
         max_batch: images computed at a time; larger requests are split. It bounds the memory of a request.
+        max_bytes: what the buffers of a request may take (`predicted_bytes`); one that would take more is split further, and refused
+            if a single image does.
         preload: load the programs of the plan now, rather than at their first use. Full compute, the baseline, waits for its own.
         cuda_graphs: on CUDA, capture each step with its buffers as a CUDA graph when it first runs, and replay it from then on. The
             buffers of up to four sizes of request are kept for that; `release` drops them.
@@ -107,6 +111,7 @@ class CachedSampler:
         provider: str = "cpu",
         threads: int | None = None,
         max_batch: int = 32,
+        max_bytes: int | None = None,
         preload: bool = True,
         memory: float = 1.25,
         cuda_graphs: bool = True,
@@ -127,6 +132,8 @@ class CachedSampler:
                 f"{self.path} was exported for the CPU: programs share graphs that have no static shapes, which CUDA graphs need. "
                 "Export it again with --provider cuda."
             )
+        self.max_bytes = max_bytes
+        batch_within(self.manifest, max_batch, max_bytes)  # refused now rather than at the first request
         prepare(provider, threads, device)
         self._process = os.getpid()
         self._packed = packed_graphs(self.manifest, memory) if provider == "cpu" else set()
@@ -154,6 +161,10 @@ class CachedSampler:
     def graph_of(self, name: str) -> str:
         """The graph of `condition` or of a step program."""
         return name if name == CONDITION else self.manifest["programs"][name]["graph"]
+
+    def predicted_bytes(self, images: int, full: bool = False) -> int:
+        """What the buffers of so many images at a time take, at most: known before a request runs."""
+        return predicted_bytes(self.manifest, images, full)
 
     def end_profiling(self) -> dict[str, str]:
         """The profile of each program that was loaded; see `profile`."""
@@ -186,21 +197,24 @@ class CachedSampler:
     def sample(
         self,
         labels: Sequence[int] | None = None,
-        seed: int = 0,
-        guidance: float | None = None,
+        seed: int | Sequence[int] = 0,
+        guidance: float | Sequence[float] | None = None,
         first_index: int = 0,
         full: bool = False,
         on_step: Callable[[int, int], None] | None = None,
         timing: bool = False,
         conditions: Mapping[str, Any] | None = None,
+        indices: Sequence[int] | None = None,
+        strict: bool = True,
         **named: Any,
     ) -> Result:
         """Make one image for each label, or row of conditions, `max_batch` of them at a time.
 
         Args:
             labels: classes, for a class-conditional model.
-            seed: seed of the request; image i depends on (seed, first_index + i) and its conditions alone.
-            guidance: guidance scale; None takes the plan's.
+            seed: seed of the request, or of each image; image i depends on its seed, its index, first_index + i, its guidance scale and
+                its conditions alone.
+            guidance: guidance scale, or those of each image; None takes the plan's.
             first_index: index of the first image, to continue a series.
             full: run the reference instead (the baseline): everything is computed at every step, with the reference's sampler.
             on_step: called with (steps done, steps in all) after each step; the steps of every part count. On CUDA a step counts when
@@ -208,6 +222,9 @@ class CachedSampler:
             timing: on CUDA, wait for each program to measure it; otherwise the receipt has no times of programs there. On the CPU
                 every request is measured.
             conditions: conditions by name, [images, ...] each, for any model.
+            indices: the images' indices, in place of those that count from first_index on: images of several requests in one batch are
+                those that each would get alone.
+            strict: raise if the latents of an image become NaN or infinite; else `Result.failed` says so, and the others are returned.
             named: the same, as arguments of their own.
 
         Raises:
@@ -216,10 +233,10 @@ class CachedSampler:
         self._require_own_process()
         given = asked_for(self.conditions, labels, {**(conditions or {}), **named})
         images = rows_in(given)
-        scale = check_request(self.manifest, images, seed, first_index, guidance)
-        started, size = time.perf_counter(), self.max_batch
-        cuts = [slice(i, i + size) for i in range(0, images, size)]
-        parts = [Part({n: v[cut] for n, v in given.items()}, seed, first_index + cut.start, scale, full) for cut in cuts]
+        rows = rows_asked_for(self.manifest, images, seed, first_index if indices is None else indices, guidance)
+        size = batch_within(self.manifest, self.max_batch, self.max_bytes, full)
+        started, parts = time.perf_counter(), Part(given, rows, full).split(size)
+        failed: dict[int, str] = {}
         tally, steps = Tally(), self.manifest["full_steps" if full else "steps"]
         nodes: dict[str, dict[str, int]] = {}
 
@@ -231,7 +248,10 @@ class CachedSampler:
 
             latents = []
             for place, part in enumerate(parts):
-                x_BCHW, ran = self._run(part, timing, functools.partial(done, place))
+                x_BCHW, bad, ran = self._run(part, timing, functools.partial(done, place))
+                if bad and strict:
+                    raise TokenCacheError(next(iter(bad.values())))
+                failed.update({place * size + image: why for image, why in bad.items()})
                 latents.append(x_BCHW)
                 tally.add(ran)
             nodes.update({name: nodes_per_provider(self.session(name)) for name in tally.ran})  # if released meanwhile, it loads here
@@ -239,12 +259,14 @@ class CachedSampler:
 
         result = np.concatenate(self._exclusively(run))
         pixels = np.clip(result, -1.0, 1.0) if self.manifest["model"]["output"] == PIXELS else None
-        asked = {"seed": seed, "first_index": first_index, "images": images, **echoed(self.conditions, given), "parts": len(parts)}
+        asked = {**said_of(rows), "images": images, **echoed(self.conditions, given), "parts": len(parts)}
         place = {"provider": self.provider, "device": self.device, "nodes_per_provider": nodes}
-        receipt = receipt_of(self.manifest, tally, asked, place, scale, full, self._no_graphs, time.perf_counter() - started)
-        return Result(result, pixels, receipt)
+        receipt = receipt_of(
+            self.manifest, tally, asked, place, [row.scale for row in rows], full, self._no_graphs, time.perf_counter() - started
+        )
+        return Result(result, pixels, receipt, failed)
 
-    def _run(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, Tally]:
+    def _run(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, dict[int, str], Tally]:
         """Run a part of a request; once more without CUDA graphs, should they fail here."""
         try:
             return self._run_once(part, timing, on_step)
@@ -256,10 +278,10 @@ class CachedSampler:
         self.release()
         return self._run_once(part, timing, on_step)
 
-    def _run_once(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, Tally]:
+    def _run_once(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, dict[int, str], Tally]:
         """Run a part of a request in buffers that nobody else uses meanwhile."""
         images, on_cpu = part.images, self.provider == "cpu"
-        rows = rows_in(distinct_rows(self.conditions, self._doubled, part.given)[1]) if on_cpu else self._most_rows(images)
+        rows = rows_in(distinct_rows(self.conditions, self._doubled, part.given)[1]) if on_cpu else most_rows(self.manifest, images)
         key = (images, rows, part.full)
         workspace = self._pool.take(key, lay_out(self.manifest, images, rows, part.full))
         try:
@@ -273,11 +295,6 @@ class CachedSampler:
     @property
     def _doubled(self) -> bool:
         return self.manifest["guidance"]["scale"] != 1.0
-
-    def _most_rows(self, images: int) -> int:
-        """Distinct rows of conditions that so many images can have: on CUDA the shapes depend on the size of the request alone."""
-        few = math.prod(c.classes or images for c in self.conditions)
-        return min(images, few) + self._doubled
 
     def _open(self, name: str) -> ort.InferenceSession:
         profile = None if self._profile is None else f"{self._profile}-{name}"

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from tc_lightning.diffusion.schedule import Schedule
+from tc_lightning.errors import TokenCacheError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +21,9 @@ class LinearBetas(Schedule):
         beta_start: first beta.
         beta_end: last beta.
         predicts: eps, or v = alpha eps - sigma x_0 (Salimans and Ho, arXiv 2202.00512).
+
+    Raises:
+        TokenCacheError: if there are no such steps or betas, or no such prediction.
     """
 
     num_train_steps: int = 1000
@@ -28,6 +32,15 @@ class LinearBetas(Schedule):
     predicts: Literal["eps", "v"] = "eps"
 
     spacings = ("uniform", "leading", "trailing", "quadratic", "logsnr")
+
+    def __post_init__(self) -> None:
+        if self.num_train_steps < 2 or not 0.0 < self.beta_start <= self.beta_end < 1.0:
+            raise TokenCacheError(
+                f"{self.num_train_steps} betas from {self.beta_start} to {self.beta_end} are no noise schedule: there are at least 2, "
+                "above 0 and below 1, and they do not fall."
+            )
+        if self.predicts not in ("eps", "v"):
+            raise TokenCacheError(f"a network of linear betas predicts {self.predicts!r}: eps or v was expected.")
 
     @property
     def span(self) -> tuple[float, float]:

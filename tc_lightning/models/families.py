@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tc_lightning.errors import TeacherError
+from tc_lightning.diffusion.described import describe, schedule_from
+from tc_lightning.errors import TeacherError, TokenCacheError
 from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.models.mdt import MDT, MDTConfig
 from tc_lightning.models.network import Network
@@ -51,14 +52,34 @@ def shaped_as_dit(name: str) -> type[DiT]:
     return network
 
 
-def build(name: str, values: Mapping[str, Any]) -> Network:
+def build(name: str, values: Mapping[str, Any], schedule: Mapping[str, Any] | None = None) -> Network:
     """A network of a family from the values of its shape, on the device that torch creates tensors on.
 
+    Args:
+        name: the family.
+        values: of its shape.
+        schedule: `own_schedule` of it; None for the family's.
+
     Raises:
-        TeacherError: if there is no such family, or it has no such shape.
+        TeacherError: if there is no such family, or it has no such shape or schedule.
     """
     family = family_of(name)
     try:
-        return family.network(family.config(**values))
+        network = family.network(family.config(**values))
     except (TypeError, ValueError, ArithmeticError) as error:
         raise TeacherError(f"the shape of a {name} cannot be {dict(values)}: {error}.") from error
+    if schedule is not None:
+        try:
+            network.schedule = schedule_from(schedule)
+        except TokenCacheError as error:
+            raise TeacherError(f"the schedule of a {name} cannot be {dict(schedule)}: {error}") from error
+    return network
+
+
+def own_schedule(network: Network) -> dict[str, Any] | None:
+    """A network's schedule in plain values, where it is not its family's; None where it is.
+
+    Raises:
+        TokenCacheError: if it is of a kind that cannot be written down.
+    """
+    return None if network.schedule == type(network).schedule else describe(network.schedule)

@@ -194,7 +194,7 @@ class Network(nn.Module, ABC):
     What depends on time and conditions alone comes from `modulations`, and of that what no time changes from `constants`.
     """
 
-    schedule: Schedule  # how it was trained: its times, and what its output predicts
+    schedule: Schedule  # how it was trained: its times, and what its output predicts; an instance may have another than its class
     blocks: nn.ModuleList
     family: str  # its name in `tc_lightning.models.families`
     conditions: Conditions  # what a request must bring

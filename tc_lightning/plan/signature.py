@@ -98,10 +98,11 @@ class ModelSignature:
 
     def __post_init__(self) -> None:
         sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type == "int"}
-        if not 0 <= sizes.pop("fixed_tokens") < self.tokens:
-            raise PlanError(f"the model has {self.fixed_tokens} fixed tokens of {self.tokens}: it needs one of an image at least.")
+        fixed = sizes.pop("fixed_tokens")
         if wrong := [f"{name} {size}" for name, size in sizes.items() if not 1 <= size <= MOST]:
             raise PlanError(f"the model has {', '.join(wrong)}: every size must be at least 1, and one that a model can have.")
+        if not 0 <= fixed < self.tokens:
+            raise PlanError(f"the model has {fixed} fixed tokens of {self.tokens}: it needs one of an image at least.")
         if self.output not in OUTPUTS:
             raise PlanError(f"the model's output is {self.output!r}: choose one of {', '.join(OUTPUTS)}.")
         if any(not 0 <= value <= MOST for macs in (*self.macs, (self.skips.macs,)) for value in macs):

@@ -1,13 +1,13 @@
-"""Who wins a budget: the best few recipes, of which those that may win are refined, compared on images that nothing was fitted on.
+"""Who wins a budget: the best few recipes, fitted and refined, compared on images that nothing was fitted on.
 
 Refining is what costs most. It is for full compute with fewer steps, which everything has to beat; for what forecasts guidance's
-difference, which gains most by it; and for steps that skip or prune where they have the least error of all with a cache before any is
-refined. That error is measured on the images of the comparison, to which nothing is fitted; what wins is measured again on images of
-its own.
+difference, which gains most by it; and for steps that skip or prune where the search found no less error with a cache.
 
-Errors of two plans on the same images go up and down together, so their difference is what is looked at: two plans are equal if its
-mean is within its standard error. Of equals a plan without a cache comes before one with a cache, then fewer programs, then less
-memory. A budget may so end on the plan of a smaller one: it is no worse, and cheaper.
+Errors of two plans on the same images go up and down together, and are many times as large on some images as on others, so it is the
+logarithm of their ratio that is looked at: of two plans one is worse if its error is larger, and the mean of that logarithm is above
+its standard error. By plain differences the few hardest images would decide alone, and 32 images could hardly tell a plan from one of
+twice its error. Of equals a plan without a cache comes before one with a cache, then fewer programs, then less memory. A budget may so
+end on the plan of a smaller one: it is no worse, and cheaper.
 
 Shape suffixes: B images.
 """
@@ -15,7 +15,6 @@ Shape suffixes: B images.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -31,26 +30,25 @@ from tc_lightning.planner.search import Search
 
 CacheUse = Literal["auto", "keep", "none"]
 CACHE_USES: tuple[CacheUse, ...] = get_args(CacheUse)
+LEAST = 1e-12  # of the largest error: what counts as none
 KINDS: dict[CacheUse, tuple[Kind, ...]] = dict.fromkeys(CACHE_USES, ("full", "halves", "cache")) | {"none": ("full",)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Finalist:
-    """A recipe's plan, fitted, and refined if it may win.
+    """A recipe's plan, fitted and refined.
 
     Args:
         recipe: the recipe.
         plan: its plan.
         errors_B: squared error of each image that finalists are compared on, of all processes, [B]; infinite if they became NaN.
         weights_B: how much each of these images counts, [B].
-        refined: whether the plan was refined.
     """
 
     recipe: Recipe
     plan: CachePlan
     errors_B: Tensor
     weights_B: Tensor
-    refined: bool = False
 
     @property
     def error(self) -> float:
@@ -68,32 +66,25 @@ class Finalist:
         return plan.caches, len(kinds), cache_bytes_per_image(plan)
 
     def worse_than(self, other: Finalist) -> bool:
-        """Whether its error is above the other's by more than the standard error of their difference."""
+        """Whether its error is above the other's, and the mean of log(own / other's) over images above the standard error of that."""
         if not torch.isfinite(self.errors_B).all():
             return bool(torch.isfinite(other.errors_B).all())
         share_B = self.weights_B / self.weights_B.sum()
-        apart_B = self.errors_B - other.errors_B
-        mean = (share_B * apart_B).sum()
+        least = LEAST * torch.stack([self.errors_B, other.errors_B]).max().clamp_min(LEAST)  # of an image without any error
+        ratio_B = self.errors_B.clamp_min(least).log() - other.errors_B.clamp_min(least).log()
+        mean = (share_B * ratio_B).sum()
         left_over = 1 - share_B.square().sum()  # (n - 1) / n for equal weights: the mean is taken from the same images
-        if left_over <= 0.0:
-            return bool(mean > 0.0)
-        variance = (share_B * (apart_B - mean)).square().sum() / left_over
-        return bool(mean > (1 + 1e-9) * variance.sqrt())  # with one image apart from the others they are the same number
+        variance = (share_B * (ratio_B - mean)).square().sum() / left_over.clamp_min(LEAST)
+        return self.error > other.error and bool(mean > (1 + 1e-9) * variance.sqrt())  # of one odd image mean and error are the same
 
 
 def finalist_recipes(search: Search, use: CacheUse) -> list[Recipe]:
-    """The recipe of least error of each kind, of those that are to be compared; full compute is always one of them."""
-    best = (search.best_of(kind) for kind in KINDS[use])
-    return [trial.recipe for trial in best if trial is not None]
-
-
-def worth_refining(finalists: Sequence[Finalist]) -> list[Finalist]:
-    """Of the finalists of a budget, of which none is refined: all without a cache, those that forecast guidance's difference alone
-    unless they became NaN, and the one with a cache that has the least error."""
-    caching = [one for one in finalists if one.plan.caches]
-    best = sorted(caching, key=lambda one: one.error)[:1]
-    halves = [one for one in caching if one.recipe.kind == "halves" and math.isfinite(one.error) and one not in best]
-    return [one for one in finalists if not one.plan.caches] + halves + best
+    """Recipes of one budget that are to be refined and compared: of each kind the one of least error, full compute always; skipping or
+    pruning steps only where no halves of guidance did better."""
+    best = {trial.recipe.kind: trial for kind in KINDS[use] if (trial := search.best_of(kind)) is not None}
+    if "halves" in best and "cache" in best and best["halves"].error < best["cache"].error:
+        del best["cache"]
+    return [trial.recipe for trial in best.values()]
 
 
 def choose(finalists: Sequence[Finalist], use: CacheUse) -> Finalist:

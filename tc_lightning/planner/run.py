@@ -14,7 +14,7 @@ from tc_lightning.errors import PlanError
 from tc_lightning.measure.psnr import psnr_db
 from tc_lightning.models.conditions import Given, labels_in
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose, finalist_recipes, worth_refining
+from tc_lightning.planner.finalists import CacheUse, Finalist, best_without_cache, choose, finalist_recipes
 from tc_lightning.planner.front import TRIALS
 from tc_lightning.planner.image_choice import HARD, Sample, as_they_come, dealt, difficulty, images, stratified
 from tc_lightning.planner.price import Price, macs_price
@@ -139,10 +139,7 @@ class PlannerRun:
         recipes = list(dict.fromkeys(recipe for search in searches.values() for recipe in finalist_recipes(search, use)))
         costs = {recipe: self.bench.cost(recipe) for recipe in recipes}
         paid = {speedup: [recipe for recipe in recipes if costs[recipe] <= s.budget] for speedup, s in searches.items()}
-        shown = tqdm(recipes, desc="finalists", unit="plan", disable=not self._shown)
-        finalists = {recipe: self._finalist(recipe, 0) for recipe in shown}
-        if self.settings.refinements:
-            finalists |= self._refined([[finalists[recipe] for recipe in affordable] for affordable in paid.values()])
+        finalists = self._finalists(recipes)
         compared = {speedup: [finalists[recipe] for recipe in affordable] for speedup, affordable in paid.items()}
         return {speedup: Choice(choose(ones, use), best_without_cache(ones), ones) for speedup, ones in compared.items()}
 
@@ -205,22 +202,21 @@ class PlannerRun:
             search.try_shapes(seeds[: settings.front_evaluations])
             search.climb(settings.front_evaluations - (len(search.trials) - before))
 
-    def _refined(self, budgets: list[list[Finalist]]) -> dict[Recipe, Finalist]:
-        """Those finalists that may win one of the budgets, refined, each once."""
-        recipes, passes = list(dict.fromkeys(one.recipe for ones in budgets for one in worth_refining(ones))), self.settings.refinements
-        found: dict[Recipe, Finalist] = {}
-        with tqdm(total=len(recipes) * passes, desc="refining", unit="pass", disable=not self._shown) as bar:
+    def _finalists(self, recipes: list[Recipe]) -> dict[Recipe, Finalist]:
+        """All of them fitted, refined, and measured on the images of the comparison."""
+        passes, found = self.settings.refinements, dict[Recipe, Finalist]()
+        with tqdm(total=len(recipes) * (1 + passes), desc="finalists", unit="pass", disable=not self._shown) as bar:
             for j, recipe in enumerate(recipes, 1):
-                found[recipe] = self._finalist(recipe, passes, bar.update)
-                bar.update(j * passes - bar.n)  # fewer passes were made if one did not help
+                found[recipe] = self._finalist(recipe, bar.update)
+                bar.update(j * (1 + passes) - bar.n)  # fewer passes were made if one did not help
         return found
 
-    def _finalist(self, recipe: Recipe, iterations: int, on_pass: OnPass = lambda: None) -> Finalist:
-        plan = self._wide_bench.refined(recipe, iterations, on_pass)
+    def _finalist(self, recipe: Recipe, on_pass: OnPass) -> Finalist:
+        plan = self._wide_bench.refined(recipe, self.settings.refinements, on_pass)
         plan = dataclasses.replace(plan, provenance={**plan.provenance, "fit": self._fit_record})
         group = self.target.part(slice(self.judged, self.compared))
         errors_B, weights_B = self.ranks.gathered(torch.stack([self._errors(plan, group), group.counts_B.double()], 1)).unbind(1)
-        return Finalist(recipe, plan, errors_B.cpu(), weights_B.cpu(), refined=iterations > 0)
+        return Finalist(recipe, plan, errors_B.cpu(), weights_B.cpu())
 
     @functools.cached_property
     def _wide_bench(self) -> TrialRunner:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tc_lightning.errors import TeacherError
 from tc_lightning.models.checkpoints.safetensors_file import read_safetensors
 from tc_lightning.models.checkpoints.state import parse_json
+from tc_lightning.models.checkpoints.state_choice import ReadState, choose
 from tc_lightning.models.checkpoints.torch_file import read_torch
 
 STEM = "diffusion_pytorch_model"
@@ -64,7 +65,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """
     if file.suffix == ".json":
         return _read_shards(file)
-    return read_safetensors(file)[0] if file.suffix == ".safetensors" else read_torch(file)
+    return read_safetensors(file).tensors if file.suffix == ".safetensors" else read_torch(file)
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -98,3 +99,18 @@ def _shards(index: Path) -> dict[str, set[str]]:
             raise TeacherError(f"{index} places {name} in {shard!r}: a .safetensors or .bin file of the same folder was expected.")
         shards[shard].add(name)
     return shards
+
+
+def read_state(path: Path, anchors: tuple[str, ...]) -> ReadState:
+    """The network's tensors in a model's folder, or in the one of its weights files (or indices) that is meant, under diffusers' names.
+
+    Args:
+        path: the folder or file.
+        anchors: names of tensors of which the network has each once.
+
+    Raises:
+        TeacherError: if weights are missing, damaged, or not those of one such network.
+    """
+    chosen = choose_weights(path) if path.is_dir() else WeightsFile(path, [])
+    read = choose(read_weights(chosen.file), chosen.file, anchors)
+    return ReadState(read.state, chosen.notes + read.notes)

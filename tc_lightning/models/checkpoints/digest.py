@@ -12,24 +12,26 @@ from torch import Tensor
 
 from tc_lightning.models.checkpoints.state import State
 from tc_lightning.models.dit import DiT
+from tc_lightning.models.families import own_schedule
 from tc_lightning.models.network import Network
 
-FAMILY = "family"  # beside the fields of a shape
+FAMILY, SCHEDULE = "family", "schedule"  # beside the fields of a shape
 SHAPE = "dit_config"  # the key of both in the metadata of a file, whatever the family
 
 
 def teacher_digest(model: Network) -> str:
-    """sha256 of the shape and of every weight in fp32, wherever the model lives."""
-    return digest(config_json(model.config, model.family), model.state_dict())
+    """sha256 of the shape, of a schedule that is not the family's, and of every weight in fp32, wherever the model lives."""
+    return digest(config_json(model.config, model.family, own_schedule(model)), model.state_dict())
 
 
-def config_json(config: Any, family: str = DiT.family) -> str:
-    """Canonical JSON of family and shape; a DiT and a null label go without saying, as they did when there was no field for them.
+def config_json(config: Any, family: str = DiT.family, schedule: dict[str, Any] | None = None) -> str:
+    """Canonical JSON of family, shape and `own_schedule`; a DiT, a null label and the family's schedule go without saying, as they did
+    when there were no fields for them.
 
     What the output is for is no part of it: the same weights compute the same.
     """
-    told = dataclasses.asdict(config) | {FAMILY: family}
-    silent = (("null_label", True), (FAMILY, DiT.family))
+    told = dataclasses.asdict(config) | {FAMILY: family, SCHEDULE: schedule}
+    silent = (("null_label", True), (FAMILY, DiT.family), (SCHEDULE, None))
     return json.dumps({k: v for k, v in told.items() if k != "output" and (k, v) not in silent}, sort_keys=True)
 
 

@@ -7,22 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tc_lightning.errors import TeacherError
-from tc_lightning.models.checkpoints.diffusers_folder import CONFIG, is_diffusers, read_diffusers
+from tc_lightning.models.checkpoints.diffusers_config import ReadNetwork
+from tc_lightning.models.checkpoints.diffusers_folder import is_diffusers, read_diffusers
+from tc_lightning.models.checkpoints.dit_folder import build_dit, with_labels
 from tc_lightning.models.checkpoints.mdt_release import is_mdt, mdt_shape, read_mdt, tells_mdt
-from tc_lightning.models.checkpoints.mismatch import CONFIGURATION, LABELS, likeness, require_match, require_weights
-from tc_lightning.models.checkpoints.safetensors_file import read_safetensors
+from tc_lightning.models.checkpoints.mismatch import CONFIGURATION, likeness, require_weights
+from tc_lightning.models.checkpoints.safetensors_file import SafetensorsFile, read_safetensors
 from tc_lightning.models.checkpoints.spec import TeacherSpec, locate, resolve, resolve_family
 from tc_lightning.models.checkpoints.state import State
 from tc_lightning.models.checkpoints.state_choice import ReadState, as_they_are, choose
 from tc_lightning.models.checkpoints.torch_file import read_torch
-from tc_lightning.models.dit import DiT, DiTConfig
+from tc_lightning.models.dit import DiT
 from tc_lightning.models.families import build, family_of
 from tc_lightning.models.mdt import MDT
 from tc_lightning.models.network import Network
 from tc_lightning.plan.given import read_examples
+
+_OWN = "Write it again with `save_teacher`."
+_RELEASED = "These are the weights of another network, or some are lost: fetch the file again, whole."
 
 
 def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> Network:
@@ -37,70 +40,63 @@ def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> Netw
             is unknown or contradicted, its keys do not match, or a weight is not finite.
     """
     path = locate(spec.weights)
-    read, found, told = _read(path)
-    family = resolve_family(spec, told, path)
-    config = resolve(spec, found, path)
-    labels: list[str] = []
-    if issubclass(family, DiT):
-        if config is None:
-            like = likeness(read.state) or "for example DiT-XL/2"
-            raise TeacherError(f"{path} does not tell the model's shape: set `preset` ({like}) or `dit`.")
-        config, labels = _with_labels(config, read.state)
-        model: Network = _build(family, config, read.state, path, f"its {CONFIG}" if is_diffusers(path) else CONFIGURATION)
-    else:
-        model = _rebuild(family.family, found, read.state, path)
+    model, notes = _from_folder(spec, path) if is_diffusers(path) else _from_file(spec, path)
     if spec.conditions is not None:
         model.examples = read_examples(Path(spec.conditions).expanduser(), model.conditions)
-    if notes := [*read.notes, *labels]:
+    if notes:
         tell(f"{path}: {'; '.join(notes)}")
     return model
 
 
-def _read(path: Path) -> tuple[ReadState, Any, str | None]:
-    """Weights; shape and family as far as the file tells them."""
-    if is_diffusers(path):
-        return *read_diffusers(path), DiT.family
-    if path.suffix == ".safetensors":
-        tensors, found, family = read_safetensors(path)
-        own = family is not None and not issubclass(family_of(family).network, DiT)  # names of its own, and no release's
-        if own or found is not None:
-            return as_they_are(tensors, path) if own else choose(tensors, path), found, family
-        return _released(tensors, path)
-    return _released(read_torch(path), path)
+def _from_folder(spec: TeacherSpec, path: Path) -> ReadNetwork:
+    """What a folder of diffusers holds: it tells its class and its shape, which the user may only repeat."""
+    read = read_diffusers(path)
+    resolve_family(spec, read.model.family, path)
+    resolve(spec, read.model.config, path)
+    return read
 
 
-def _released(raw: Any, path: Path) -> tuple[ReadState, Any, str | None]:
+def _from_file(spec: TeacherSpec, path: Path) -> ReadNetwork:
+    read, file = _read(path)
+    family = resolve_family(spec, file.family, path)
+    config = resolve(spec, file.config, path)
+    if not issubclass(family, DiT):
+        return ReadNetwork(_rebuild(family.family, file, read.state, path), read.notes)
+    if config is None:
+        like = likeness(read.state) or "for example DiT-XL/2"
+        raise TeacherError(f"{path} does not tell the model's shape: set `preset` ({like}) or `dit`.")
+    config, labels = with_labels(config, read.state)
+    model = build_dit(family, config, read.state, path, CONFIGURATION)
+    model.schedule = file.schedule or model.schedule
+    return ReadNetwork(model, [*read.notes, *labels])
+
+
+def _read(path: Path) -> tuple[ReadState, SafetensorsFile]:
+    """Weights; and the file, as far as it tells shape, family and schedule."""
+    if path.suffix != ".safetensors":
+        return _released(read_torch(path), path)
+    file = read_safetensors(path)
+    if file.config is None:
+        return _released(file.tensors, path)
+    own = not issubclass(family_of(file.family or DiT.family).network, DiT)  # names of its own, and no release's
+    return as_they_are(file.tensors, path) if own else choose(file.tensors, path), file
+
+
+def _released(raw: Any, path: Path) -> tuple[ReadState, SafetensorsFile]:
     """Weights under a release's names. An MDTv2's tell what it is; a DiT's and a SiT's are alike, and do not tell how many heads."""
     read = choose(raw, path, read=lambda weights, path: read_mdt(weights, path) if is_mdt(weights) else as_they_are(weights, path))
-    return (read, mdt_shape(read.state, path), MDT.family) if tells_mdt(read.state) else (read, None, None)
+    told = (mdt_shape(read.state, path), MDT.family) if tells_mdt(read.state) else ()
+    return read, SafetensorsFile({}, *told)
 
 
-def _with_labels(config: DiTConfig, state: State) -> tuple[DiTConfig, list[str]]:
-    """The shape without a null label if the table has a row for each class and no more, and the note that says so."""
-    rows = len(state[LABELS]) if LABELS in state and state[LABELS].ndim else None
-    if not config.null_label or rows != config.num_classes:
-        return config, []
-    note = f"the label table has as many rows as there are classes ({rows}), none for a null label: guidance must be 1"
-    return dataclasses.replace(config, null_label=False), [note]
-
-
-def _build(family: type[DiT], config: DiTConfig, state: State, path: Path, asker: str) -> DiT:
-    with torch.device("meta"):
-        model = family(config)
-    if "pos_embed" not in state:  # a fixed table: some releases leave it out
-        state["pos_embed"] = model.pos_embed.detach()
-    require_match(config, state, path, asker)
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(False)
-
-
-def _rebuild(family: str, config: Any, state: State, path: Path) -> Network:
+def _rebuild(family: str, file: SafetensorsFile, state: State, path: Path) -> Network:
     """A network of a family with names of its own, from a file that tells its shape."""
-    if config is None:
+    if file.config is None:
         raise TeacherError(
             f"{path} does not tell the shape of a {family}: write it with `tc_lightning.models.checkpoints.save_teacher`."
         )
-    model = build(family, dataclasses.asdict(config))
-    require_weights(model, state, path)
+    model = build(family, dataclasses.asdict(file.config))
+    model.schedule = file.schedule or model.schedule
+    require_weights(model, state, path, _OWN if file.tensors else _RELEASED)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)

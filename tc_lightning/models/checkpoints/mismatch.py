@@ -21,8 +21,14 @@ _LISTED = 5  # keys named
 _PRESETS = tuple(f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8))
 
 
-def require_weights(network: Network, state: State, path: Path) -> None:
+def require_weights(network: Network, state: State, path: Path, remedy: str = "Write it again with `save_teacher`.") -> None:
     """Check the same of a network whose shape no tensors tell.
+
+    Args:
+        network: of the shape that weights should have.
+        state: the weights.
+        path: where they are from, for messages.
+        remedy: what to do if they do not fit.
 
     Raises:
         TeacherError: naming the keys.
@@ -30,10 +36,7 @@ def require_weights(network: Network, state: State, path: Path) -> None:
     if faults := _differences(network, state):
         more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
         told = "; ".join(faults[:_LISTED]) + more
-        raise TeacherError(
-            f"{path} does not fit a {network.family} of its shape: {told}. These are the weights of another network, or some are lost: "
-            "fetch the file again, or write it with `save_teacher`."
-        )
+        raise TeacherError(f"{path} does not fit a {network.family} of its shape: {told}. {remedy}")
 
 
 def require_match(config: DiTConfig, state: State, path: Path, asker: str) -> None:

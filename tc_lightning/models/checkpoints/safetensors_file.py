@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tc_lightning.errors import TeacherError
-from tc_lightning.models.checkpoints.digest import FAMILY, SHAPE, digest
+from tc_lightning.diffusion.described import schedule_from
+from tc_lightning.diffusion.schedule import Schedule
+from tc_lightning.errors import TeacherError, TokenCacheError
+from tc_lightning.models.checkpoints.digest import FAMILY, SCHEDULE, SHAPE, digest
 from tc_lightning.models.checkpoints.state import fits, parse_json, sample_values
 from tc_lightning.models.dit import DiT
 from tc_lightning.models.families import FAMILIES
 from tc_lightning.plan.signature import OUTPUTS, PIXELS
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any, str | None]:
-    """Tensors, and shape and family if `save_teacher` wrote the file; then its digest is checked too.
+class SafetensorsFile(NamedTuple):
+    """What a file holds: tensors, and of one that `save_teacher` wrote shape, family and, where it is not the family's, schedule."""
+
+    tensors: dict[str, Tensor]
+    config: Any = None
+    family: str | None = None
+    schedule: Schedule | None = None
+
+
+def read_safetensors(path: Path) -> SafetensorsFile:
+    """All that is in a file; the digest of one that `save_teacher` wrote is checked.
 
     Raises:
         TeacherError: if the file is damaged, or its shape is not understood.
@@ -30,18 +41,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any, str | None]:
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise TeacherError(f"{path} is damaged or not a safetensors file ({error}). Copy or create it again.") from error
     if SHAPE not in metadata:
-        return raw, None, None
+        return SafetensorsFile(raw)
     if metadata.get("sha256") != digest(metadata[SHAPE], raw):
         raise TeacherError(f"{path} is damaged: its content does not have the sha256 it was written with. Copy or create it again.")
     output = metadata.get("output", PIXELS)  # before there was a word for it, what this package trained made pixels
     if output not in OUTPUTS:
         raise TeacherError(f"{path}: its metadata has the output {output!r}, which this version does not understand.")
-    config, family = _parse_config(metadata[SHAPE], path)
-    return raw, dataclasses.replace(config, output=output) if hasattr(config, "output") else config, family
+    config, family, schedule = _parse_config(metadata[SHAPE], path)
+    config = dataclasses.replace(config, output=output) if hasattr(config, "output") else config
+    return SafetensorsFile(raw, config, family, schedule)
 
 
-def _parse_config(text: str, path: Path) -> tuple[Any, str]:
+def _parse_config(text: str, path: Path) -> tuple[Any, str, Schedule | None]:
     raw = parse_json(text, path)
+    schedule = _parse_schedule(raw.pop(SCHEDULE, None), path)
     family = raw.pop(FAMILY, DiT.family)
     if not isinstance(family, str) or family not in FAMILIES:
         raise TeacherError(f"{path}: its metadata has family = {family!r}, which this version does not understand.")
@@ -51,6 +64,17 @@ def _parse_config(text: str, path: Path) -> tuple[Any, str]:
         if key not in samples or not fits(value, samples[key]):
             raise TeacherError(f"{path}: the shape in its metadata has {key} = {value!r}, which this version does not understand.")
     try:
-        return shape(**raw), family
+        return shape(**raw), family, schedule
     except (TypeError, ValueError) as error:
         raise TeacherError(f"{path}: its metadata has no shape of a {family} ({error}), as this version understands it.") from error
+
+
+def _parse_schedule(raw: Any, path: Path) -> Schedule | None:
+    if raw is None:
+        return None
+    try:
+        if not isinstance(raw, dict):
+            raise TokenCacheError(f"an object was expected, found {raw!r}.")
+        return schedule_from(raw)
+    except TokenCacheError as error:
+        raise TeacherError(f"{path}: its metadata has a schedule that this version does not understand: {error}") from error

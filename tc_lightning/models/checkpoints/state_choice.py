@@ -130,8 +130,9 @@ def _described(raw: Any) -> str:
 def _advice(raw: Any, anchors: tuple[str, ...]) -> str:
     if anchors is RELEASE and any(_candidates(raw, DIFFUSERS)):
         return "these are diffusers' names: set `weights` to the folder that holds the file and its config.json."
+    kind = "a DiT" if anchors in (RELEASE, DIFFUSERS) else "such a network"
     return (
-        f"a state dict of a DiT was expected (with {anchors[0]}, and so on), plain, under one prefix, or in containers such as "
+        f"a state dict of {kind} was expected (with {anchors[0]}, and so on), plain, under one prefix, or in containers such as "
         "`ema`, `model` or `state_dict`."
     )
 

@@ -1,0 +1,44 @@
+"""What a request will take of memory, known before it runs. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from export.runtime.layout import BYTES, lay_out
+from tc_lightning.errors import TokenCacheError
+from tc_lightning.plan.conditions import conditions_from_json
+
+
+def most_rows(manifest: dict[str, Any], images: int) -> int:
+    """Distinct rows of conditions that so many images can have, the unconditional one counted."""
+    conditions = conditions_from_json(manifest["model"]["conditions"], "conditions")
+    few = math.prod(condition.classes or images for condition in conditions)
+    return min(images, few) + (manifest["guidance"]["scale"] != 1.0)
+
+
+def predicted_bytes(manifest: dict[str, Any], images: int, full: bool = False) -> int:
+    """Bytes of the buffers of so many images at a time: caches, modulations, constants, conditions and latents, at most. What ONNX
+    Runtime needs within a program comes on top, and is shared by all requests."""
+    layout = lay_out(manifest, images, most_rows(manifest, images), full)
+    return sum(spec.values * BYTES[spec.dtype] for spec in layout.buffers.values())
+
+
+def batch_within(manifest: dict[str, Any], most: int, max_bytes: int | None, full: bool = False) -> int:
+    """Images at a time, `most` at most, whose buffers take no more than `max_bytes`; None: as many as there may be.
+
+    Raises:
+        TokenCacheError: if a single image takes more.
+    """
+    if max_bytes is None or predicted_bytes(manifest, most, full) <= max_bytes:
+        return most
+    if (one := predicted_bytes(manifest, 1, full)) > max_bytes:
+        raise TokenCacheError(
+            f"an image takes {one:,} bytes of buffers, and max_bytes is {max_bytes:,}: raise it, or export a plan that caches less "
+            "(`python export/to_onnx.py --explain` shows what is held)."
+        )
+    low, high = 1, most  # of low we know that it fits, of high that it does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if predicted_bytes(manifest, middle, full) <= max_bytes else (low, middle)
+    return low
