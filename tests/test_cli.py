@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mdt_models import make_mdt, released
 from PIL import Image
 
 from export import to_onnx
@@ -41,7 +42,7 @@ model:
   init_args:
     policy: {init_args: {evaluations: 3, front: [], fit_images: 2, judge_images: 2, final_images: 2, pool_images: 0}}
 """
-FLOWS = ("digits_flow.yaml", "sit_xl2_256.yaml")
+TEACHERS = dict.fromkeys(("digits_flow.yaml", "sit_xl2_256.yaml"), "tiny_sit.safetensors") | {"mdtv2_xl2_256.yaml": "tiny_mdt.pt"}
 SHORT = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.accelerator", "cpu"]
 
 
@@ -54,19 +55,20 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "search.yaml").write_text(SEARCH, encoding="utf-8")
     save_teacher(randomise_(DiT(TINY), seed=0), tmp_path / "tiny.safetensors")
     save_teacher(randomise_(SiT(TINY), seed=0), tmp_path / "tiny_sit.safetensors")
+    torch.save(released(make_mdt()), tmp_path / "tiny_mdt.pt")
     return tmp_path
 
 
 def distil(config: str, *extra: str) -> list[str]:
     """Arguments that shrink a distillation config to seconds."""
     search = ["-c", "search.yaml"] if "PlannerPolicy" in (CONFIGS / config).read_text(encoding="utf-8") else []
-    flow = ["--model.init_args.teacher.weights", "tiny_sit.safetensors"] if config in FLOWS else []
-    return ["fit", "-c", str(CONFIGS / config), "-c", "tiny.yaml", *search, *SHORT, *flow, *extra]
+    teacher = ["--model.init_args.teacher.weights", TEACHERS[config]] if config in TEACHERS else []
+    return ["fit", "-c", str(CONFIGS / config), "-c", "tiny.yaml", *search, *SHORT, *teacher, *extra]
 
 
 TOKENS, ROUTER = {"importance_TLN": "importance.png"}, {"router_TL2": "router.png"}
 LEARNED = {"digits.yaml": TOKENS | ROUTER, "digits_router.yaml": ROUTER, "digits_l2c.yaml": ROUTER, "dit_xl2_256.yaml": TOKENS}
-LEARNED |= {"photos.yaml": TOKENS | ROUTER, "digits_flow.yaml": TOKENS, "sit_xl2_256.yaml": TOKENS}
+LEARNED |= {"photos.yaml": TOKENS | ROUTER, "digits_flow.yaml": TOKENS, "sit_xl2_256.yaml": TOKENS, "mdtv2_xl2_256.yaml": TOKENS}
 
 
 @pytest.mark.parametrize("config", LEARNED)

@@ -96,11 +96,11 @@ def test_its_own_file_tells_the_family(file: Path, sit: SiT) -> None:
     assert type(load_teacher(TeacherSpec(str(file), family="sit"))) is SiT
     with pytest.raises(TeacherError, match="holds a sit, and `family` is dit"):
         load_teacher(TeacherSpec(str(file), family="dit"))
-    with pytest.raises(TeacherError, match="unknown family 'mdt': choose one of dit, sit"):
-        load_teacher(TeacherSpec(str(file), family="mdt"))
+    with pytest.raises(TeacherError, match="unknown family 'uvit': choose one of dit, sit"):
+        load_teacher(TeacherSpec(str(file), family="uvit"))
 
 
-@pytest.mark.parametrize("family", ["mdt", ["sit"], None])
+@pytest.mark.parametrize("family", ["uvit", ["sit"], None])
 def test_a_file_of_a_family_that_nobody_knows_is_refused(family: object, tmp_path: Path, sit: SiT) -> None:
     told, state = (
         json.dumps(dataclasses.asdict(CONFIG) | {"family": family}),

@@ -18,6 +18,7 @@ from toy import REGISTERS, Toy, make_toy
 from data.trajectory_module import TrajectoryDataModule
 from export.compiler.compile import export_artefact
 from export.compiler.parity import relative_l2
+from export.runtime.admission import predicted_bytes
 from export.runtime.manifest import read_manifest
 from export.runtime.request import distinct_rows
 from export.runtime.sampler import CachedSampler
@@ -172,6 +173,7 @@ def test_what_conditions_alone_say_is_computed_once(served: Path) -> None:
         assert len({value.name for value in graph.input}) == len(graph.input)
     receipt = CachedSampler(served).sample(seed=5, **ARRAYS).receipt
     assert receipt["constant_bytes"] == 4 * 3 * (width + 2 + 3 * 4 * width)  # of three rows: two images, and the null one
+    assert predicted_bytes(manifest, 2) - predicted_bytes(manifest | {"constants": {}}, 2) == receipt["constant_bytes"]
 
 
 def test_constants_of_a_half_are_those_of_its_rows() -> None:

@@ -33,8 +33,10 @@ def benchmark_plans(signature: ModelSignature, sampler: SamplerTable, full_steps
         raise PlanError(f"{full_steps} full steps of {num_steps} cannot be spread: give {WARMUP + 2} to {num_steps}.")
     L, N = signature.depth, signature.image_tokens
     third = max(2, L // 3)
-    front = third // 2
-    ends = (compute(0, front), skip(front, L - third + front, 2), compute(L - third + front, L))
+    front, stop = third // 2, L - third + third // 2
+    while signature.skips.cut_by(front, stop):  # a span that holds both ends of each long skip, or neither
+        stop -= 1
+    ends = (compute(0, front), skip(front, stop, 2), compute(stop, L))
     chooser = random.Random(0)
 
     def quarter() -> tuple[Segment, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from export.compiler.symbolic import KINDS, Graph, Shape, Sym
 from export.compiler.torch_shapes import ANSWERS, Linear, Piece, Rows, answers, gather, lifted, product
-from tc_lightning.models.lean import attend, patch_tokens, time_features, time_frequencies
+from tc_lightning.models.lean import attend, beside, patch_tokens, time_features, time_frequencies
 
 __all__ = ["ANSWERS"]
 
@@ -191,6 +191,11 @@ def _for_each_query(bias: Sym, q_BnD: Sym) -> Sym:
     else:
         sizes = g.constant(np.array([*[1] * (bias.ndim - 2), n, 1]), "int64")
     return g.op("Expand", bias, sizes, shape=(*bias.shape[:-2], n, bias.shape[-1]))
+
+
+@answers(beside)
+def _beside(z: Sym, constant: Any) -> Sym:
+    return lifted(z.graph, constant)
 
 
 @answers(patch_tokens)

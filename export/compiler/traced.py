@@ -67,12 +67,18 @@ class NamedBlock:
     """A block whose nodes bear its name; see `tc_lightning.models.network.Block`."""
 
     def __init__(self, graph: Graph, name: str, block: Block) -> None:
-        self._graph, self._name, self._block, self.branches = graph, name, block, block.branches
+        self._graph, self._name, self._block = graph, name, block
+        self.branches, self.source = block.branches, block.source
 
     def branch(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """See `Block`."""
         with self._graph.scope(self._name):
             return self._block.branch(*args, **kwargs)
+
+    def merge(self, *args: Any) -> Any:
+        """See `Block`."""
+        with self._graph.scope(self._name):
+            return self._block.merge(*args)
 
     def gated(self, *args: Any) -> Any:
         """See `Block`."""

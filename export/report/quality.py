@@ -11,34 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.measure.psnr import is_pixels
 from tc_lightning.models.conditions import Asked, given_of
-from tc_lightning.models.network import Network
+from tc_lightning.models.network import Network, compute_through
 from tc_lightning.rollout.sampling import device_of
 
 FEATURE_TIME = 50.0  # of 1,000: nearly clean, which is what the final latents are
-SSIM_SIDE = 6  # the window of SSIM (sigma 1.5, 11 pixels) cannot be mirrored around smaller images
 INCEPTION_FEATURES, INCEPTION_BATCH = 2048, 16
 
 
 def visible(latents_BCHW: np.ndarray) -> np.ndarray:
     """What is seen of the output: pixels clipped to [-1, 1]; latents as they are."""
     return np.clip(latents_BCHW, -1.0, 1.0) if is_pixels(latents_BCHW) else latents_BCHW
-
-
-def ssim(actual_BCHW: np.ndarray, expected_BCHW: np.ndarray, span: float) -> np.ndarray | None:
-    """Structural similarity of each image, [B] (Wang et al. 2004, as torchmetrics computes it); None for images too small for it."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    if min(actual_BCHW.shape[2:]) < SSIM_SIDE:
-        return None
-    actual, expected = (torch.from_numpy(np.ascontiguousarray(x)).double() for x in (actual_BCHW, expected_BCHW))
-    values = structural_similarity_index_measure(actual, expected, data_range=span, reduction="none")
-    assert isinstance(values, Tensor)
-    return values.numpy()
 
 
 @torch.no_grad()
@@ -48,8 +34,7 @@ def teacher_features(model: Network, latents_BCHW: np.ndarray, asked: Asked, bat
     for x, y in zip(torch.from_numpy(latents_BCHW).split(batch), given_of(model.conditions, asked).split(batch), strict=True):
         terms = model.terms(torch.full((len(x),), FEATURE_TIME, device=device), y.to(device))
         z_BND = model.embed(x.to(device), terms.start)
-        for block, mod in list(zip(model.blocks, terms.blocks, strict=True))[: (model.config.depth + 1) // 2]:
-            z_BND = block(z_BND, mod)
+        z_BND = compute_through(list(model.blocks)[: (model.config.depth + 1) // 2], terms.blocks, z_BND)
         parts.append(z_BND[:, model.fixed_tokens :].double().mean(1).cpu())
     return torch.cat(parts).numpy()
 

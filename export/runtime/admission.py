@@ -20,8 +20,8 @@ def most_rows(manifest: dict[str, Any], images: int, negative: bool = False) -> 
 
 
 def predicted_bytes(manifest: dict[str, Any], images: int, full: bool = False, negative: bool = False) -> int:
-    """Bytes of the buffers of so many images at a time: caches, modulations, conditions and latents, at most; `negative`: if a
-    request brings null values. What ONNX Runtime needs within a program comes on top, and is shared by all requests."""
+    """Bytes of the buffers of so many images at a time: caches, modulations, constants, conditions and latents, at most; `negative`:
+    if a request brings null values. What ONNX Runtime needs within a program comes on top, and is shared by all requests."""
     layout = lay_out(manifest, images, most_rows(manifest, images, negative), full)
     return sum(spec.values * BYTES[spec.dtype] for spec in layout.buffers.values())
 

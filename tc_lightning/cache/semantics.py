@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tc_lightning.diffusion.update import difference_of_halves, guide, guide_by
 from tc_lightning.models.lean import put, take
-from tc_lightning.models.network import KeyValue, Terms, compose
+from tc_lightning.models.network import KeyValue, Taps, Terms, compose
 from tc_lightning.plan.dataflow import Entry
 from tc_lightning.plan.segments import Segment
 
@@ -94,15 +94,16 @@ def run_blocks(step: Step, z_BND: Tensor, blocks: Sequence[Any], mods: Sequence[
     spans = [entry for entry in step.wanted if entry.kind == "span"]
     edges = {entry.start for entry in spans} | {entry.stop for entry in spans}
     z_at: dict[int, Tensor] = {0: z_BND}
+    taps = Taps(blocks, z_BND)
     for segment, kept in zip(step.segments, step.kept, strict=True):
         if segment.mode == "skip":
             z_BND = z_BND + step.cached[Entry("span", segment.start, segment.stop)]
         elif segment.mode == "partial":
             assert kept is not None, "tokens are chosen before blocks are run"
-            z_BND = _run_partial(segment, kept, z_BND, blocks, mods, step.cached, writes)
+            z_BND = _run_partial(segment, kept, z_BND, blocks, mods, step.cached, writes, taps)
         else:
             for b in segment.blocks:
-                z_BND = _run_block(segment, b, z_BND, blocks[b], mods[b], step.cached, step.wanted, writes)
+                z_BND = _run_block(segment, b, z_BND, blocks[b], mods[b], step.cached, step.wanted, writes, taps)
                 if b + 1 in edges:
                     z_at[b + 1] = z_BND
         z_at[segment.stop] = z_BND
@@ -120,6 +121,7 @@ def _run_block(
     cached: Cache,
     wanted: Collection[Entry],
     writes: dict[Entry, Tensor],
+    taps: Taps,
 ) -> Tensor:
     """Compute a block over all tokens, but for the branches that come from the cache; add what is wanted to `writes`."""
 
@@ -131,7 +133,9 @@ def _run_block(
         writes.update({entry: value for kind, value in found.items() if (entry := Entry(kind, b, b + 1)) in wanted})
         return update_BND
 
-    return compose(block, z_BND, mod, take_branch)
+    z_BND = compose(block, z_BND, mod, take_branch, skip_BnD=taps.enter(b))
+    taps.leave(b, z_BND)
+    return z_BND
 
 
 def _run_partial(
@@ -142,6 +146,7 @@ def _run_partial(
     mods: Sequence[Any],
     cached: Cache,
     writes: dict[Entry, Tensor],
+    taps: Taps,
 ) -> Tensor:
     """Recompute the kept tokens through the segment: one gather on entry, one scatter on exit, however deep it is.
 
@@ -152,16 +157,28 @@ def _run_partial(
     span = cached.get(Entry("span", segment.start, segment.stop))
     if span is None:  # every token is kept, and in its place
         for b in segment.blocks:
-            z_BND = _run_block(segment, b, z_BND, blocks[b], mods[b], cached, (), writes)
+            z_BND = _run_block(segment, b, z_BND, blocks[b], mods[b], cached, (), writes, taps)
         return z_BND
-    z_BKD = take(z_BND, kept)
+    z_BKD, inside = take(z_BND, kept), Taps(blocks)
     for b in segment.blocks:
-        z_BKD = _run_kept(segment, kept, b, z_BKD, blocks[b], mods[b], cached, writes)
+        skip_BKD = inside.enter(b)
+        if skip_BKD is None and (outer_BND := taps.enter(b)) is not None:
+            skip_BKD = take(outer_BND, kept)
+        z_BKD = _run_kept(segment, kept, b, z_BKD, blocks[b], mods[b], cached, writes, skip_BKD)
+        inside.leave(b, z_BKD)
     return put(z_BND + span, kept, z_BKD)
 
 
 def _run_kept(
-    segment: Segment, kept: Tensor, b: int, z_BKD: Tensor, block: Any, mod: Any, cached: Cache, writes: dict[Entry, Tensor]
+    segment: Segment,
+    kept: Tensor,
+    b: int,
+    z_BKD: Tensor,
+    block: Any,
+    mod: Any,
+    cached: Cache,
+    writes: dict[Entry, Tensor],
+    skip_BKD: Tensor | None,
 ) -> Tensor:
     """Recompute the kept tokens in one block."""
     k, v = Entry("k", b, b + 1), Entry("v", b, b + 1)
@@ -176,7 +193,7 @@ def _run_kept(
         writes.update({k: kv.k, v: kv.v} if kv else {})
         return update_BKD
 
-    return compose(block, z_BKD, mod, take_branch, kept)
+    return compose(block, z_BKD, mod, take_branch, kept, skip_BKD)
 
 
 class Guided(NamedTuple):

@@ -26,7 +26,7 @@ class BlockCache(NamedTuple):
 BranchCache = dict[str, Tensor]  # what the soft form of reuse takes from the step before: each branch before its gate, [B, N, D]
 
 
-def full_block(block: Block, z_BND: Tensor, mod: Any) -> tuple[Tensor, BlockCache, BranchCache]:
+def full_block(block: Block, z_BND: Tensor, mod: Any, skip_BND: Tensor | None = None) -> tuple[Tensor, BlockCache, BranchCache]:
     """Compute a block and return its tokens, and what `mixed_block` and `mixed_branches` need of it."""
     branches: BranchCache = {}
     attended: list[KeyValue] = []
@@ -36,11 +36,11 @@ def full_block(block: Block, z_BND: Tensor, mod: Any) -> tuple[Tensor, BlockCach
         attended.extend([kv] if kv else [])
         return branches[name]
 
-    out_BND = compose(block, z_BND, mod, take_branch)
+    out_BND = compose(block, z_BND, mod, take_branch, skip_BnD=skip_BND)
     return out_BND, BlockCache(out_BND - z_BND, *attended), branches
 
 
-def mixed_block(block: Block, z_BND: Tensor, mod: Any, w_BN: Tensor, cached: BlockCache) -> Tensor:
+def mixed_block(block: Block, z_BND: Tensor, mod: Any, w_BN: Tensor, cached: BlockCache, skip_BND: Tensor | None = None) -> Tensor:
     """Superposition of computing and reusing, token by token (TokenCache v1): z + w f(z) + (1 - w) cached.
 
     Keys and values are mixed with the same weights, so that with w in {0, 1} this is exactly the partial step of a one-block
@@ -52,12 +52,18 @@ def mixed_block(block: Block, z_BND: Tensor, mod: Any, w_BN: Tensor, cached: Blo
         assert cached.kv is not None, "what attends has left keys and values"
         return KeyValue(*(new * w_BN1 + old * (1 - w_BN1) for new, old in zip(own, cached.kv, strict=True)))
 
-    f_BND = compose(block, z_BND, mod, lambda name, z: block.branch(name, z, mod, see=mixed)[0]) - z_BND
+    own_BND = compose(block, z_BND, mod, lambda name, z: block.branch(name, z, mod, see=mixed)[0], skip_BnD=skip_BND)
+    f_BND = own_BND - z_BND
     return z_BND + w_BN1 * f_BND + (1 - w_BN1) * cached.residual
 
 
 def mixed_branches(
-    block: Block, z_BND: Tensor, mod: Any, weights: Mapping[str, Tensor], cached: BranchCache
+    block: Block,
+    z_BND: Tensor,
+    mod: Any,
+    weights: Mapping[str, Tensor],
+    cached: BranchCache,
+    skip_BND: Tensor | None = None,
 ) -> tuple[Tensor, BranchCache]:
     """Superposition of computing and reusing, branch by branch (routers: Learning-to-Cache, arXiv 2406.01733; HarmoniCa, 2410.01723).
 
@@ -71,6 +77,7 @@ def mixed_branches(
         weights: weight of computing each branch, of any shape that broadcasts to [B, N, D]: [B, 1, 1] for each image, [B, N, 1] for
             each token.
         cached: branches of the step before.
+        skip_BND: the tokens that the block takes in by a long skip, if it has one.
 
     Returns:
         Tokens [B, N, D], and the mixtures.
@@ -82,4 +89,4 @@ def mixed_branches(
         mixtures[name] = w * block.branch(name, z_BND, mod)[0] + (1 - w) * cached[name]
         return mixtures[name]
 
-    return compose(block, z_BND, mod, take_branch), mixtures
+    return compose(block, z_BND, mod, take_branch, skip_BnD=skip_BND), mixtures

@@ -19,7 +19,7 @@ from torch import Tensor
 from tc_lightning.cache.soft import BlockCache, BranchCache, full_block, mixed_block, mixed_branches
 from tc_lightning.diffusion.update import guide
 from tc_lightning.models.conditions import Asked, given_of
-from tc_lightning.models.network import Network
+from tc_lightning.models.network import Network, run_through
 from tc_lightning.plan.guidance import Guidance
 
 
@@ -52,10 +52,14 @@ def full_eps(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, as
     """Guided eps [B, C, H, W] at full compute, and what the next step can reuse of it."""
     z_BND, mods, final = enter(model, guidance, x_BCHW, t_B, asked)
     caches = StepCaches([], [])
-    for block, mod in zip(model.blocks, mods, strict=True):
-        z_BND, whole, branches = full_block(block, z_BND, mod)  # type: ignore[arg-type]
+
+    def run(b: int, z_BND: Tensor, skip_BND: Tensor | None) -> Tensor:
+        out_BND, whole, branches = full_block(model.blocks[b], z_BND, mods[b], skip_BND)  # type: ignore[arg-type]
         caches.blocks.append(whole)
         caches.branches.append(branches)
+        return out_BND
+
+    z_BND = run_through(list(model.blocks), z_BND, run)
     return guided_eps(model, guidance, z_BND, final), caches
 
 
@@ -80,8 +84,11 @@ def mixed_eps(
     """
     z_BND, mods, final = enter(model, guidance, x_BCHW, t_B, asked)
     w_BLN = F.pad(torch.cat([w_BLN, w_BLN]) if guidance.doubles_batch else w_BLN, (model.fixed_tokens, 0), value=1.0)
-    for block, mod, w_BN, cache in zip(model.blocks, mods, w_BLN.unbind(1), caches, strict=True):
-        z_BND = mixed_block(block, z_BND, mod, w_BN, cache)  # type: ignore[arg-type]
+
+    def run(b: int, z_BND: Tensor, skip_BND: Tensor | None) -> Tensor:
+        return mixed_block(model.blocks[b], z_BND, mods[b], w_BLN[:, b], caches[b], skip_BND)  # type: ignore[arg-type]
+
+    z_BND = run_through(list(model.blocks), z_BND, run)
     return guided_eps(model, guidance, z_BND, final)
 
 
@@ -100,11 +107,16 @@ def mixed_branches_eps(
     """
     z_BND, mods, final = enter(model, guidance, x_BCHW, t_B, asked)
     w_BL211 = (torch.cat([w_BL2, w_BL2]) if guidance.doubles_batch else w_BL2)[..., None, None]
-    mixtures = []
-    for block, mod, w_B211, cache in zip(model.blocks, mods, w_BL211.unbind(1), caches, strict=True):
-        weights = dict(zip(block.branches, w_B211.unbind(1), strict=True))  # type: ignore[arg-type]
-        z_BND, mixture = mixed_branches(block, z_BND, mod, weights, cache)  # type: ignore[arg-type]
+    mixtures: list[BranchCache] = []
+
+    def run(b: int, z_BND: Tensor, skip_BND: Tensor | None) -> Tensor:
+        block: Any = model.blocks[b]
+        weights = dict(zip(block.branches, w_BL211[:, b].unbind(1), strict=True))
+        out_BND, mixture = mixed_branches(block, z_BND, mods[b], weights, caches[b], skip_BND)
         mixtures.append(mixture)
+        return out_BND
+
+    z_BND = run_through(list(model.blocks), z_BND, run)
     return guided_eps(model, guidance, z_BND, final), mixtures
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tc_lightning.cache.soft import BranchCache
 from tc_lightning.cache.soft_network import enter, full_eps, guided_eps
 from tc_lightning.models.conditions import Asked
-from tc_lightning.models.network import Network, Take, compose
+from tc_lightning.models.network import Network, Take, compose, run_through
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.rollout.noise import initial_noise
 
@@ -113,11 +113,18 @@ def _trace(
     """Guided eps, the residual stream after each branch (where v J is read off), and delta of each branch."""
     z_BND, mods, final = enter(model, guidance, x, t, asked)
     z_BND = z_BND.detach().requires_grad_()
-    before: list[Tensor] = []
+    sums: list[Tensor] = []
     deltas: list[Tensor] = []
-    for block, mod, known in zip(model.blocks, mods, cached, strict=True):
-        z_BND = compose(block, z_BND, mod, _watched(block, mod, known, before, deltas))  # type: ignore[arg-type]
-    return guided_eps(model, guidance, z_BND, final), [*before[1:], z_BND], deltas
+
+    def run(b: int, z_BND: Tensor, skip_BND: Tensor | None) -> Tensor:
+        block: Any = model.blocks[b]
+        before: list[Tensor] = []
+        out_BND = compose(block, z_BND, mods[b], _watched(block, mods[b], cached[b], before, deltas), skip_BnD=skip_BND)
+        sums.extend([*before[1:], out_BND])
+        return out_BND
+
+    z_BND = run_through(list(model.blocks), z_BND, run)
+    return guided_eps(model, guidance, z_BND, final), sums, deltas
 
 
 def _watched(block: Any, mod: Any, cached: BranchCache, before: list[Tensor], deltas: list[Tensor]) -> Take:

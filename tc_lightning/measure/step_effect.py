@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tc_lightning.cache.soft_network import enter, guided_eps
 from tc_lightning.models.conditions import Asked
-from tc_lightning.models.network import Network
+from tc_lightning.models.network import Network, compute_through
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import MAX_HISTORY, SamplerStep
@@ -74,7 +74,6 @@ def _eps_adjoint(model: Network, guidance: Guidance, x_BCHW: Tensor, t: float, a
     """Gradient by the latents of g_eps . eps, where eps is the guided output at full compute."""
     x_BCHW = x_BCHW.detach().requires_grad_()
     z_BND, mods, final = enter(model, guidance, x_BCHW, torch.full((len(x_BCHW),), t, device=x_BCHW.device), asked)
-    for block, mod in zip(model.blocks, mods, strict=True):
-        z_BND = block(z_BND, mod)
+    z_BND = compute_through(list(model.blocks), mods, z_BND)
     (grad,) = torch.autograd.grad(guided_eps(model, guidance, z_BND, final), x_BCHW, g_eps)
     return grad

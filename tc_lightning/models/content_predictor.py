@@ -59,7 +59,7 @@ class ContentPredictor(nn.Module):
         Raises:
             TeacherError: if that is no block of a DiT, or the teacher has no null label.
         """
-        if not isinstance(model.blocks[0], DiTBlock):
+        if type(model.blocks[0]) is not DiTBlock:
             raise TeacherError(f"a content predictor copies a block of a DiT, and a {model.family} has others: leave `content` out.")
         predictor = cls(model.config)
         predictor.block.load_state_dict(model.blocks[0].state_dict())

@@ -76,20 +76,21 @@ class DiTConfig:
     output: str = LATENTS
 
     def __post_init__(self) -> None:
+        of = type(self).__name__.removesuffix("Config")
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             if getattr(self, name) < 1:
-                raise TeacherError(f"DiT {name} is {getattr(self, name)}; it must be at least 1.")
+                raise TeacherError(f"{of} {name} is {getattr(self, name)}; it must be at least 1.")
         if self.output not in OUTPUTS:
-            raise TeacherError(f"DiT output is {self.output!r}; choose one of {', '.join(OUTPUTS)}.")
+            raise TeacherError(f"{of} output is {self.output!r}; choose one of {', '.join(OUTPUTS)}.")
         for name in ("mlp_ratio", "mlp_norm_eps"):
             if not 0.0 < getattr(self, name) < math.inf:
-                raise TeacherError(f"DiT {name} is {getattr(self, name)}; it must be positive and finite.")
+                raise TeacherError(f"{of} {name} is {getattr(self, name)}; it must be positive and finite.")
         if not math.isfinite(self.freq_shift) or self.freq_shift == FREQUENCIES // 2:
-            raise TeacherError(f"DiT freq_shift is {self.freq_shift}; it is 0 or 1 as a rule, and cannot be {FREQUENCIES // 2}.")
+            raise TeacherError(f"{of} freq_shift is {self.freq_shift}; it is 0 or 1 as a rule, and cannot be {FREQUENCIES // 2}.")
         if self.input_size % self.patch_size:
-            raise TeacherError(f"DiT input_size {self.input_size} is not a multiple of patch_size {self.patch_size}.")
+            raise TeacherError(f"{of} input_size {self.input_size} is not a multiple of patch_size {self.patch_size}.")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
-            raise TeacherError(f"DiT hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads {self.num_heads}.")
+            raise TeacherError(f"{of} hidden_size {self.hidden_size} must be a multiple of 4 and of num_heads {self.num_heads}.")
 
     @property
     def num_tokens(self) -> int:

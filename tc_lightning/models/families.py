@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tc_lightning.diffusion.described import describe, schedule_from
 from tc_lightning.errors import TeacherError, TokenCacheError
 from tc_lightning.models.dit import DiT, DiTConfig
+from tc_lightning.models.mdt import MDT, MDTConfig
 from tc_lightning.models.network import Network
 from tc_lightning.models.pixart import PixArt, PixArtConfig
 from tc_lightning.models.sit import SiT
@@ -20,7 +21,12 @@ class Family(NamedTuple):
     config: type
 
 
-FAMILIES: dict[str, Family] = {"dit": Family(DiT, DiTConfig), "sit": Family(SiT, DiTConfig), "pixart": Family(PixArt, PixArtConfig)}
+FAMILIES: dict[str, Family] = {
+    "dit": Family(DiT, DiTConfig),
+    "sit": Family(SiT, DiTConfig),
+    "pixart": Family(PixArt, PixArtConfig),
+    "mdt": Family(MDT, MDTConfig),
+}
 
 
 def family_of(name: str) -> Family:

@@ -49,6 +49,12 @@ def attend(q_BnD: Tensor, k_BND: Tensor, v_BND: Tensor, heads: int, bias: Tensor
 
 
 @hands_over
+def beside(z: Tensor, constant: Tensor) -> Tensor:
+    """A constant that is computed with beside `z`, but not from it: where `z` stands in a graph, the constant stands in it too."""
+    return constant
+
+
+@hands_over
 def patch_tokens(x_BCHW: Tensor, weight_DCPP: Tensor, bias_D: Tensor | None) -> Tensor:
     """Linear map of each non-overlapping patch of side P to a token, in row-major order, [B, N, D]."""
     return F.conv2d(x_BCHW, weight_DCPP, bias_D, stride=weight_DCPP.shape[-1]).flatten(2).transpose(1, 2)

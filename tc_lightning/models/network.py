@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from tc_lightning.plan.conditions import Conditions
 from tc_lightning.plan.given import Arrays
 from tc_lightning.plan.segments import Branches
 from tc_lightning.plan.signature import ModelSignature
+from tc_lightning.plan.skips import EMBEDDING, Skip
 
 
 class KeyValue(NamedTuple):
@@ -90,6 +91,7 @@ class Block(nn.Module, ABC):
 
     branches: tuple[str, ...]  # their names, in the order in which they run
     attends: tuple[str, ...] = ()  # those that look at all tokens, by keys and values: one at most
+    source: int | None = None  # the block whose tokens it takes in by a long skip, or `EMBEDDING`; None: it has no long skip
 
     @abstractmethod
     def branch(self, name: str, z_BnD: Tensor, mod: Any, at: Tensor | None = None, see: See | None = None) -> tuple[Tensor, Any]:
@@ -107,12 +109,16 @@ class Block(nn.Module, ABC):
     def gated(self, name: str, update_BnD: Tensor, mod: Any, at: Tensor | None = None) -> Tensor:
         """What a branch's update adds to the residual stream; arguments of `branch`."""
 
-    def forward(self, z_BND: Tensor, mod: Any) -> Tensor:
+    def merge(self, z_BnD: Tensor, skip_BnD: Tensor, at: Tensor | None = None) -> Tensor:
+        """What a block that has a source makes of the tokens that arrive and the same tokens after its source; see `branch`."""
+        raise NotImplementedError(f"{type(self).__name__} has a source, and no `merge` that takes its tokens in.")
+
+    def forward(self, z_BND: Tensor, mod: Any, skip_BND: Tensor | None = None) -> Tensor:
         """Full computation of the block."""
-        return compose(self, z_BND, mod, lambda name, z: self.branch(name, z, mod)[0])
+        return compose(self, z_BND, mod, lambda name, z: self.branch(name, z, mod)[0], skip_BnD=skip_BND)
 
 
-def compose(block: Block, z_BnD: Tensor, mod: Any, take: Take, at: Tensor | None = None) -> Tensor:
+def compose(block: Block, z_BnD: Tensor, mod: Any, take: Take, at: Tensor | None = None, skip_BnD: Tensor | None = None) -> Tensor:
     """For every branch of a block: take its update (computed, cached, forecast, mixed or recorded), add it.
 
     Args:
@@ -121,10 +127,65 @@ def compose(block: Block, z_BnD: Tensor, mod: Any, take: Take, at: Tensor | None
         mod: its terms of the conditioning.
         take: gives the update of each branch.
         at: which tokens these are; None for all.
+        skip_BnD: the same tokens after the block's source, if it has one.
     """
+    if block.source is not None:
+        assert skip_BnD is not None, "the tokens of its source reach a block that takes them in"
+        z_BnD = block.merge(z_BnD, skip_BnD, at)
     for name in block.branches:
         z_BnD = z_BnD + block.gated(name, take(name, z_BnD), mod, at)
     return z_BnD
+
+
+class Taps:
+    """The tokens that long skips lead from one block to another, held from where they arise to the last block that takes them in.
+
+    Args:
+        blocks: the blocks, or objects with their attributes.
+        z_BnD: tokens before the first of them; None if no block may take them in.
+    """
+
+    def __init__(self, blocks: Iterable[Any], z_BnD: Tensor | None = None) -> None:
+        self._source = [block.source for block in blocks]
+        self._last = {source: b for b, source in enumerate(self._source)}
+        self._held: dict[int, Tensor] = {}
+        if z_BnD is not None:
+            self.leave(EMBEDDING, z_BnD)
+
+    def leave(self, b: int, z_BnD: Tensor) -> None:
+        """Hold the tokens after block b, if any takes them in."""
+        if b in self._last:
+            self._held[b] = z_BnD
+
+    def enter(self, b: int) -> Tensor | None:
+        """The tokens that block b takes in; None if it takes in none, or they did not arise here."""
+        source = self._source[b]
+        if source is None:
+            return None
+        return self._held.pop(source, None) if self._last[source] == b else self._held.get(source)
+
+
+Run = Callable[[int, Tensor, Tensor | None], Tensor]  # a block's number, tokens, those of its long skip -> tokens after it
+
+
+def run_through(blocks: Sequence[Any], z_BND: Tensor, run: Run) -> Tensor:
+    """Tokens after blocks of which each is run, one way or another, on all tokens.
+
+    Args:
+        blocks: the blocks.
+        z_BND: tokens before them.
+        run: runs a block, given the tokens before it and those that it takes in by a long skip (None where it has none).
+    """
+    taps = Taps(blocks, z_BND)
+    for b in range(len(blocks)):
+        z_BND = run(b, z_BND, taps.enter(b))
+        taps.leave(b, z_BND)
+    return z_BND
+
+
+def compute_through(blocks: Sequence[Any], mods: Sequence[Any], z_BND: Tensor) -> Tensor:
+    """Tokens after blocks that are computed in full."""
+    return run_through(blocks, z_BND, lambda b, z, skip: blocks[b](z, mods[b], skip))
 
 
 class Network(nn.Module, ABC):
@@ -147,6 +208,11 @@ class Network(nn.Module, ABC):
         """Those of its blocks, as plans see them."""
         block: Any = self.blocks[0]
         return Branches(block.branches, block.attends)
+
+    @property
+    def skips(self) -> tuple[Skip, ...]:
+        """Its long skips, as plans see them."""
+        return tuple(Skip(block.source, b) for b, block in enumerate(self.blocks) if block.source is not None)  # type: ignore[arg-type]
 
     @abstractmethod
     def signature(self, teacher: str) -> ModelSignature:
@@ -183,9 +249,7 @@ class Network(nn.Module, ABC):
         """Raw output [B, out_channels, H, W] for latents, times and conditions."""
         terms = self.terms(t_B, by_name(self.conditions, asked))
         z_BND = self.embed(x_BCHW, terms.start)
-        for block, mod in zip(self.blocks, terms.blocks, strict=True):
-            z_BND = block(z_BND, mod)
-        return self.readout(z_BND, terms.final)
+        return self.readout(compute_through(list(self.blocks), terms.blocks, z_BND), terms.final)
 
     def terms(self, t_B: Tensor, given: Mapping[str, Tensor], constants: Constants | None = None) -> Terms:
         """All that a forward takes of times and conditions.

@@ -7,6 +7,7 @@ from typing import Any
 from tc_lightning.models.embedders import FREQUENCIES
 from tc_lightning.models.network import Network
 from tc_lightning.plan.signature import Macs, ModelSignature
+from tc_lightning.plan.skips import LongSkips
 
 
 def attention_macs(width: int) -> Macs:
@@ -26,7 +27,9 @@ def fixed_macs(config: Any) -> int:
     return ends + FREQUENCIES * D + D**2 * (1 + 6 * c.depth + 2)
 
 
-def signature_of(network: Network, teacher: str, macs: tuple[Macs, ...], fixed: int, tokens: int | None = None) -> ModelSignature:
+def signature_of(
+    network: Network, teacher: str, macs: tuple[Macs, ...], fixed: int, tokens: int | None = None, merge: int = 0
+) -> ModelSignature:
     """Signature of a network whose configuration has the fields of `tc_lightning.models.dit.DiTConfig`.
 
     Args:
@@ -35,6 +38,7 @@ def signature_of(network: Network, teacher: str, macs: tuple[Macs, ...], fixed: 
         macs: costs of its branches, in order.
         fixed: MACs of a forward outside of them.
         tokens: tokens between `embed` and `readout`; None for the network's fixed ones and those of the image.
+        merge: MACs of taking in a token by a long skip.
     """
     config = network.config
     return ModelSignature(
@@ -55,4 +59,5 @@ def signature_of(network: Network, teacher: str, macs: tuple[Macs, ...], fixed: 
         teacher=teacher,
         branches=network.branches.text,
         fixed_tokens=network.fixed_tokens,
+        skips=LongSkips(network.skips, merge),
     )

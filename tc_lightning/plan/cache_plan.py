@@ -15,6 +15,8 @@ named branches come from the cache before their gate, the current gate is applie
 segment's summed residual comes from the cache as one tensor. order: 0 repeats the cached value, 1 and 2 extrapolate it from the
 last 2 and 3 times that it was computed (keys and values are always repeated).
 
+A segment that knows some tokens alone (skip, partial) holds both ends of a long skip between blocks, or neither.
+
 A step may compute the conditional half of a guided batch alone (`tc_lightning.plan.guidance`): it then has a further key,
 "guidance": {"mode": "forecast", "order": 1}. Each half of the batch has its own cache, and such a step touches only the conditional
 half's.
@@ -39,6 +41,7 @@ from tc_lightning.plan.json_fields import as_list, check_keys, from_fields, is_i
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.segments import MAX_ORDER, Segment, require_branches, require_valid
 from tc_lightning.plan.signature import ModelSignature
+from tc_lightning.plan.skips import require_uncut
 
 FORMAT_VERSION = 5  # 4: conditions, costs of branches and the output space of the model; 5: its fixed tokens
 
@@ -247,6 +250,7 @@ def _validate(plan: CachePlan) -> None:
         for segment in segments:
             where = f"step {i}, blocks [{segment.start}, {segment.stop})"
             require_valid(segment, reached, plan.model.depth, plan.model.tokens, where, plan.model.block, plan.model.fixed_tokens)
+            require_uncut(segment, plan.model.skips, plan.model.tokens, where)
             reached = segment.stop
         if reached != plan.model.depth:
             raise PlanError(f"step {i} covers {reached} of {plan.model.depth} blocks: the plan is for another depth, or a gap.")

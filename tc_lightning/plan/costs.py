@@ -7,7 +7,7 @@ import math
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.dataflow import Entry, assign_slots
 from tc_lightning.plan.guidance import Guidance, GuidanceMode
-from tc_lightning.plan.segments import Segment
+from tc_lightning.plan.segments import Segment, compute
 from tc_lightning.plan.signature import ModelSignature
 
 
@@ -19,14 +19,11 @@ def block_macs(model: ModelSignature, tokens: int, branches: tuple[str, ...] | N
 
 def segment_macs(model: ModelSignature, segment: Segment) -> int:
     """MACs of a segment for one sample. Forecasts are elementwise and count as none."""
-    depth = segment.stop - segment.start
-    if segment.mode == "compute":
-        return depth * block_macs(model, model.tokens)
-    if segment.mode == "partial":
-        return depth * block_macs(model, segment.keep, segment.branches)
-    if segment.mode == "reuse":
-        return depth * block_macs(model, model.tokens, tuple(filter(segment.computes, model.block.names)))
-    return 0
+    if segment.mode == "skip":
+        return 0
+    tokens = segment.keep if segment.mode == "partial" else model.tokens
+    blocks = len(segment.blocks) * block_macs(model, tokens, tuple(filter(segment.computes, model.block.names)))
+    return blocks + model.skips.taken_in(segment.start, segment.stop) * tokens * model.skips.macs
 
 
 def selector_macs(model: ModelSignature) -> int:
@@ -42,7 +39,7 @@ def step_macs(model: ModelSignature, segments: tuple[Segment, ...], selector_run
 
 def full_step_macs(model: ModelSignature) -> int:
     """MACs of a full forward for one sample."""
-    return model.fixed_macs + model.depth * block_macs(model, model.tokens)
+    return model.fixed_macs + segment_macs(model, compute(0, model.depth))
 
 
 def halves_share(mode: GuidanceMode) -> float:

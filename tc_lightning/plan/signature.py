@@ -11,6 +11,7 @@ from tc_lightning.errors import PlanError
 from tc_lightning.plan.conditions import Conditions, conditions_from_json, require_distinct
 from tc_lightning.plan.json_fields import MOST, from_fields, is_ints, shown
 from tc_lightning.plan.segments import DIT, Branches
+from tc_lightning.plan.skips import NO_SKIPS, LongSkips, require_skips
 
 PIXELS, LATENTS = "pixels", "latents"
 OUTPUTS = (PIXELS, LATENTS)
@@ -36,7 +37,7 @@ class ModelSignature:
     outside of branches, and `output` says what latents are: `pixels` in [-1, 1], or `latents` that a decoder of the model's own turns
     into images. `branches` names those of a block in order, and says which attend (`tc_lightning.plan.segments.Branches`).
     `fixed_tokens` of the tokens are not the image's (a text's, for example): they come first, and no step that recomputes tokens leaves
-    them out.
+    them out. `skips` are the long skips between blocks, if there are any.
     """
 
     family: str
@@ -56,6 +57,7 @@ class ModelSignature:
     teacher: str
     branches: str = DIT.text
     fixed_tokens: int = 0
+    skips: LongSkips = NO_SKIPS
 
     @functools.cached_property
     def block(self) -> Branches:
@@ -77,8 +79,10 @@ class ModelSignature:
         return self.in_channels, self.input_size, self.input_size
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; branches where they are not those of a DiT."""
-        plain = {name: value for name, value in vars(self).items() if name in _FIELDS and (name, value) != ("branches", DIT.text)}
+        """Plain JSON values; branches where they are not those of a DiT, long skips where there are any."""
+        silent = (("branches", DIT.text), ("skips", NO_SKIPS))
+        plain = {name: value for name, value in vars(self).items() if name in _FIELDS and (name, value) not in silent}
+        plain |= {"skips": self.skips.to_json()} if self.skips != NO_SKIPS else {}
         macs = {name: list(macs) for name, macs in zip(self.block.names, self.macs, strict=True)}
         return plain | {"conditions": [condition.to_json() for condition in self.conditions], "macs": macs}
 
@@ -89,8 +93,8 @@ class ModelSignature:
         Raises:
             PlanError: if a key is missing or unknown, or a value has the wrong type.
         """
-        made = {"conditions": _conditions, "macs": _macs}
-        return from_fields(cls, raw, where, {"branches"}, made)
+        made = {"conditions": _conditions, "macs": _macs, "skips": LongSkips.from_json}
+        return from_fields(cls, raw, where, {"branches", "skips"}, made)
 
     def __post_init__(self) -> None:
         sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type == "int"}
@@ -101,9 +105,10 @@ class ModelSignature:
             raise PlanError(f"the model has {fixed} fixed tokens of {self.tokens}: it needs one of an image at least.")
         if self.output not in OUTPUTS:
             raise PlanError(f"the model's output is {self.output!r}: choose one of {', '.join(OUTPUTS)}.")
-        if any(not 0 <= value <= MOST for macs in self.macs for value in macs):
+        if any(not 0 <= value <= MOST for macs in (*self.macs, (self.skips.macs,)) for value in macs):
             raise PlanError("the model's macs are negative, or more than a model can have: give MACs a token and a pair of tokens.")
         require_distinct(self.conditions)
+        require_skips(self.skips, self.depth)
 
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(ModelSignature))

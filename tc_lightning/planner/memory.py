@@ -40,7 +40,8 @@ def forward_bytes(plan: CachePlan) -> int:
     """What one image takes in a run without gradients: the activations of a block, and the cache that a step reads and the one it
     leaves."""
     model, rows = plan.model, 2 if plan.guidance.doubles_batch else 1
-    return 4 * rows * model.tokens * (_WIDTHS * model.width + 2 * model.mlp_width) + 2 * cache_bytes_per_image(plan)
+    widths = _WIDTHS + len({skip.source for skip in model.skips.pairs})  # streams that wait for the blocks that take them in
+    return 4 * rows * model.tokens * (widths * model.width + 2 * model.mlp_width) + 2 * cache_bytes_per_image(plan)
 
 
 def _free_on_gpu(device: torch.device) -> float:

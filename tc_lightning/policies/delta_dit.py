@@ -37,6 +37,7 @@ class DeltaDiTPolicy(TargetedPolicy):
     """
 
     name = "delta_dit"
+    cuts = True
 
     def __init__(
         self,

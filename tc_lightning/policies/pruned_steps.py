@@ -5,13 +5,15 @@
     branch   as edges, but the branch that matters less comes from the cache in the blocks at the edges
     partial  in a window of blocks the tokens that matter most are recomputed, the blocks before and after are skipped
 
-A segment is a contiguous span, so blocks are chosen as edges or windows: the ones whose summed sensitivity is highest. Shape
-suffixes: T steps, L blocks, 2 branches (attn, mlp), N tokens.
+A segment is a contiguous span, so blocks are chosen as edges or windows: the ones whose summed sensitivity is highest. Long skips may
+not be cut in two: in a network that has some, as few blocks more are taken as that needs. Shape suffixes: T steps, L blocks, 2 branches
+(attn, mlp), N tokens.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,6 +23,7 @@ from tc_lightning.measure.scores import Scores
 from tc_lightning.plan.costs import full_step_macs, step_macs
 from tc_lightning.plan.segments import Segment, compute, partial, reuse, skip
 from tc_lightning.plan.signature import ModelSignature
+from tc_lightning.plan.skips import NO_SKIPS, LongSkips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +69,28 @@ class PrunedStep:
         return dearest / full_step_macs(signature)
 
 
-def best_edges(sensitivity_L: np.ndarray, count: int) -> tuple[int, int]:
-    """Split `count` blocks into a first and b last ones of the highest summed sensitivity; of equals, the most at the end."""
-    total = np.concatenate([[0.0], np.cumsum(sensitivity_L)])
-    L = len(sensitivity_L)
-    start = max(range(count + 1), key=lambda a: (total[a] + total[L] - total[L - count + a], -a))
-    return start, count - start
+def best_edges(sensitivity_L: np.ndarray, count: int, skips: LongSkips = NO_SKIPS) -> tuple[int, int]:
+    """Split `count` blocks into a first and b last ones of the highest summed sensitivity; of equals, the most at the end.
+
+    Where every span between such edges would cut a long skip, more blocks are split.
+    """
+    total, L = np.concatenate([[0.0], np.cumsum(sensitivity_L)]), len(sensitivity_L)
+    edges = [(a, computed - a) for computed in range(count, L + 1) for a in range(computed + 1)]
+    whole = [(a, b) for a, b in edges if skips.cut_by(a, L - b) is None]
+    fewest = [pair for pair in whole if sum(pair) == sum(whole[0])]
+    return max(fewest, key=lambda pair: (total[pair[0]] + total[L] - total[L - pair[1]], pair[1]))
 
 
-def best_window(sensitivity_L: np.ndarray, width: int) -> tuple[int, int]:
-    """First and one past the last of `width` neighbouring blocks of the highest summed sensitivity; of equals, the last."""
-    total = np.concatenate([[0.0], np.cumsum(sensitivity_L)])
-    start = max(range(len(sensitivity_L) - width + 1), key=lambda s: (total[s + width] - total[s], s))
-    return start, start + width
+def best_window(sensitivity_L: np.ndarray, width: int, skips: LongSkips = NO_SKIPS) -> tuple[int, int]:
+    """First and one past the last of `width` neighbouring blocks of the highest summed sensitivity; of equals, the last.
+
+    Where every such window, or what is left before and after it, would cut a long skip, it is wider.
+    """
+    total, L = np.concatenate([[0.0], np.cumsum(sensitivity_L)]), len(sensitivity_L)
+    windows = [(start, start + size) for size in range(width, L + 1) for start in range(L - size + 1)]
+    whole = [w for w in windows if not any(skips.cut_by(a, b) for a, b in itertools.pairwise((0, *w, L)))]
+    narrowest = [w for w in whole if w[1] - w[0] == whole[0][1] - whole[0][0]]
+    return max(narrowest, key=lambda w: (total[w[1]] - total[w[0]], w[0]))
 
 
 def top_tokens(importance_N: np.ndarray, count: int) -> tuple[int, ...]:
@@ -97,14 +109,14 @@ def _skip(p: PrunedStep, signature: ModelSignature, scores: Scores, phase: Seque
 def _edges(p: PrunedStep, signature: ModelSignature, scores: Scores, phase: Sequence[int], step: int) -> tuple[Segment, ...]:
     L = signature.depth
     sensitivity_L = scores.sensitivity_TL2[list(phase)].sum((0, 2))
-    a, b = best_edges(sensitivity_L, _rounded(p.block_share, L))
+    a, b = best_edges(sensitivity_L, _rounded(p.block_share, L), signature.skips)
     return compute(0, a), skip(a, L - b, p.order), compute(L - b, L)
 
 
 def _branch(p: PrunedStep, signature: ModelSignature, scores: Scores, phase: Sequence[int], step: int) -> tuple[Segment, ...]:
     L = signature.depth
     sensitivity_L2 = scores.sensitivity_TL2[list(phase)].sum(0)
-    a, b = best_edges(sensitivity_L2.sum(1), _rounded(p.block_share, L))
+    a, b = best_edges(sensitivity_L2.sum(1), _rounded(p.block_share, L), signature.skips)
     sensitivity_2 = sensitivity_L2[[*range(a), *range(L - b, L)]].sum(0)
     least = (signature.block.names[int(np.argmin(sensitivity_2))],)
     return reuse(0, a, least, p.order), skip(a, L - b, p.order), reuse(L - b, L, least, p.order)
@@ -113,7 +125,7 @@ def _branch(p: PrunedStep, signature: ModelSignature, scores: Scores, phase: Seq
 def _partial(p: PrunedStep, signature: ModelSignature, scores: Scores, phase: Sequence[int], step: int) -> tuple[Segment, ...]:
     L, N = signature.depth, signature.image_tokens
     sensitivity_L = scores.sensitivity_TL2[list(phase)].sum((0, 2))
-    start, stop = best_window(sensitivity_L, _rounded(p.block_share, L))
+    start, stop = best_window(sensitivity_L, _rounded(p.block_share, L), signature.skips)
     tokens = top_tokens(scores.importance_TLN[step, start:stop].mean(0), _rounded(p.token_share, N))
     kept = partial(start, stop, signature.kept(tokens), p.order, signature.block.names)
     return skip(0, start, p.order), kept, skip(stop, L, p.order)

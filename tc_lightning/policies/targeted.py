@@ -52,6 +52,7 @@ class TargetedPolicy(Policy):
 
     name: str
     calibrated = False  # whether it reads the context's calibration
+    cuts = False  # whether its segments begin and end at any block, whatever long skips there are
 
     def __init__(self, target_speedup: float | None, images: int) -> None:
         if target_speedup is not None and target_speedup <= 1.0:
@@ -110,6 +111,11 @@ class TargetedPolicy(Policy):
             raise PlanError(f"{self.name} chooses tokens by importance, and no predictor of it was trained: distil one.")
 
     def _check(self, signature: ModelSignature, sampler: SamplerTable, reference: SamplerTable) -> None:
+        if self.cuts and (skip := next(iter(signature.skips.between_blocks), None)):
+            raise PlanError(
+                f"{self.name} caches some blocks and computes others beside them, which cuts the long skip from block {skip.source} "
+                f"to block {skip.target} in two: choose a policy that caches whole steps or branches, or whose spans hold both ends."
+            )
         most = reference_macs(signature, reference) / self.least_macs(signature, sampler)
         if self.target_speedup is not None and self.target_speedup > most * (1 + 1e-9):
             raise PlanError(

@@ -40,6 +40,7 @@ class ToCaPolicy(TargetedPolicy):
     """
 
     name = "toca"
+    cuts = True
     needs = ("importance_TLN",)
 
     def __init__(

@@ -45,6 +45,7 @@ class TokenCacheV1Policy(TargetedPolicy):
     """
 
     name = "tokencache_v1"
+    cuts = True
     needs = ("importance_TLN",)
 
     def __init__(

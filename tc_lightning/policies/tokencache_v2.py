@@ -91,6 +91,7 @@ class TokenCacheV2Policy(TargetedPolicy):
     """
 
     name = "tokencache_v2"
+    cuts = True
 
     def __init__(
         self,

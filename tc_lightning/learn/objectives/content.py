@@ -11,6 +11,8 @@ Shape suffixes: B images, M rows (guidance doubles them), C H W latent, S sample
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning import Trainer
 from torch import Tensor
@@ -21,6 +23,7 @@ from tc_lightning.errors import RunError
 from tc_lightning.learn.objectives.base import Batch, Loss, Objective, Task
 from tc_lightning.learn.objectives.superposition import FLOOR
 from tc_lightning.models.content_predictor import ContentPredictor, Selector
+from tc_lightning.models.network import run_through
 from tc_lightning.plan.guidance import Guidance
 
 LATENTS_AT_ONCE = 64  # latents that the predictor scores in one forward pass
@@ -141,13 +144,22 @@ class ContentSuperposition(Objective):
         b, (teacher, _, _, guidance) = batch.content, self.task
         z_MND, mods, _ = enter(teacher, guidance, b["x"], batch.times(batch.step), batch.given)
         w_MLN = torch.cat([a_BLN, a_BLN]) if guidance.doubles_batch else a_BLN
-        full, mixed, reused = z_MND, z_MND, z_MND
-        for l, (block, mod, cache) in enumerate(zip(teacher.blocks, mods, batch.caches.blocks, strict=True)):  # noqa: E741
-            cached = l < self.cached_blocks
-            with torch.no_grad():
-                full = block(full, mod)
-                reused = reused + cache.residual if cached else block(reused, mod)
-            mixed = mixed_block(block, mixed, mod, w_MLN[:, l], cache) if cached else block(mixed, mod)  # type: ignore[arg-type]
+        blocks: list[Any] = list(teacher.blocks)
+        caches = batch.caches.blocks
+
+        def computed(b: int, z: Tensor, skip: Tensor | None) -> Tensor:
+            return blocks[b](z, mods[b], skip)
+
+        def reusing(b: int, z: Tensor, skip: Tensor | None) -> Tensor:
+            return z + caches[b].residual if b < self.cached_blocks else computed(b, z, skip)
+
+        def mixing(b: int, z: Tensor, skip: Tensor | None) -> Tensor:
+            cached = b < self.cached_blocks
+            return mixed_block(blocks[b], z, mods[b], w_MLN[:, b], caches[b], skip) if cached else computed(b, z, skip)
+
+        with torch.no_grad():
+            full, reused = (run_through(blocks, z_MND, run) for run in (computed, reusing))
+        mixed = run_through(blocks, z_MND, mixing)
         error_B, reuse_B, size_B = (_mean_square(x, guidance) for x in (mixed - full, reused - full, full))
         return error_B, reuse_B, size_B
 

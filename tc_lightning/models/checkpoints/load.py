@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tc_lightning.errors import TeacherError, TokenCacheError
 from tc_lightning.models.checkpoints.diffusers_config import ReadNetwork
 from tc_lightning.models.checkpoints.diffusers_folder import is_diffusers, read_diffusers
 from tc_lightning.models.checkpoints.dit_folder import build_dit, with_labels
+from tc_lightning.models.checkpoints.mdt_release import is_mdt, mdt_shape, read_mdt, tells_mdt
 from tc_lightning.models.checkpoints.mismatch import CONFIGURATION, likeness, require_weights
 from tc_lightning.models.checkpoints.safetensors_file import SafetensorsFile, read_safetensors
 from tc_lightning.models.checkpoints.spec import TeacherSpec, locate, resolve, resolve_family
-from tc_lightning.models.checkpoints.state import State, to_state
-from tc_lightning.models.checkpoints.state_choice import ReadState, choose
+from tc_lightning.models.checkpoints.state import State
+from tc_lightning.models.checkpoints.state_choice import ReadState, as_they_are, choose
 from tc_lightning.models.checkpoints.torch_file import read_torch
 from tc_lightning.models.dit import DiT
 from tc_lightning.models.families import build, family_of
+from tc_lightning.models.mdt import MDT
 from tc_lightning.models.network import Network
 from tc_lightning.plan.given import Arrays
 from tc_lightning.plan.nulls import checked_stored
@@ -84,10 +87,19 @@ def _nulls(model: Network, file: SafetensorsFile, path: Path) -> Arrays | None:
 def _read(path: Path) -> tuple[ReadState, SafetensorsFile]:
     """Weights; and the file, as far as it tells shape, family and schedule."""
     if path.suffix != ".safetensors":
-        return choose(read_torch(path), path), SafetensorsFile({})
+        return _released(read_torch(path), path)
     file = read_safetensors(path)
     own = file.family is not None and not issubclass(family_of(file.family).network, DiT)  # names of its own, and no release's
-    return ReadState(to_state(file.tensors, path), []) if own else choose(file.tensors, path), file
+    if own or file.config is not None:
+        return as_they_are(file.tensors, path) if own else choose(file.tensors, path), file
+    return _released(file.tensors, path)
+
+
+def _released(raw: Any, path: Path) -> tuple[ReadState, SafetensorsFile]:
+    """Weights under a release's names. An MDTv2's tell what it is; a DiT's and a SiT's are alike, and do not tell how many heads."""
+    read = choose(raw, path, read=lambda weights, path: read_mdt(weights, path) if is_mdt(weights) else as_they_are(weights, path))
+    told = tells_mdt(read.state)
+    return read, SafetensorsFile({}, mdt_shape(read.state, path), MDT.family) if told else SafetensorsFile({})
 
 
 def _rebuild(family: str, file: SafetensorsFile, state: State, path: Path) -> Network:

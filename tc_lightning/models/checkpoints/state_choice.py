@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,13 +52,21 @@ class _Candidate:
         return -sum("ema" in w for w in words), self.container not in (("ema",), ("model",)), "current_model_state" in self.container
 
 
-def choose(raw: Any, path: Path, anchors: tuple[str, ...] = RELEASE) -> ReadState:
+def as_they_are(weights: dict[str, Tensor], path: Path) -> ReadState:
+    """Weights whose names are the network's own."""
+    return ReadState(to_state(weights, path), [])
+
+
+def choose(
+    raw: Any, path: Path, anchors: tuple[str, ...] = RELEASE, read: Callable[[dict[str, Tensor], Path], ReadState] = as_they_are
+) -> ReadState:
     """The network's tensors among all that a checkpoint holds.
 
     Args:
         raw: what was read: a state dict, or a container of one or several.
         path: where from, for messages.
         anchors: names of which a network has each once.
+        read: checks its tensors, and gives them the names that they have here.
 
     Raises:
         TeacherError: if there is no network, several and no rule that prefers one, or a value that cannot be a weight.
@@ -73,7 +81,7 @@ def choose(raw: Any, path: Path, anchors: tuple[str, ...] = RELEASE) -> ReadStat
             f"{path} holds several networks that could be the teacher, and nothing tells which is meant: "
             f"{_listed([c.label for c in (first, *equals)])}. Save the state dict of one of them alone, best as .safetensors."
         )
-    return _taken(first, [c for c in candidates if c is not first], path)
+    return _taken(first, [c for c in candidates if c is not first], path, read)
 
 
 def _candidates(raw: Any, anchors: tuple[str, ...], container: tuple[str, ...] = ()) -> Iterator[_Candidate]:
@@ -87,7 +95,7 @@ def _candidates(raw: Any, anchors: tuple[str, ...], container: tuple[str, ...] =
         yield from _candidates(value, anchors, (*container, key))
 
 
-def _taken(chosen: _Candidate, others: list[_Candidate], path: Path) -> ReadState:
+def _taken(chosen: _Candidate, others: list[_Candidate], path: Path, read: Callable[[dict[str, Tensor], Path], ReadState]) -> ReadState:
     """The weights of one candidate; what stands beside them in the same dict, and belongs to no other, is left out and told."""
     prefix, weights, beside = chosen.prefix, {}, []
     theirs = tuple(other.prefix for other in others if other.entries is chosen.entries)
@@ -106,7 +114,8 @@ def _taken(chosen: _Candidate, others: list[_Candidate], path: Path) -> ReadStat
         notes.append(f"stripped the prefix `{prefix}`")
     if beside:
         notes.append(f"left out {_listed(sorted(beside))}, no weights of the network")
-    return ReadState(to_state(weights, path), notes)
+    own = read(weights, path)
+    return ReadState(own.state, notes + own.notes)
 
 
 def _is_counter(name: str, tensor: Tensor) -> bool:
