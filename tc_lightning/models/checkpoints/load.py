@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tc_lightning.errors import TeacherError
+from tc_lightning.errors import TeacherError, TokenCacheError
 from tc_lightning.models.checkpoints.diffusers_config import ReadNetwork
 from tc_lightning.models.checkpoints.diffusers_folder import is_diffusers, read_diffusers
 from tc_lightning.models.checkpoints.dit_folder import build_dit, with_labels
@@ -24,7 +24,9 @@ from tc_lightning.models.dit import DiT
 from tc_lightning.models.families import build, family_of
 from tc_lightning.models.mdt import MDT
 from tc_lightning.models.network import Network
-from tc_lightning.plan.given import read_examples
+from tc_lightning.plan.given import Arrays
+from tc_lightning.plan.nulls import checked_stored
+from tc_lightning.plan.rows_file import read_rows
 
 _OWN = "Write it again with `save_teacher`."
 _RELEASED = "These are the weights of another network, or some are lost: fetch the file again, whole."
@@ -46,7 +48,9 @@ def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> Netw
     if spec.text_tokens is not None:
         model = _with_text_tokens(model, spec.text_tokens)
     if spec.conditions is not None:
-        model.examples = read_examples(Path(spec.conditions).expanduser(), model.conditions)
+        rows = read_rows(Path(spec.conditions).expanduser(), model.conditions)
+        model.examples = rows.examples
+        model.nulls = {**(model.nulls or {}), **checked_stored(model.conditions, rows.nulls)} or None
     if notes:
         tell(f"{path}: {'; '.join(notes)}")
     return model
@@ -65,7 +69,9 @@ def _from_file(spec: TeacherSpec, path: Path) -> ReadNetwork:
     family = resolve_family(spec, file.family, path)
     config = resolve(spec, file.config, path)
     if not issubclass(family, DiT):
-        return ReadNetwork(_rebuild(family.family, file, read.state, path), read.notes)
+        model = _rebuild(family.family, file, read.state, path)
+        model.nulls = _nulls(model, file, path)
+        return ReadNetwork(model, read.notes)
     if config is None:
         like = likeness(read.state) or "for example DiT-XL/2"
         raise TeacherError(f"{path} does not tell the model's shape: set `preset` ({like}) or `dit`.")
@@ -73,6 +79,16 @@ def _from_file(spec: TeacherSpec, path: Path) -> ReadNetwork:
     model = build_dit(family, config, read.state, path, CONFIGURATION)
     model.schedule = file.schedule or model.schedule
     return ReadNetwork(model, [*read.notes, *labels])
+
+
+def _nulls(model: Network, file: SafetensorsFile, path: Path) -> Arrays | None:
+    """The null values that a file stores, as the network holds them."""
+    if file.nulls is None:
+        return None
+    try:
+        return checked_stored(model.conditions, {name: value.numpy() for name, value in file.nulls.items()})
+    except TokenCacheError as error:
+        raise TeacherError(f"{path}: {error} Write it again with `save_teacher`.") from error
 
 
 def _read(path: Path) -> tuple[ReadState, SafetensorsFile]:
