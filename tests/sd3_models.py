@@ -63,8 +63,10 @@ SMALL = SD3Config(
 
 
 def make_sd3(config: SD3Config = SMALL, seed: int = 0) -> SD3:
-    """A frozen one whose blocks matter."""
-    return randomised(SD3(config), seed).eval().requires_grad_(False)  # type: ignore[return-value]
+    """A frozen one whose blocks matter, and a null text that is none."""
+    model: SD3 = randomised(SD3(config), seed).eval().requires_grad_(False)  # type: ignore[assignment]
+    model.nulls = {name: value.numpy() for name, value in asked(config, 1, seed=7).items()}
+    return model
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

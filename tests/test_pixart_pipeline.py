@@ -45,6 +45,7 @@ def test_pixels_are_the_pipelines_own(folder, tmp_path):
     """DPM-Solver++ at its own times, guidance of all channels away from a null text: within 2 of 255 grey levels, in every pixel."""
     model = load_teacher(TeacherSpec(str(folder)), lambda _: None)
     model.examples = {"text": torch.randn(4, 120, 8).numpy(), "text_mask": np.ones((4, 120), np.int64)}
+    model.nulls = {"text": np.zeros((1, 120, 8), np.float32), "text_mask": np.ones((1, 120), np.int64)}
     plan = full_plan(model_signature(model), make_sampler(model.schedule, "dpmpp_2m", STEPS, "linspace"), Guidance(SCALE, 4))
     export_artefact(model, plan, tmp_path / "a", "fp32", "cpu", images=1, report=lambda _: None, vae=find_vae(TeacherSpec(str(folder))))
     text = torch.randn(2, 120, 8, generator=torch.Generator().manual_seed(2))

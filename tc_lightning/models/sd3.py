@@ -24,7 +24,7 @@ from tc_lightning.models.joint_block import NORM_EPS, DualBlock, FinalTerms, Joi
 from tc_lightning.models.network import Constants, Network
 from tc_lightning.models.signatures import attention_macs, mlp_macs, signature_of
 from tc_lightning.plan.block_costs import BranchMacs, Macs, UnlikeBlocks
-from tc_lightning.plan.conditions import Condition
+from tc_lightning.plan.conditions import STORED, Condition
 from tc_lightning.plan.signature import LATENTS, OUTPUTS, ModelSignature
 
 MLP_RATIO = 4
@@ -140,8 +140,8 @@ class SD3(Network):
         super().__init__()
         self.config, self.fixed_tokens, D = config, config.text_tokens, config.hidden_size
         self.conditions = (
-            Condition("text", "fp32", (config.text_tokens, config.text_width), 0.0),
-            Condition("pooled", "fp32", (config.pooled_width,), 0.0),
+            Condition("text", "fp32", (config.text_tokens, config.text_width), STORED),
+            Condition("pooled", "fp32", (config.pooled_width,), STORED),
         )
         self.x_embedder = PatchEmbed(config.in_channels, D, config.patch_size)
         self.pos_embed = nn.Parameter(_middle_of_table(config), requires_grad=False)

@@ -10,7 +10,7 @@ from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.plan.json_fields import MOST, as_list, check_keys, is_int, is_ints, is_name, is_number, shown
 
 DTYPES = ("int64", "fp32")
-STORED, SAME = "stored", "same"  # null values that are no number: a row that the network holds, and the request's own value
+STORED, SAME = "stored", "same"  # null values that are no number: a row that the network holds, and what the request asks for
 _REQUEST = (
     "labels",
     "conditions",
