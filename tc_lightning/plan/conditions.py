@@ -10,23 +10,11 @@ from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.plan.json_fields import MOST, as_list, check_keys, is_int, is_ints, is_name, is_number, shown
 
 DTYPES = ("int64", "fp32")
-STORED, SAME = "stored", "same"  # null values that are no number: a row that the network holds, and what the request asks for
-_REQUEST = (
-    "labels",
-    "conditions",
-    "seed",
-    "guidance",
-    "first_index",
-    "full",
-    "on_step",
-    "timing",
-    "pixels",
-    "indices",
-    "strict",
-    "negative",
-)
+STORED, SAME = "stored", "same"  # null values that are no number: a row that the network holds, and the request's own value
+_ASKED = ("labels", "conditions", "seed", "guidance", "first_index", "indices", "negative")
+_MANNER = ("full", "on_step", "timing", "pixels", "strict")
 _RECORDED = ("x", "x_prev", "eps", "step", "index", "latent", "noise")
-RESERVED = (*_REQUEST, *_RECORDED, "t")  # words that a request, a recorded set or a network uses for something else
+RESERVED = (*_ASKED, *_MANNER, *_RECORDED, "t")  # words that a request, a recorded set or a network uses for something else
 
 
 @dataclasses.dataclass(frozen=True)

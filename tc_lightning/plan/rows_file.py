@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,7 +42,8 @@ def read_rows(path: Path, conditions: Conditions) -> Rows:
 
 def write_nulls(path: Path, nulls: Arrays) -> None:
     """Write stored null values alone; the same values give the same bytes."""
-    np.savez(path, **{name: nulls[name] for name in sorted(nulls)})
+    rows: dict[str, Any] = {name: nulls[name] for name in sorted(nulls)}
+    np.savez(path, **rows)
 
 
 def read_nulls(path: Path, conditions: Conditions) -> dict[str, np.ndarray]:
