@@ -36,7 +36,10 @@ def main() -> None:
         full = _sample(sampler, args, full=True)
         made |= {"full": to_pixels(_seen(full))}
         rows |= made | {f"diff x{GAIN:g}": difference_pixels(_seen(cached), _seen(full), GAIN)}
-        receipt |= {"compare": _compared(cached, full, sampler.decoder is not None) | {"full": full.receipt}}
+        receipt |= {
+            "compare": _compared(cached, full, sampler.decoder is not None, sampler.manifest["model"]["output"])
+            | {"full": full.receipt}
+        }
         print(f"{_in_words(receipt['compare'])}, cached against full compute (python export/verify.py measures the speed)")
     save_grid(rows, args.out)
     if args.images is not None:
@@ -52,9 +55,9 @@ def _seen(result: Result) -> np.ndarray:
     return result.latents if result.images is None else result.images
 
 
-def _compared(cached: Result, full: Result, decoded: bool) -> dict[str, Any]:
+def _compared(cached: Result, full: Result, decoded: bool, output: str) -> dict[str, Any]:
     """PSNR of what the model made, and of decoded pixels."""
-    found = {"psnr_db": psnr(cached.latents, full.latents)}
+    found = {"psnr_db": psnr(cached.latents, full.latents, output)}
     if decoded and cached.images is not None and full.images is not None:
         found["psnr_pixels_db"] = psnr_db(squared_errors(cached.images, full.images), PIXEL_RANGE)
     return found

@@ -205,7 +205,7 @@ def _baseline_psnr(model: Network, plan: CachePlan, full: np.ndarray, seed: int,
     x_T, given = noise_for(seed, images, model), given_for(seed, images, model)
     with tqdm(total=len(full) * plan.num_steps, desc=name, unit="step", disable=quiet) as bar:
         made = final_latents(model, plan, x_T, given, batch=batch, on_step=bar.update)
-    return psnr(made.numpy(), full)
+    return psnr(made.numpy(), full, plan.model.output)
 
 
 def _table(report: dict[str, Any]) -> str:

@@ -55,7 +55,7 @@ def test_features_are_of_the_middle_block(teacher, rng):
     x, y = rng.normal(size=(3, 4, 8, 8)).astype(np.float32), torch.tensor([0, 1, 2])
     features = quality.teacher_features(teacher, x, y, batch=2)
     z = teacher.embed(torch.from_numpy(x))
-    mods, _ = teacher.modulations(teacher.condition(torch.full((3,), quality.FEATURE_TIME), label=y))
+    mods, _ = teacher.modulations(teacher.condition(torch.full((3,), 0.05 * 999), label=y))
     for block in (0, 1):
         z = teacher.blocks[block](z, mods[block])
     assert features.dtype == np.float64
@@ -67,7 +67,7 @@ def test_judge(rng):
     images = np.concatenate([np.full((10, 1, 2, 2), -1.0), np.full((10, 1, 2, 2), 1.0)]) + rng.normal(size=(20, 1, 2, 2)) * 0.1
     labels = np.repeat([0, 1], 10)
     mixed = rng.permutation(20)
-    judge = Judge(images[mixed], labels[mixed])
+    judge = Judge(images[mixed], labels[mixed], "pixels")
     assert judge.held_out == 1.0
     assert judge.accuracy(np.full((4, 1, 2, 2), 7.0), np.array([1, 1, 1, 0])) == 0.75
 
@@ -94,9 +94,9 @@ def test_the_shipped_digits_teacher_has_a_judge():
 def test_fid_needs_local_weights_and_torch_fidelity(tmp_path):
     x = np.zeros((2, 1, 8, 8), np.float32)
     with pytest.raises(TokenCacheError, match="no Inception weights at"):
-        quality.InceptionFID(tmp_path / "gone.pth", x)
+        quality.InceptionFID(tmp_path / "gone.pth", x, "pixels")
     (tmp_path / "weights.pth").write_bytes(b"no weights")
     with pytest.raises(TokenCacheError, match="makes latents of 4 channels"):
-        quality.InceptionFID(tmp_path / "weights.pth", np.zeros((2, 4, 8, 8)))
+        quality.InceptionFID(tmp_path / "weights.pth", np.zeros((2, 4, 8, 8)), "latents")
     with pytest.raises(TokenCacheError, match="torch-fidelity"):
-        quality.InceptionFID(tmp_path / "weights.pth", x)
+        quality.InceptionFID(tmp_path / "weights.pth", x, "pixels")

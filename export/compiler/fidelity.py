@@ -39,12 +39,14 @@ class Fidelity:
         cached: latents of the cached run.
         full_ms: median milliseconds an image of full compute, over all steps.
         cached_ms: the same for the cached run.
+        output: what the runs are, `pixels` or `latents`.
     """
 
     full: np.ndarray
     cached: np.ndarray
     full_ms: float
     cached_ms: float
+    output: str
 
     @property
     def mse(self) -> float:
@@ -54,7 +56,7 @@ class Fidelity:
     @property
     def psnr_db(self) -> float:
         """Mean over images of the PSNR (`tc_lightning.measure.psnr`)."""
-        return psnr(self.cached, self.full)
+        return psnr(self.cached, self.full, self.output)
 
     @property
     def wall_speedup(self) -> float:
@@ -87,7 +89,7 @@ def measure(
             on_batch(len(part))
     full_x, cached_x = (np.concatenate([r.latents for r in runs[full]]) for full in (True, False))
     full_ms, cached_ms = (float(np.median(times[full][1:] or times[full])) for full in (True, False))
-    return Fidelity(full_x, cached_x, full_ms, cached_ms)
+    return Fidelity(full_x, cached_x, full_ms, cached_ms, sampler.manifest["model"]["output"])
 
 
 def measure_pixels(sampler: CachedSampler, fidelity: Fidelity, most: int) -> PixelFidelity | None:
@@ -100,7 +102,7 @@ def measure_pixels(sampler: CachedSampler, fidelity: Fidelity, most: int) -> Pix
 
 def own_ssim(fidelity: Fidelity) -> float | None:
     """Mean SSIM of the model's own output, over the range that its PSNR has; None for images too small for it."""
-    similarity = ssim(fidelity.cached, fidelity.full, data_range(fidelity.full))
+    similarity = ssim(fidelity.cached, fidelity.full, data_range(fidelity.full, fidelity.output))
     return None if similarity is None else float(similarity.mean())
 
 

@@ -106,7 +106,7 @@ def build_report(loaded: LoadedRun, settings: ReportSettings, policies: Policies
     reference = loaded.reference
     targets = _targets(loaded, reference, settings.seed, settings.images, "reference run and converged ODE")
     with decoder_of(loaded, settings.provider, settings.pixels) as decoder:
-        ruler = Ruler(loaded.model, targets, judge, settings.inception, decoder)
+        ruler = Ruler(loaded.model, targets, loaded.plan.model.output, judge, settings.inception, decoder)
         subjects, missing = _subjects(loaded, reference, settings, policies)
         measured = _measure(loaded, subjects, missing, settings, ruler, targets)
     report = _report(loaded, settings, measured)

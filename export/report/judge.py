@@ -22,14 +22,16 @@ class Judge:
     Args:
         images: real images [n, C, H, W] in [-1, 1].
         labels: their classes [n].
+        output: what the model makes, `pixels` or `latents`.
 
     Raises:
         TokenCacheError: if there are too few images or classes to fit one.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+    def __init__(self, images: np.ndarray, labels: np.ndarray, output: str) -> None:
         from sklearn.svm import SVC
 
+        self._output = output
         flat, half = images.reshape(len(images), -1), len(images) // 2
         try:
             self.held_out = float(SVC(C=10.0).fit(flat[:half], labels[:half]).score(flat[half:], labels[half:]))
@@ -39,7 +41,7 @@ class Judge:
 
     def accuracy(self, latents_BCHW: np.ndarray, labels_B: np.ndarray) -> float:
         """Share of the images that are recognised as their class."""
-        predicted = self._classifier.predict(visible(latents_BCHW).reshape(len(latents_BCHW), -1))
+        predicted = self._classifier.predict(visible(latents_BCHW, self._output).reshape(len(latents_BCHW), -1))
         return float((predicted == labels_B).mean())
 
 
@@ -63,7 +65,7 @@ def find_judge(signature: ModelSignature, real: str | None) -> Judge | None:
     shape = (signature.in_channels, signature.input_size, signature.input_size)
     if images.shape[1:] != shape or labels.shape != images.shape[:1]:
         raise TokenCacheError(f"--real {name}: images {images.shape} and classes {labels.shape}; [n, {shape}] and [n] were expected.")
-    return Judge(images, labels)
+    return Judge(images, labels, signature.output)
 
 
 def _load(name: str) -> Callable[[int], tuple[object, object]]:

@@ -13,26 +13,27 @@ import numpy as np
 import torch
 
 from tc_lightning.errors import TokenCacheError, first_line
-from tc_lightning.measure.psnr import is_pixels
 from tc_lightning.models.conditions import Asked, given_of
 from tc_lightning.models.network import Network, compute_through
+from tc_lightning.plan.signature import PIXELS
 from tc_lightning.rollout.sampling import device_of
 
-FEATURE_TIME = 50.0  # of 1,000: nearly clean, which is what the final latents are
+FEATURE_NOISE = 0.05  # of the way from data to noise: nearly clean, which is what the final latents are
 INCEPTION_FEATURES, INCEPTION_BATCH = 2048, 16
 
 
-def visible(latents_BCHW: np.ndarray) -> np.ndarray:
+def visible(latents_BCHW: np.ndarray, output: str) -> np.ndarray:
     """What is seen of the output: pixels clipped to [-1, 1]; latents as they are."""
-    return np.clip(latents_BCHW, -1.0, 1.0) if is_pixels(latents_BCHW) else latents_BCHW
+    return np.clip(latents_BCHW, -1.0, 1.0) if output == PIXELS else latents_BCHW
 
 
 @torch.no_grad()
 def teacher_features(model: Network, latents_BCHW: np.ndarray, asked: Asked, batch: int = 32) -> np.ndarray:
     """Tokens after the teacher's middle block at a small time and the image's conditions, averaged over the image, [B, D] float64."""
-    device, parts = device_of(model), []
+    device, parts, (noisiest, clean) = device_of(model), [], model.schedule.span
+    time = clean + FEATURE_NOISE * (noisiest - clean)
     for x, y in zip(torch.from_numpy(latents_BCHW).split(batch), given_of(model.conditions, asked).split(batch), strict=True):
-        terms = model.terms(torch.full((len(x),), FEATURE_TIME, device=device), y.to(device))
+        terms = model.terms(torch.full((len(x),), time, device=device), y.to(device))
         z_BND = model.embed(x.to(device), terms.start)
         z_BND = compute_through(list(model.blocks)[: (model.config.depth + 1) // 2], terms.blocks, z_BND)
         parts.append(z_BND[:, model.fixed_tokens :].double().mean(1).cpu())
@@ -62,15 +63,16 @@ class InceptionFID:
     Args:
         weights: file of `pt_inception-2015-12-05` as torch-fidelity takes it.
         reference_BCHW: images of full compute in [-1, 1].
+        output: what the model makes, `pixels` or `latents`.
 
     Raises:
         TokenCacheError: if torch-fidelity is missing, the weights cannot be loaded, or the model makes latents, not images.
     """
 
-    def __init__(self, weights: Path, reference_BCHW: np.ndarray) -> None:
+    def __init__(self, weights: Path, reference_BCHW: np.ndarray, output: str) -> None:
         if not weights.is_file():
             raise TokenCacheError(f"no Inception weights at {weights}: name a local file with --inception, or leave it out.")
-        if not is_pixels(reference_BCHW):
+        if output != PIXELS:
             raise TokenCacheError(
                 f"--inception needs images, and this model makes latents of {reference_BCHW.shape[1]} channels: leave it out."
             )
@@ -95,5 +97,5 @@ class InceptionFID:
         return float(self._metric.compute())
 
     def _update(self, images_BCHW: np.ndarray, real: bool) -> None:
-        for x in torch.from_numpy((visible(images_BCHW) + 1) / 2).float().split(INCEPTION_BATCH):
+        for x in torch.from_numpy((visible(images_BCHW, PIXELS) + 1) / 2).float().split(INCEPTION_BATCH):
             self._metric.update(x.expand(-1, 3, -1, -1), real=real)

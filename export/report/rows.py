@@ -73,14 +73,20 @@ class Ruler:
     """
 
     def __init__(
-        self, model: Network, targets: Targets, judge: Judge | None, inception: Path | None, decoder: Decoder | None = None
+        self,
+        model: Network,
+        targets: Targets,
+        output: str,
+        judge: Judge | None,
+        inception: Path | None,
+        decoder: Decoder | None = None,
     ) -> None:
         self.model, self.targets, self.judge, self.decoder = model, targets, judge, decoder
-        self.reference = targets.reference.numpy()
+        self.reference, self.output = targets.reference.numpy(), output
         self.reference_seen = self._seen(self.reference)
-        self.span = data_range(self.reference)
+        self.span = data_range(self.reference, self.output)
         self.features = teacher_features(model, self.reference, targets.given)
-        self.fid = None if inception is None else InceptionFID(inception, self.reference)
+        self.fid = None if inception is None else InceptionFID(inception, self.reference, output)
 
     def row(self, exported: ContenderArtefact, made: Made, reference_ms: float) -> ReportRow:
         """Figures of one plan."""
@@ -110,7 +116,7 @@ class Ruler:
 
     def _seen(self, latents: np.ndarray) -> np.ndarray:
         """What is seen of the first images."""
-        return visible(latents[:PIXEL_IMAGES]) if self.decoder is None else self.decoder(latents[:PIXEL_IMAGES])
+        return visible(latents[:PIXEL_IMAGES], self.output) if self.decoder is None else self.decoder(latents[:PIXEL_IMAGES])
 
     def _pixels(self, seen: np.ndarray) -> dict[str, float | None]:
         """Figures in decoded pixels, of the first images, against those of the reference run; None of each without a decoder."""
@@ -127,11 +133,11 @@ class Ruler:
 
     def _closeness(self, latents: np.ndarray) -> dict[str, Any]:
         """Figures of the images against those of the reference run: PSNR of what was made, SSIM of what is seen of it."""
-        seen, expected = visible(latents), visible(self.reference)
+        seen, expected = visible(latents, self.output), visible(self.reference, self.output)
         similarity = ssim(seen, expected, self.span)
         features = teacher_features(self.model, latents, self.targets.given)
         return {
-            "psnr_db": psnr(latents, self.reference),
+            "psnr_db": psnr(latents, self.reference, self.output),
             "ssim": None if similarity is None else float(similarity.mean()),
             "frechet_teacher_features": frechet_distance(features, self.features),
             "classifier_accuracy": self._accuracy(latents),

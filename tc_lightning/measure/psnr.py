@@ -15,19 +15,20 @@ from typing import Any
 
 import numpy as np
 
+from tc_lightning.plan.signature import PIXELS
+
 PIXEL_RANGE = 2.0
 MOST_DB = 200.0
-_PIXEL_CHANNELS = (1, 3)
 
 
-def is_pixels(latents_BCHW: np.ndarray) -> bool:
-    """Whether the model's own output is an image (1 or 3 channels), rather than latents of a decoder."""
-    return latents_BCHW.shape[1] in _PIXEL_CHANNELS
+def data_range(reference_BCHW: np.ndarray, output: str) -> float:
+    """Largest less smallest value that counts: 2 for pixels in [-1, 1]; of a model of latents, what the reference images span.
 
-
-def data_range(reference_BCHW: np.ndarray) -> float:
-    """Largest less smallest value that counts: 2 for pixels in [-1, 1]; of a model of latents, what the reference images span."""
-    return PIXEL_RANGE if is_pixels(reference_BCHW) else float(np.ptp(reference_BCHW)) or 1.0
+    Args:
+        reference_BCHW: the reference images.
+        output: what they are, as the model's signature says: `pixels` or `latents`.
+    """
+    return PIXEL_RANGE if output == PIXELS else float(np.ptp(reference_BCHW)) or 1.0
 
 
 def squared_errors(actual_BCHW: np.ndarray, expected_BCHW: np.ndarray) -> np.ndarray:
@@ -46,6 +47,6 @@ def psnr_db(mse: Any, span: float = PIXEL_RANGE) -> float:
         return float(np.minimum(10.0 * np.log10(span**2 / np.asarray(mse, dtype=np.float64)), MOST_DB).mean())
 
 
-def psnr(actual_BCHW: np.ndarray, reference_BCHW: np.ndarray) -> float:
+def psnr(actual_BCHW: np.ndarray, reference_BCHW: np.ndarray, output: str) -> float:
     """Mean over images of the PSNR in dB against reference images, whose `data_range` counts."""
-    return psnr_db(squared_errors(actual_BCHW, reference_BCHW), data_range(reference_BCHW))
+    return psnr_db(squared_errors(actual_BCHW, reference_BCHW), data_range(reference_BCHW, output))
