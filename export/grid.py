@@ -44,6 +44,15 @@ def save_grid(rows: dict[str, np.ndarray], path: Path) -> None:
         canvas.save(temporary, format="PNG")
 
 
+def save_images(rows: dict[str, np.ndarray], folder: Path) -> None:
+    """Write every image [H, W, 3] uint8 of some rows as a PNG of its own, `NUMBER-ROW.png`, into a folder that is made if need be."""
+    folder.mkdir(exist_ok=True)
+    for name, images in rows.items():
+        for number, image in enumerate(images):
+            with replacing(folder / f"{number:04d}-{name}.png") as temporary:
+                Image.fromarray(image).save(temporary, format="PNG")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when all went well, and vanishes if not."""

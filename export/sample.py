@@ -8,14 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from export.command import run
-from export.grid import difference_pixels, replacing, save_grid, to_pixels
+from export.grid import difference_pixels, replacing, save_grid, save_images, to_pixels
 from export.runtime.sampler import CachedSampler, Result
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.measure.psnr import psnr
+from tc_lightning.measure.psnr import PIXEL_RANGE, psnr, psnr_db, squared_errors
 
 GAIN = 10.0  # of the difference row
 
@@ -28,23 +30,46 @@ def main() -> None:
     cache = sampler.manifest["cache_bytes_per_image"]
     print(f"{sampler.manifest['plan_summary']}, {sampler.manifest['precision']}: {cache / 1e6:.2f} MB of cache an image")
     cached = _sample(sampler, args, full=False)
-    rows = {"cached": to_pixels(cached.latents)}
-    receipt = cached.receipt
+    made = {"cached": to_pixels(_seen(cached))}
+    rows, receipt = dict(made), cached.receipt
     if args.compare:
         full = _sample(sampler, args, full=True)
-        rows |= {"full": to_pixels(full.latents), f"diff x{GAIN:g}": difference_pixels(cached.latents, full.latents, GAIN)}
-        receipt |= {"compare": {"psnr_db": psnr(cached.latents, full.latents), "full": full.receipt}}
-        print(f"PSNR {receipt['compare']['psnr_db']:.1f} dB, cached against full compute (python export/verify.py measures the speed)")
+        made |= {"full": to_pixels(_seen(full))}
+        rows |= made | {f"diff x{GAIN:g}": difference_pixels(_seen(cached), _seen(full), GAIN)}
+        receipt |= {"compare": _compared(cached, full, sampler.decoder is not None) | {"full": full.receipt}}
+        print(f"{_in_words(receipt['compare'])}, cached against full compute (python export/verify.py measures the speed)")
     save_grid(rows, args.out)
+    if args.images is not None:
+        save_images(made, args.images)
     if args.receipt is not None:
         with replacing(args.receipt) as temporary:
             temporary.write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {args.out}" + (f" and {args.receipt}" if args.receipt else ""))
+    print(f"wrote {' and '.join(str(path) for path in (args.out, args.images, args.receipt) if path)}")
+
+
+def _seen(result: Result) -> np.ndarray:
+    """Pixels where there are any, else latents, of which the first three channels are shown."""
+    return result.latents if result.images is None else result.images
+
+
+def _compared(cached: Result, full: Result, decoded: bool) -> dict[str, Any]:
+    """PSNR of what the model made, and of decoded pixels."""
+    found = {"psnr_db": psnr(cached.latents, full.latents)}
+    if decoded and cached.images is not None and full.images is not None:
+        found["psnr_pixels_db"] = psnr_db(squared_errors(cached.images, full.images), PIXEL_RANGE)
+    return found
+
+
+def _in_words(compared: dict[str, Any]) -> str:
+    told, pixels = f"PSNR {compared['psnr_db']:.1f} dB", compared.get("psnr_pixels_db")
+    return told if pixels is None else f"{told} in latents, {pixels:.1f} dB in pixels"
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Refuse before sampling what could not be written after it."""
     paths = [path.resolve() for path in (args.out, args.receipt) if path is not None]
+    if args.images is not None:
+        _check_folder(args.images.resolve(), args.artefact.resolve())
     for path in paths:
         if not path.parent.is_dir():
             raise TokenCacheError(f"cannot write {path}: the folder {path.parent} does not exist.")
@@ -54,6 +79,15 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise TokenCacheError(f"cannot write {path}: nothing may be added to an artefact. Name a file outside it.")
     if len(set(paths)) < len(paths):
         raise TokenCacheError(f"--out and --receipt are both {paths[0]}: name two files.")
+
+
+def _check_folder(folder: Path, artefact: Path) -> None:
+    if not folder.parent.is_dir() or (folder.exists() and not folder.is_dir()):
+        raise TokenCacheError(
+            f"cannot write images into {folder}: it is no folder, or the one that it is to be made in does not exist."
+        )
+    if artefact in (folder, *folder.parents):
+        raise TokenCacheError(f"cannot write images into {folder}: nothing may be added to an artefact. Name a folder outside it.")
 
 
 def _sample(sampler: CachedSampler, args: argparse.Namespace, full: bool) -> Result:
@@ -67,6 +101,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("artefact", type=Path, help="artefact folder, as written by export/to_onnx.py")
     parser.add_argument("--labels", type=int, nargs="+", required=True, help="one class for each image")
     parser.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG to write")
+    parser.add_argument("--images", type=Path, help="folder for a PNG of each image as well, in the size that it was made")
     parser.add_argument("--receipt", type=Path, help="JSON to write: what ran, where, how long")
     parser.add_argument("--compare", action="store_true", help="add a full-compute row and the difference")
     parser.add_argument("--seed", type=int, default=0)

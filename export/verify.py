@@ -23,9 +23,10 @@ from torch import nn
 from tqdm import tqdm
 
 from export.command import positive, run
-from export.compiler.fidelity import measure
+from export.compiler.fidelity import PIXEL_IMAGES, measure, measure_pixels, own_ssim
 from export.compiler.parity import prove, require_parity, trajectory_error
 from export.compiler.weights import SELECTOR, External, read_weights
+from export.runtime.layout import DECODER
 from export.runtime.manifest import ArtefactError
 from export.runtime.programs import lower
 from export.runtime.sampler import CachedSampler
@@ -99,6 +100,7 @@ def verify(
     )
     with tqdm(total=images, desc="cached and full", unit="image", disable=quiet) as bar:
         fidelity = measure(sampler, images, min(batch, -(-images // 2)), seed, bar.update, model.examples)
+    seen = measure_pixels(sampler, fidelity, PIXEL_IMAGES)
     rivals = _baselines(plan, model.schedule) | _fitted_baseline(model, plan, quiet)
     baselines = {name: _baseline_psnr(model, rival, fidelity.full, seed, batch, name, quiet) for name, rival in rivals.items()}
     return {
@@ -117,6 +119,10 @@ def verify(
         "cache_bytes_per_image": sampler.manifest["cache_bytes_per_image"],
         "full_ms_per_image": fidelity.full_ms,
         "cached_ms_per_image": fidelity.cached_ms,
+        "ssim": own_ssim(fidelity),
+        "pixels": None
+        if seen is None
+        else dataclasses.asdict(seen) | {"decoder_rel_l2": sampler.manifest[DECODER]["parity"]["rel_l2"]},
         "baselines_psnr_db": baselines,
         "beats_baselines": all(fidelity.psnr_db > value for value in baselines.values()),
     }
@@ -210,12 +216,24 @@ def _table(report: dict[str, Any]) -> str:
             f"{report['full_ms_per_image']:.1f} ms against {report['cached_ms_per_image']:.1f} ms",
         ),
         ("psnr_db", f"{report['psnr_db']:.2f}", f"cached against full, {report['images']} images, seed {report['seed']}"),
+        *([] if report["ssim"] is None else [("ssim", f"{report['ssim']:.4f}", "of the same, the model's own output")]),
+        *_pixel_rows(report["pixels"]),
         ("rel_l2_export", f"{report['rel_l2_export']:.2e}", "ONNX Runtime against torch, whole trajectory, worst image"),
         ("cache_bytes_per_image", str(report["cache_bytes_per_image"]), ""),
         *((name, f"{value:.2f}", _note(name)) for name, value in report["baselines_psnr_db"].items()),
     ]
     lines = [f"  {name:<26}{value:>12}  {note}" for name, value, note in rows]
     return "\n".join([report["plan"], f"  {report['plan_in_words']}", *lines, *(f"  {line}" for line in _verdict(report))])
+
+
+def _pixel_rows(seen: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """What a decoder makes of the latents: none of it is PSNR or export error of the model's own output."""
+    if seen is None:
+        return []
+    rows = [("psnr_pixels_db", f"{seen['psnr_db']:.2f}", f"decoded pixels, cached against full, {seen['images']} images")]
+    if seen["ssim"] is not None:
+        rows.append(("ssim_pixels", f"{seen['ssim']:.4f}", "of the same"))
+    return [*rows, ("rel_l2_decoder", f"{seen['decoder_rel_l2']:.2e}", "decoder.onnx against torch, when it was exported")]
 
 
 def _note(baseline: str) -> str:

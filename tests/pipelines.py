@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from teacher_files import diffusers_model
 
 CLASSES = 1000  # `DiTPipeline` takes 1000 for the null label, whatever the model
+
+
+SD3_FACTORS = {"scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False}
 
 
 def vae(channels: int = 4, **changes: Any) -> Any:
@@ -26,7 +30,10 @@ def vae(channels: int = 4, **changes: Any) -> Any:
         "norm_num_groups": 4,
         "sample_size": 16,
     }
-    return diffusers.AutoencoderKL(**config | changes).eval()
+    made = diffusers.AutoencoderKL(**config | changes).eval()
+    with torch.no_grad():
+        made.decoder.conv_out.weight *= 4  # of 0.2, as it is made
+    return made
 
 
 def scheduler(**changes: Any) -> Any:
@@ -48,6 +55,21 @@ def dit_pipeline(**parts: Any) -> Any:
 
     made = {"transformer": transformer, "vae": vae, "scheduler": scheduler}
     return diffusers.DiTPipeline(**{name: parts[name] if name in parts else make() for name, make in made.items()})
+
+
+def own_images(folder: Path, latents_BCHW: torch.Tensor, labels: list[int], steps: int, scale: float) -> np.ndarray:
+    """What diffusers' pipeline makes of these latents, RGB bytes [B, H, W, 3]."""
+    import diffusers
+    from diffusers.pipelines.dit import pipeline_dit
+
+    pipeline = diffusers.DiTPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn, pipeline_dit.randn_tensor = pipeline_dit.randn_tensor, lambda **_: latents_BCHW
+    try:
+        images = pipeline(class_labels=labels, guidance_scale=scale, num_inference_steps=steps).images
+    finally:
+        pipeline_dit.randn_tensor = drawn
+    return np.stack([np.asarray(image) for image in images])
 
 
 def change_json(path: Path, **changes: Any) -> None:

@@ -50,9 +50,21 @@ def requirements(extra: str = "") -> set[str]:
 
 def test_what_is_imported_is_declared_and_the_other_way_round():
     used = distributions(imported([path for path in SOURCES if path.parents[0].name != "tests"]))
-    undeclared = {name: found for name, found in used.items() if not found & requirements()}
+    undeclared = {name: found for name, found in used.items() if not found & (requirements() | requirements("pixels"))}
     assert undeclared == {}
     assert requirements() - OF_OTHERS - set().union(*used.values()) == set()
+
+
+def test_what_an_extra_brings_is_imported_late():
+    """Whoever does not need it need not have it."""
+    extra = {name for name, found in distributions(imported(SOURCES)).items() if found & (requirements("pixels") - requirements())}
+    assert extra == {"diffusers"}
+    for path in SOURCES:
+        if path.parent.name != "tests":
+            at_once = [
+                node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Import | ast.ImportFrom)
+            ]
+            assert not [ast.unparse(node) for node in at_once if extra & set(re.findall(r"\w+", ast.unparse(node)))], path
 
 
 def test_what_the_tests_import_is_declared():

@@ -11,19 +11,22 @@ import onnx
 import onnxruntime
 import torch
 
+from export.compiler.decoder import require_decodable, write_decoder
 from export.compiler.emit import Emitter
-from export.compiler.fidelity import Fidelity, measure
+from export.compiler.fidelity import PIXEL_IMAGES, Fidelity, PixelFidelity, measure, measure_pixels
 from export.compiler.parity import Check, prove, require_parity, trajectory_error
 from export.compiler.symbolic import IR_VERSION, ONNXRUNTIME, OPSET
 from export.compiler.weight_files import WeightFiles, tensors_of
 from export.compiler.weights import External, place_weights, write_weights
 from export.folders import replacing_folder
 from export.runtime.contract import condition_declared, declared, planned
+from export.runtime.layout import DECODER
 from export.runtime.manifest import NAME, WEIGHTS, ArtefactError, read_manifest, write_manifest
 from export.runtime.onnx_header import Header, read_header
 from export.runtime.programs import LoweredPlan, lower
 from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError
+from tc_lightning.models.checkpoints.pipeline import Vae
 from tc_lightning.models.conditions import require_null
 from tc_lightning.models.content_predictor import Selector, require_selector
 from tc_lightning.models.families import own_schedule
@@ -45,6 +48,7 @@ def export_artefact(
     images: int,
     report: Report = print,
     selector: Selector | None = None,
+    vae: Vae | None = None,
 ) -> dict[str, Any]:
     """Write the artefact `out`, replacing an older one only when the new one is proved and complete.
 
@@ -57,19 +61,22 @@ def export_artefact(
         images: images in the proof.
         report: called with a line for each stage.
         selector: the content predictor that the plan names, if it does.
+        vae: where the decoder of the model's latents is; None for an artefact of latents alone, or a model of pixels.
 
     Returns:
         The manifest.
 
     Raises:
         PlanError: if the plan is for another model or content predictor.
-        TeacherError: if the plan is guided and a condition of the model has no null value.
+        TeacherError: if the plan is guided and a condition of the model has no null value, or the VAE is not one of its latents.
         TokenCacheError: if `out` exists and is something else, the sampler is stochastic, or a weight does not fit the precision.
         ParityError: if the artefact disagrees with the torch reference; nothing is left under `out`.
     """
     plan.require_model(model_signature(model))
     require_null(model.conditions, plan.guidance)
     require_selector(plan, selector)
+    if vae is not None:
+        require_decodable(vae, plan.model)
     for table in (plan.sampler, plan.reference):
         if table.stochastic:
             raise TokenCacheError(f"the sampler {table.name} adds noise at every step and cannot be exported: plan with ddim.")
@@ -80,7 +87,7 @@ def export_artefact(
     out = out.resolve()
     _require_replaceable(out)
     with replacing_folder(out) as folder:
-        return _compile(model, plan, folder, precision, provider, images, report, selector)
+        return _compile(model, plan, folder, precision, provider, images, report, selector, vae)
 
 
 def _compile(
@@ -92,10 +99,14 @@ def _compile(
     images: int,
     report: Report,
     selector: Selector | None,
+    vae: Vae | None,
 ) -> dict[str, Any]:
     lowered = lower(plan, provider)
     report(f"writing {WEIGHTS} and {len(lowered.programs) + 1} graphs in {precision}")
     manifest = write_unproved(model, plan, lowered, folder, precision, selector)
+    if vae is not None:
+        report(f"writing {DECODER}.onnx in fp32 from {vae.folder}")
+        manifest |= {DECODER: write_decoder(vae, plan.model.latent, folder, provider)}
     sampler = CachedSampler(folder, provider, preload=False, manifest=manifest)
     sampler.session("condition")  # says at once if the provider cannot be used
     report(f"proving parity with torch on {images} images ({provider})")
@@ -103,8 +114,9 @@ def _compile(
     require_parity(checks, precision, "No manifest was written. Try --precision fp32; if it fails there too, report it with the plan.")
     report(f"comparing with full compute on {images} images")
     fidelity = measure(sampler, images, max(1, images // 2), seed=1, examples=model.examples)
+    seen = measure_pixels(sampler, fidelity, PIXEL_IMAGES)
     sampler.release()
-    manifest |= _measured(checks, fidelity, images, provider)
+    manifest |= _measured(checks, fidelity, seen, images, provider)
     write_manifest(folder, manifest)
     return manifest
 
@@ -198,7 +210,7 @@ def _network(model: Network) -> dict[str, Any]:
     return told if schedule is None else told | {"schedule": schedule}
 
 
-def _measured(checks: list[Check], fidelity: Fidelity, images: int, provider: str) -> dict[str, Any]:
+def _measured(checks: list[Check], fidelity: Fidelity, seen: PixelFidelity | None, images: int, provider: str) -> dict[str, Any]:
     programs = [{"where": c.where, "output": c.output, "rel_l2": c.rel_l2} for c in checks if c.where != "trajectory"]
     return {
         "parity": {"trajectory_rel_l2": trajectory_error(checks), "images": images, "provider": provider, "programs": programs},
@@ -208,7 +220,8 @@ def _measured(checks: list[Check], fidelity: Fidelity, images: int, provider: st
             "psnr_db": fidelity.psnr_db,
             "mse": fidelity.mse,
             "wall_speedup": fidelity.wall_speedup,
-        },
+        }
+        | ({} if seen is None else {"pixels": dataclasses.asdict(seen)}),
     }
 
 

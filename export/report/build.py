@@ -31,6 +31,7 @@ from export.report.contenders import (
     published,
     rounded_down,
 )
+from export.report.decoding import decoder_of
 from export.report.judge import Judge, find_judge
 from export.report.page import page
 from export.report.pictures import draw
@@ -63,6 +64,7 @@ class ReportSettings:
         real: source of real images for the classifier, `module:function`.
         inception: Inception weights for FID.
         command: the command line, for the reader.
+        pixels: whether the decoder of the teacher's pipeline, where it is one, makes pixels to be measured and shown.
     """
 
     budgets: tuple[float, ...]
@@ -75,6 +77,7 @@ class ReportSettings:
     real: str | None
     inception: Path | None
     command: str
+    pixels: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +105,12 @@ def build_report(loaded: LoadedRun, settings: ReportSettings, policies: Policies
     settings = dataclasses.replace(settings, budgets=_with_own(loaded.plan, settings.budgets))
     reference = loaded.reference
     targets = _targets(loaded, reference, settings.seed, settings.images, "reference run and converged ODE")
-    ruler = Ruler(loaded.model, targets, judge, settings.inception)
-    subjects, missing = _subjects(loaded, reference, settings, policies)
-    measured = _measure(loaded, subjects, missing, settings, ruler, targets)
+    with decoder_of(loaded, settings.provider, settings.pixels) as decoder:
+        ruler = Ruler(loaded.model, targets, judge, settings.inception, decoder)
+        subjects, missing = _subjects(loaded, reference, settings, policies)
+        measured = _measure(loaded, subjects, missing, settings, ruler, targets)
     report = _report(loaded, settings, measured)
-    pictures = draw(folder, loaded.scores, measured.reference, measured.rows, targets, settings.budgets)
+    pictures = draw(folder, loaded.scores, measured.reference, measured.rows, ruler.reference_seen, settings.budgets)
     (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "index.html").write_text(page(report, pictures), encoding="utf-8")
     return report

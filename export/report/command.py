@@ -50,6 +50,7 @@ def _report(args: list[str]) -> None:
         provider=given.provider,
         real=given.real,
         inception=given.inception,
+        pixels=not given.no_pixels,
         command=shlex.join(["python", "-m", "tc_lightning", "report", *args]),
     )
     _chosen(given.policies, settings.budgets[0])  # a wrong name is told before anything takes time
@@ -121,5 +122,6 @@ def _parse(args: list[str]) -> argparse.Namespace:
         "--provider", choices=("cpu", "cuda"), default="cpu", help="ONNX Runtime's provider; torch uses the same device"
     )
     parser.add_argument("--real", help="module:function that gives real images and classes for a size, to judge by a classifier")
+    parser.add_argument("--no-pixels", action="store_true", help="of a pipeline: measure and show latents alone")
     parser.add_argument("--inception", type=Path, help="Inception weights of torch-fidelity, for FID (best with --images 10000)")
     return parser.parse_args(args)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
+from export.compiler.fidelity import PIXEL_IMAGES
 from export.report.pictures import Pictures, Strip
 from export.report.rows import TARGET_NAMES
 from export.report.style import CSS
@@ -154,11 +155,13 @@ def _figure_columns(report: dict[str, Any]) -> dict[str, Value]:
     }
     optional: dict[str, tuple[str, Value]] = {
         "ssim": ("SSIM", lambda r: f"{r['ssim']:.4f}"),
+        "psnr_pixels_db": ("PSNR dB, decoded pixels", lambda r: f"{r['psnr_pixels_db']:.1f}"),
+        "ssim_pixels": ("SSIM, decoded pixels", lambda r: f"{r['ssim_pixels']:.4f}"),
         "frechet_teacher_features": ("Frechet, teacher features", lambda r: _number(r["frechet_teacher_features"])),
         "classifier_accuracy": ("classifier accuracy", lambda r: f"{r['classifier_accuracy']:.1%}"),
         "fid_inception": ("FID (Inception)", lambda r: f"{r['fid_inception']:.2f}"),
     }
-    columns |= {title: value for key, (title, value) in optional.items() if report["reference"][key] is not None}
+    columns |= {title: value for key, (title, value) in optional.items() if report["reference"].get(key) is not None}
     return columns | {
         "export error": lambda r: _number(r["export_rel_l2"], 0),
         "cache KB": lambda r: f"{r['cache_bytes_per_image'] / 1e3:.0f}",
@@ -176,6 +179,11 @@ def _terms(report: dict[str, Any]) -> str:
         "Export error: relative L2 between ONNX Runtime and torch over a whole trajectory of one image; it is not the method's error.",
         "Time: reference run over plan; both by ONNX Runtime, in turns, in one process.",
     ]
+    if report["reference"].get("psnr_pixels_db") is not None:
+        terms.append(
+            f"Decoded pixels: the first {min(images, PIXEL_IMAGES)} images after the pipeline's own decoder, clipped to [-1, 1]; all "
+            "other figures are of latents."
+        )
     if (held_out := report["classifier_held_out_accuracy"]) is not None:
         terms.append(
             "Classifier accuracy: share of the images that a support vector classifier of the real images takes for their class; on "

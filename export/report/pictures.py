@@ -7,17 +7,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from export.report.contenders import FEWER, PLANNED, PUBLISHED
 from export.report.figures import front, plan_maps, write_both, write_strip
-from export.report.quality import visible
 from export.report.rows import TARGET_NAMES, ReportRow, by_group
 from export.report.verdict import best, planned_for
 from tc_lightning.measure.figures import importance_figure
 from tc_lightning.measure.scores import Scores
-from tc_lightning.rollout.targets import Targets
 
 FOLDER = "figures"
-COLUMNS = 8  # images in a strip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +47,9 @@ class Pictures:
 
 
 def draw(
-    folder: Path, scores: Scores, reference: ReportRow, rows: Sequence[ReportRow], targets: Targets, budgets: Sequence[float]
+    folder: Path, scores: Scores, reference: ReportRow, rows: Sequence[ReportRow], reference_seen: np.ndarray, budgets: Sequence[float]
 ) -> Pictures:
-    """Draw everything into `folder`/figures."""
+    """Draw everything into `folder`/figures; `reference_seen` is what is seen of the reference run's first images."""
     place = folder / FOLDER
     place.mkdir()
     fronts = {}
@@ -63,7 +62,7 @@ def draw(
     if mapped:
         write_both(place, "plans", plan_maps({row.name: row.subject.plan for row in mapped}))
     importance_figure(scores).savefig(place / "tokens.png", dpi=90)
-    grids = {f"At {budget:g}x": _grid(place, budget, reference, rows, targets) for budget in budgets}
+    grids = {f"At {budget:g}x": _grid(place, budget, reference, rows, reference_seen) for budget in budgets}
     return Pictures(fronts, f"{FOLDER}/plans.svg" if mapped else None, f"{FOLDER}/tokens.png", grids)
 
 
@@ -73,23 +72,22 @@ def _mapped(rows: Sequence[ReportRow], budgets: Sequence[float]) -> list[ReportR
     return list({row.name: row for row in ours}.values())
 
 
-def _grid(folder: Path, budget: float, reference: ReportRow, rows: Sequence[ReportRow], targets: Targets) -> list[Strip]:
+def _grid(folder: Path, budget: float, reference: ReportRow, rows: Sequence[ReportRow], reference_seen: np.ndarray) -> list[Strip]:
     """The reference run, the best planned artefact, the best published method and the best run with fewer steps at a budget."""
-    strips = [_strip(folder, reference, targets, is_reference=True)]
+    strips = [_strip(folder, reference, reference_seen, is_reference=True)]
     enough = [row for row in rows if row.subject.speedup * 1.03 >= budget]
     for candidates in (planned_for(rows, budget), by_group(enough, PUBLISHED), by_group(enough, FEWER)):
         if (row := best(candidates, "ode")) is not None:
-            strips.append(_strip(folder, row, targets))
+            strips.append(_strip(folder, row, reference_seen))
     return strips
 
 
-def _strip(folder: Path, row: ReportRow, targets: Targets, is_reference: bool = False) -> Strip:
+def _strip(folder: Path, row: ReportRow, reference_seen: np.ndarray, is_reference: bool = False) -> Strip:
     name = re.sub(r"[^a-z0-9]+", "-", row.name.lower()).strip("-")
-    seen = visible(row.latents[:COLUMNS])
-    write_strip(folder / f"{name}.png", seen)
+    write_strip(folder / f"{name}.png", row.seen)
     figures = row.figures
     note = f"{figures['ms_per_image']:.1f} ms an image"
     if is_reference:
         return Strip(row.name, note, f"{FOLDER}/{name}.png", None)
-    write_strip(folder / f"{name}-difference.png", seen, visible(targets.reference.numpy()[:COLUMNS]))
+    write_strip(folder / f"{name}-difference.png", row.seen, reference_seen)
     return Strip(row.name, f"{note}, PSNR {figures['psnr_db']:.1f} dB", f"{FOLDER}/{name}.png", f"{FOLDER}/{name}-difference.png")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.measure.psnr import is_pixels
@@ -20,25 +19,12 @@ from tc_lightning.models.network import Network, compute_through
 from tc_lightning.rollout.sampling import device_of
 
 FEATURE_TIME = 50.0  # of 1,000: nearly clean, which is what the final latents are
-SSIM_SIDE = 6  # the window of SSIM (sigma 1.5, 11 pixels) cannot be mirrored around smaller images
 INCEPTION_FEATURES, INCEPTION_BATCH = 2048, 16
 
 
 def visible(latents_BCHW: np.ndarray) -> np.ndarray:
     """What is seen of the output: pixels clipped to [-1, 1]; latents as they are."""
     return np.clip(latents_BCHW, -1.0, 1.0) if is_pixels(latents_BCHW) else latents_BCHW
-
-
-def ssim(actual_BCHW: np.ndarray, expected_BCHW: np.ndarray, span: float) -> np.ndarray | None:
-    """Structural similarity of each image, [B] (Wang et al. 2004, as torchmetrics computes it); None for images too small for it."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    if min(actual_BCHW.shape[2:]) < SSIM_SIDE:
-        return None
-    actual, expected = (torch.from_numpy(np.ascontiguousarray(x)).double() for x in (actual_BCHW, expected_BCHW))
-    values = structural_similarity_index_measure(actual, expected, data_range=span, reduction="none")
-    assert isinstance(values, Tensor)
-    return values.numpy()
 
 
 @torch.no_grad()

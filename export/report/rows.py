@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from export.compiler.fidelity import PIXEL_IMAGES, pixel_fidelity
 from export.report.contenders import Contender
 from export.report.judge import Judge
 from export.report.measure import ContenderArtefact, Made
-from export.report.quality import InceptionFID, frechet_distance, ssim, teacher_features, visible
+from export.report.quality import InceptionFID, frechet_distance, teacher_features, visible
+from export.runtime.decoder import Decoder
 from tc_lightning.measure.psnr import data_range, psnr, squared_errors
+from tc_lightning.measure.ssim import ssim
 from tc_lightning.models.network import Network
 from tc_lightning.plan.conditions import class_label
 from tc_lightning.rollout.targets import Targets
@@ -29,12 +32,14 @@ class ReportRow:
     Args:
         subject: the plan.
         latents: what it made, [B, C, H, W].
+        seen: what is seen of the first images: decoded pixels where there is a decoder, else `visible` latents.
         errors: mean squared error of each image's final latents against each target, [B].
         figures: the row of the report, plain JSON values.
     """
 
     subject: Contender
     latents: np.ndarray
+    seen: np.ndarray
     errors: dict[str, np.ndarray]
     figures: dict[str, Any]
 
@@ -61,14 +66,18 @@ class Ruler:
         targets: images of the reference run and of the converged ODE.
         judge: a classifier of real images, where there is one.
         inception: Inception weights, where the user has them.
+        decoder: makes pixels of latents, where there is one.
 
     Raises:
         TokenCacheError: if the Inception weights cannot be used.
     """
 
-    def __init__(self, model: Network, targets: Targets, judge: Judge | None, inception: Path | None) -> None:
-        self.model, self.targets, self.judge = model, targets, judge
+    def __init__(
+        self, model: Network, targets: Targets, judge: Judge | None, inception: Path | None, decoder: Decoder | None = None
+    ) -> None:
+        self.model, self.targets, self.judge, self.decoder = model, targets, judge, decoder
         self.reference = targets.reference.numpy()
+        self.reference_seen = self._seen(self.reference)
         self.span = data_range(self.reference)
         self.features = teacher_features(model, self.reference, targets.given)
         self.fid = None if inception is None else InceptionFID(inception, self.reference)
@@ -76,7 +85,7 @@ class Ruler:
     def row(self, exported: ContenderArtefact, made: Made, reference_ms: float) -> ReportRow:
         """Figures of one plan."""
         errors = {name: squared_errors(made.latents, getattr(self.targets, name).numpy()) for name in TARGET_NAMES}
-        subject = exported.subject
+        subject, seen = exported.subject, self._seen(made.latents)
         figures = {
             "name": subject.name,
             "group": subject.group,
@@ -95,8 +104,20 @@ class Ruler:
             "cache_bytes_per_image": exported.cache_bytes,
             **{f"mse_{name}": spread(values) for name, values in errors.items()},
             **self._closeness(made.latents),
+            **self._pixels(seen),
         }
-        return ReportRow(subject, made.latents, errors, figures)
+        return ReportRow(subject, made.latents, seen, errors, figures)
+
+    def _seen(self, latents: np.ndarray) -> np.ndarray:
+        """What is seen of the first images."""
+        return visible(latents[:PIXEL_IMAGES]) if self.decoder is None else self.decoder(latents[:PIXEL_IMAGES])
+
+    def _pixels(self, seen: np.ndarray) -> dict[str, float | None]:
+        """Figures in decoded pixels, of the first images, against those of the reference run; None of each without a decoder."""
+        if self.decoder is None:
+            return {"psnr_pixels_db": None, "ssim_pixels": None}
+        found = pixel_fidelity(seen, self.reference_seen)
+        return {"psnr_pixels_db": found.psnr_db, "ssim_pixels": found.ssim}
 
     def _accuracy(self, latents: np.ndarray) -> float | None:
         """Share of the images that the judge takes for what they were asked to be."""

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from export.runtime.decoder_contract import require_decoder
 from export.runtime.layout import BYTES, CONDITION, CONSTANT, ELEMENT_TYPES, FULL
 from export.runtime.manifest import AGAIN, NAME, PLAN, WEIGHTS, ArtefactError, read_manifest, require_files
 from export.runtime.onnx_header import Header, read_header
@@ -143,6 +144,7 @@ def require_consistent(path: Path, manifest: dict[str, Any], plan: CachePlan, gr
         if not _is_int(manifest[key], 1):
             _fail(path, f"{key} is {manifest[key]!r}; a positive integer was expected")
     _check_network(path, manifest["network"], plan.model.family)
+    require_decoder(path, manifest, graphs)
     _check_weights(path, manifest["weights"], precision, manifest["files"][WEIGHTS]["bytes"])
     for stem in {FULL, CONDITION, *(program["graph"] for program in programs.values())}:
         _check_graph(path, stem, graphs[stem], manifest["weights"])

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-CONDITION, FULL = "condition", "step_full"
+CONDITION, FULL, DECODER = "condition", "step_full", "decoder"
 PAST = ("m_prev", "m_prev2")  # the solver's last outputs, latest first; the sampler weighs them with next_m_prev, next_m_prev2
 SLOT, GIVEN, CONSTANT = "@", "given.", "constant."
 ELEMENT_TYPES = {"fp32": 1, "fp16": 10, "bf16": 16, "int64": 7}  # ONNX's numbers of the types of buffers and weights

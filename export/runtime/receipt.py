@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
+
+from export.runtime.decoder import Decoder
 from export.runtime.layout import CONDITION
 from export.runtime.manifest import WEIGHTS
 from export.runtime.request import Row, Tally, outside_the_fit
@@ -44,7 +47,7 @@ def receipt_of(
         scales: guidance scale of each image.
         full: whether the reference ran instead of the plan.
         no_graphs: why no CUDA graphs were used; None if they were.
-        seconds: how long it took.
+        seconds: how long the latents took.
     """
     planned = float(m["guidance"]["scale"])
     everything = asked["parts"] * m["full_steps"] * m["model"]["depth"] * m["model"]["tokens"]
@@ -76,3 +79,11 @@ def receipt_of(
         "ms_per_program": {name: 1e3 * value for name, value in tally.seconds.items()} or None,  # see `timing`
         "ms": 1e3 * seconds,
     }
+
+
+def decoding_of(decoder: Decoder | None, pixels: np.ndarray | None, seconds: float) -> dict[str, Any]:
+    """What a receipt says of the decoder: nothing where there is none or it did not run."""
+    if decoder is None or pixels is None:
+        return {}
+    ran = {"images_at_a_time": decoder.batch, "memory_bytes": decoder.memory_bytes, "ms": 1e3 * seconds}
+    return {"decoder": ran | {"pixels": list(pixels.shape)}}

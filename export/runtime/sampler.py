@@ -9,15 +9,13 @@ Shape suffixes: B images, C H W latent.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import os
 import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -26,8 +24,10 @@ from export.runtime.admission import batch_within, most_rows, predicted_bytes
 from export.runtime.buffers import Pool, ProgramError
 from export.runtime.contract import read_artefact
 from export.runtime.cuda_provider import lane, why_no_graphs
-from export.runtime.layout import CONDITION, lay_out
-from export.runtime.receipt import receipt_of, said_of
+from export.runtime.decoder import Decoder
+from export.runtime.layout import CONDITION, DECODER, lay_out
+from export.runtime.one_process import OfOneProcess
+from export.runtime.receipt import decoding_of, receipt_of, said_of
 from export.runtime.request import (
     Part,
     Tally,
@@ -39,6 +39,7 @@ from export.runtime.request import (
     rows_in,
     run_part,
 )
+from export.runtime.result import Result
 from export.runtime.sessions import (
     PROVIDERS,
     RuntimeUnavailableError,
@@ -57,24 +58,7 @@ from tc_lightning.plan.signature import PIXELS
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a request returns.
-
-    Args:
-        latents: the model's own output, [B, C, H, W] float32.
-        images: pixels in [-1, 1], [B, C, H, W] float32; None for a model of latents, which its own decoder turns into images.
-        receipt: what ran, in plain JSON values.
-        failed: why there is no image, of those whose latents became NaN or infinite; only where they were not to be raised.
-    """
-
-    latents: np.ndarray
-    images: np.ndarray | None
-    receipt: dict[str, Any]
-    failed: dict[int, str] = dataclasses.field(default_factory=dict)
-
-
-class CachedSampler:
+class CachedSampler(OfOneProcess):
     """An artefact, loaded and ready. Requests share no data but the weights.
 
     Several threads may use one sampler, in the process that made it: it cannot be copied or pickled, nor used after a fork. On CUDA
@@ -90,13 +74,13 @@ class CachedSampler:
             its own; without one it reads the mapped file that all share. As many programs get one as there is room for, and
             full compute (`full=True`) gets one besides when it is first used.
         max_batch: images computed at a time; larger requests are split. It bounds the memory of a request.
-        max_bytes: what the buffers of a request may take (`predicted_bytes`); one that would take more is split further, and refused
-            if a single image does.
+        max_bytes: what a request's buffers may take (`predicted_bytes`): it is split further, and refused if an image takes more.
         preload: load the programs of the plan now, rather than at their first use. Full compute, the baseline, waits for its own.
         cuda_graphs: on CUDA, capture each step with its buffers as a CUDA graph when it first runs, and replay it from then on. The
             buffers of up to four sizes of request are kept for that; `release` drops them.
         device: on CUDA, the number of the GPU.
         profile: write ONNX Runtime's own profiles to files that begin so; `end_profiling` names them.
+        decoder_batch: images that are decoded at a time, where there is a decoder (`Decoder.memory_bytes` says what that takes).
         manifest: for the exporter alone, which runs an artefact to prove it before its manifest is written.
 
     Raises:
@@ -117,13 +101,15 @@ class CachedSampler:
         cuda_graphs: bool = True,
         device: int = 0,
         profile: Path | None = None,
+        decoder_batch: int = 1,
         manifest: dict[str, Any] | None = None,
     ) -> None:
         if provider not in PROVIDERS:
             raise RuntimeUnavailableError(f"unknown provider {provider!r}: choose one of {', '.join(PROVIDERS)}.")
         if not is_int(max_batch) or max_batch < 1:
             raise TokenCacheError(f"max_batch is {max_batch!r}: give 1 or more.")
-        self.path, self.provider, self.device, self.max_batch = Path(path), provider, device, max_batch
+        super().__init__(Path(path))
+        self.provider, self.device, self.max_batch = provider, device, max_batch
         self.manifest = manifest or read_artefact(self.path, ort.__version__)
         if not memory >= 1.0:
             raise TokenCacheError(f"memory is {memory!r}: the weights themselves need 1; give 1 or more.")
@@ -135,12 +121,12 @@ class CachedSampler:
         self.max_bytes = max_bytes
         batch_within(self.manifest, max_batch, max_bytes)  # refused now rather than at the first request
         prepare(provider, threads, device)
-        self._process = os.getpid()
         self._packed = packed_graphs(self.manifest, memory) if provider == "cpu" else set()
         self._profile, self._threads = profile, threads
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._loading = threading.Lock()
         self._no_graphs = self._graphs_off(cuda_graphs)
+        self.decoder = Decoder(self.manifest, self.session, decoder_batch) if DECODER in self.manifest else None
         self._pool = Pool(self.session, provider, keep=self._no_graphs is None, device=device)
         self._exclusively(lambda _: self._load(preload))
 
@@ -150,7 +136,7 @@ class CachedSampler:
         return conditions_from_json(self.manifest["model"]["conditions"], "conditions")
 
     def session(self, name: str) -> ort.InferenceSession:
-        """The session of `condition` or of a step program's graph, loaded on first use; the sampler keeps it until `release`."""
+        """The session of `condition`, `decoder` or a step program's graph, loaded on first use, and kept until `release`."""
         self._require_own_process()
         name = self.graph_of(name)
         with self._loading:
@@ -159,8 +145,8 @@ class CachedSampler:
             return self._sessions[name]
 
     def graph_of(self, name: str) -> str:
-        """The graph of `condition` or of a step program."""
-        return name if name == CONDITION else self.manifest["programs"][name]["graph"]
+        """The graph of `condition`, `decoder` or a step program."""
+        return name if name in (CONDITION, DECODER) else self.manifest["programs"][name]["graph"]
 
     def predicted_bytes(self, images: int, full: bool = False) -> int:
         """What the buffers of so many images at a time take, at most: known before a request runs."""
@@ -183,17 +169,6 @@ class CachedSampler:
 
         self._exclusively(drop)
 
-    def __reduce__(self) -> NoReturn:
-        """Neither `copy` nor `pickle` can copy it.
-
-        Raises:
-            RuntimeUnavailableError: always, with what to do.
-        """
-        raise RuntimeUnavailableError(
-            "a CachedSampler cannot be copied or pickled, since its ONNX Runtime sessions belong to one process: hand on the path of "
-            f'the artefact, and make a sampler where it is needed: CachedSampler("{self.path}").'
-        )
-
     def sample(
         self,
         labels: Sequence[int] | None = None,
@@ -204,6 +179,7 @@ class CachedSampler:
         on_step: Callable[[int, int], None] | None = None,
         timing: bool = False,
         conditions: Mapping[str, Any] | None = None,
+        pixels: bool = True,
         indices: Sequence[int] | None = None,
         strict: bool = True,
         **named: Any,
@@ -222,13 +198,16 @@ class CachedSampler:
             timing: on CUDA, wait for each program to measure it; otherwise the receipt has no times of programs there. On the CPU
                 every request is measured.
             conditions: conditions by name, [images, ...] each, for any model.
+            pixels: whether the artefact's decoder, where there is one, is to make images of the latents.
             indices: the images' indices, in place of those that count from first_index on: images of several requests in one batch are
                 those that each would get alone.
-            strict: raise if the latents of an image become NaN or infinite; else `Result.failed` says so, and the others are returned.
+            strict: raise if an image's latents or pixels become NaN or infinite; else `Result.failed` says so, and the others are
+                returned.
             named: the same, as arguments of their own.
 
         Raises:
-            TokenCacheError: if a condition is missing, unknown or not what it can be, guidance was not exported, or latents become NaN.
+            TokenCacheError: if a condition is missing, unknown or not what it can be, guidance was not exported, or latents or pixels
+                become NaN.
         """
         self._require_own_process()
         given = asked_for(self.conditions, labels, {**(conditions or {}), **named})
@@ -258,13 +237,35 @@ class CachedSampler:
             return latents
 
         result = np.concatenate(self._exclusively(run))
-        pixels = np.clip(result, -1.0, 1.0) if self.manifest["model"]["output"] == PIXELS else None
+        seconds = time.perf_counter() - started
+        shown, unseen = self._shown(result, failed) if pixels else (None, {})
+        if unseen and strict:
+            raise TokenCacheError(next(iter(unseen.values())))
+        decoding = decoding_of(self.decoder, shown, time.perf_counter() - started - seconds)
         asked = {**said_of(rows), "images": images, **echoed(self.conditions, given), "parts": len(parts)}
         place = {"provider": self.provider, "device": self.device, "nodes_per_provider": nodes}
-        receipt = receipt_of(
-            self.manifest, tally, asked, place, [row.scale for row in rows], full, self._no_graphs, time.perf_counter() - started
-        )
-        return Result(result, pixels, receipt, failed)
+        scales = [row.scale for row in rows]
+        receipt = receipt_of(self.manifest, tally, asked, place, scales, full, self._no_graphs, seconds)
+        return Result(result, shown, receipt | decoding, failed | unseen)
+
+    def decode(self, latents_BCHW: np.ndarray) -> np.ndarray | None:
+        """Pixels in [-1, 1] of latents that the model made; None of a model of latents without a decoder.
+
+        Raises:
+            TokenCacheError: if pixels become NaN or infinite.
+        """
+        self._require_own_process()
+        shown, unseen = self._shown(latents_BCHW, {})
+        if unseen:
+            raise TokenCacheError(next(iter(unseen.values())))
+        return shown
+
+    def _shown(self, latents_BCHW: np.ndarray, failed: Mapping[int, str]) -> tuple[np.ndarray | None, dict[int, str]]:
+        """Pixels, of which those of images that failed are NaN; and why further images have none."""
+        if self.manifest["model"]["output"] == PIXELS:
+            return np.clip(latents_BCHW, -1.0, 1.0), {}
+        decoder = self.decoder
+        return (None, {}) if decoder is None else self._exclusively(lambda _: decoder.each(latents_BCHW, failed))
 
     def _run(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, dict[int, str], Tally]:
         """Run a part of a request; once more without CUDA graphs, should they fail here."""
@@ -298,8 +299,8 @@ class CachedSampler:
 
     def _open(self, name: str) -> ort.InferenceSession:
         profile = None if self._profile is None else f"{self._profile}-{name}"
-        options = session_options(self.provider, self._threads, name in self._packed, profile)
-        graphs = self._no_graphs is None and name != CONDITION
+        options = session_options(self.provider, self._threads, name in {*self._packed, DECODER}, profile)
+        graphs = self._no_graphs is None and name not in (CONDITION, DECODER)
         self._weights.give(options)
         session = open_session(self.path / f"{name}.onnx", self.provider, options, graphs, self.device)
         self._weights.forget()
@@ -308,17 +309,9 @@ class CachedSampler:
     def _load(self, preload: bool) -> None:
         self._weights = SharedWeights(self.path, self.manifest, self.provider, self.device)
         if preload:
-            for name in sorted({CONDITION, *(bound["program"] for bound in self.manifest["schedule"])}):
+            decoder = {DECODER} if self.decoder else set()
+            for name in sorted({CONDITION, *decoder, *(bound["program"] for bound in self.manifest["schedule"])}):
                 self.session(name)
-
-    def _require_own_process(self) -> None:
-        """Before any lock is asked for: one that was held at the time of a fork stays held for ever."""
-        if os.getpid() != self._process:
-            raise RuntimeUnavailableError(
-                f"this CachedSampler was made in process {self._process} and is used after a fork, in process {os.getpid()}: the "
-                "threads and locks of ONNX Runtime do not survive that. Make the sampler in the process that uses it: "
-                f'CachedSampler("{self.path}").'
-            )
 
     def _exclusively(self, call: Callable[[Callable[[], None]], T]) -> T:
         """Run a call; on CUDA in the thread of the GPU, one at a time."""

@@ -24,9 +24,6 @@ from tc_lightning.models.mdt import MDT
 from tc_lightning.models.network import Network
 from tc_lightning.plan.given import read_examples
 
-_OWN = "Write it again with `save_teacher`."
-_RELEASED = "These are the weights of another network, or some are lost: fetch the file again, whole."
-
 
 def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> Network:
     """Load a frozen teacher in eval mode, fp32, on the CPU.
@@ -76,17 +73,17 @@ def _read(path: Path) -> tuple[ReadState, SafetensorsFile]:
     if path.suffix != ".safetensors":
         return _released(read_torch(path), path)
     file = read_safetensors(path)
-    if file.config is None:
-        return _released(file.tensors, path)
-    own = not issubclass(family_of(file.family or DiT.family).network, DiT)  # names of its own, and no release's
-    return as_they_are(file.tensors, path) if own else choose(file.tensors, path), file
+    own = file.family is not None and not issubclass(family_of(file.family).network, DiT)  # names of its own, and no release's
+    if own or file.config is not None:
+        return as_they_are(file.tensors, path) if own else choose(file.tensors, path), file
+    return _released(file.tensors, path)
 
 
 def _released(raw: Any, path: Path) -> tuple[ReadState, SafetensorsFile]:
     """Weights under a release's names. An MDTv2's tell what it is; a DiT's and a SiT's are alike, and do not tell how many heads."""
     read = choose(raw, path, read=lambda weights, path: read_mdt(weights, path) if is_mdt(weights) else as_they_are(weights, path))
-    told = (mdt_shape(read.state, path), MDT.family) if tells_mdt(read.state) else ()
-    return read, SafetensorsFile({}, *told)
+    told = tells_mdt(read.state)
+    return read, SafetensorsFile({}, mdt_shape(read.state, path), MDT.family) if told else SafetensorsFile({})
 
 
 def _rebuild(family: str, file: SafetensorsFile, state: State, path: Path) -> Network:
@@ -97,6 +94,6 @@ def _rebuild(family: str, file: SafetensorsFile, state: State, path: Path) -> Ne
         )
     model = build(family, dataclasses.asdict(file.config))
     model.schedule = file.schedule or model.schedule
-    require_weights(model, state, path, _OWN if file.tensors else _RELEASED)
+    require_weights(model, state, path)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)

@@ -21,7 +21,10 @@ _LISTED = 5  # keys named
 _PRESETS = tuple(f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8))
 
 
-def require_weights(network: Network, state: State, path: Path, remedy: str = "Write it again with `save_teacher`.") -> None:
+REMEDY = "These are the weights of another network, or some are lost: fetch the file again, or write it with `save_teacher`."
+
+
+def require_weights(network: Network, state: State, path: Path, remedy: str = REMEDY) -> None:
     """Check the same of a network whose shape no tensors tell.
 
     Args:

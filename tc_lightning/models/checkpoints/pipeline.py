@@ -13,6 +13,7 @@ from tc_lightning.models.checkpoints.diffusers_classes import PIPELINES
 from tc_lightning.models.checkpoints.diffusers_config import CLASS, CONFIG, read_config
 from tc_lightning.models.checkpoints.diffusers_weights import choose_weights
 from tc_lightning.models.checkpoints.scheduler_config import SCHEDULER_CONFIG, read_schedule
+from tc_lightning.models.checkpoints.spec import TeacherSpec, locate
 from tc_lightning.models.network import Network
 
 INDEX = "model_index.json"
@@ -104,6 +105,16 @@ def read_pipeline(folder: Path) -> Pipeline:
             "latents alone."
         )
     return Pipeline(folder / TRANSFORMER, PIPELINES[name], schedule.schedule, read_vae(folder / VAE), schedule.notes)
+
+
+def find_vae(spec: TeacherSpec) -> Vae | None:
+    """The VAE of a teacher that is a whole pipeline; None for any other.
+
+    Raises:
+        TeacherError: if the pipeline cannot be used.
+    """
+    path = locate(spec.weights)
+    return read_pipeline(path).vae if (path / INDEX).exists() else None
 
 
 def read_vae(folder: Path) -> Vae:
