@@ -17,7 +17,7 @@ from typing import Any
 from export.command import positive, run
 from export.compiler.compile import export_artefact
 from export.compiler.explain import conditioning_in_words, explain, plan_figure
-from export.runtime.decoder_contract import DATA
+from export.runtime.decoder_contract import DATA, memory_bytes
 from export.runtime.layout import DECODER
 from export.runtime.programs import lower
 from export.torch_device import torch_device
@@ -67,7 +67,7 @@ def main() -> None:
 def _decoder_in_words(manifest: dict[str, Any], out: Path) -> str:
     """What the decoder's proof found, what it needs, and what the method's error is in pixels."""
     said, pixels = manifest[DECODER], manifest["fidelity"]["pixels"]
-    memory = said["memory_bytes_per_image"] + (out / DATA).stat().st_size
+    memory = memory_bytes(said, (out / DATA).stat().st_size)
     similarity = "" if pixels["ssim"] is None else f", SSIM {pixels['ssim']:.4f}"
     return (
         f"pixels        {pixels['psnr_db']:.1f} dB PSNR{similarity}, cached against full compute, {pixels['images']} images; decoder "

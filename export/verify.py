@@ -40,7 +40,7 @@ from tc_lightning.models.families import build
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import full_step_macs, macs_speedup, plan_macs
-from tc_lightning.plan.given import read_examples
+from tc_lightning.plan.rows_file import read_rows
 from tc_lightning.planner.fitted_fewer_steps import fitted_fewer_steps
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
 from tc_lightning.policies.fora import fora_plan
@@ -90,7 +90,7 @@ def verify(
         raise ArtefactError(f"{path / 'plan.json'} is not the plan that the manifest names: export it again.")
     place = torch_device(provider, device)
     model = rebuild_teacher(sampler).to(place)
-    model.examples = None if examples is None else read_examples(examples, model.conditions)
+    model.examples = None if examples is None else read_rows(examples, model.conditions).examples
     selector = rebuild_selector(sampler, plan, model.config)
     selector = None if selector is None else selector.to(place)
     seed = secrets.randbelow(2**31) if seed is None else seed
@@ -142,6 +142,7 @@ def rebuild_teacher(sampler: CachedSampler) -> Network:
     except PlanError as error:
         raise ArtefactError(f"{sampler.path} describes a network that its plan was not made for: export it again. {error}") from error
     _fill(model, sampler)
+    model.nulls = sampler.nulls
     return model
 
 

@@ -233,7 +233,7 @@ def test_store_holds_what_is_still_read_and_no_more(teacher):
 class Doubling:
     """A block that doubles its input, in its attention; its MLP adds 1."""
 
-    branches = ("attn", "mlp")
+    branches, source = ("attn", "mlp"), None
 
     def __init__(self) -> None:
         self.calls = 0

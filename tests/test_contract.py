@@ -70,6 +70,9 @@ def swap_graphs(manifest: dict[str, Any]) -> None:
     programs["step_00"], programs["step_01"] = programs["step_01"], programs["step_00"]
 
 
+NETWORK = {"family": "dit", "config": {"depth": 4}}
+
+
 def put(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
     """A change of one value."""
 
@@ -108,7 +111,10 @@ def put(*path: str | int, to: Any) -> Callable[[dict[str, Any]], None]:
         (put("network", "config", "depth", to=[5]), r"network.config.depth is \[5\]; a plain value was expected"),
         (put("network", "config", "mlp_norm_eps", to=float("nan")), "network.config.mlp_norm_eps is nan"),
         (put("network", to=None), "network must be an object"),
-        (put("network", "config", to=[]), "network must be an object"),
+        (put("network", "config", to=[]), "network.config must be an object"),
+        (put("network", to=NETWORK | {"schedule": []}), "network.schedule must be an object"),
+        (put("network", to=NETWORK | {"schedule": {"kind": None}}), "network.schedule.kind is None; a plain value was expected"),
+        (put("network", to=NETWORK | {"more": {}}), "network must be an object with family and config"),
         (put("weights", "pos_embed", 2, to=-64), "weight pos_embed has a shape, an offset or a size that is no such thing"),
         (put("weights", "blocks.0.attn.qkv.weight", 2, to=10**9), "beyond the end of weights.data"),
         (put("weights", "blocks.0.attn.qkv.weight", 1, to=[10**9, 10**9]), "not those of its shape"),

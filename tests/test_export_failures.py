@@ -99,15 +99,15 @@ def test_a_folder_that_is_no_artefact_is_never_replaced(tmp_path, teacher):
 
 def planted_scale_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of shift and scale exchanged in the final layer."""
-    from export.compiler import emit
+    from export.compiler.traced import Hoisted
 
-    original = emit.unpack
+    original = Hoisted.unpack
 
     def unpack(*args: Any) -> Any:
         terms = original(*args)
         return terms._replace(final=terms.final._replace(shift=terms.final.scale, scale=terms.final.shift))
 
-    monkeypatch.setattr(emit, "unpack", unpack)
+    monkeypatch.setattr(Hoisted, "unpack", unpack)
 
 
 def test_planted_bug_is_found(tmp_path, monkeypatch, teacher, plan):

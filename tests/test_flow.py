@@ -21,7 +21,7 @@ from tc_lightning.plan.sampler_table import SamplerTable
 SIT, SD3 = Flow(0.0, 1.0), Flow(1000.0, 0.0)  # data at t = 1; noise at t = 1,000
 FLOWS = pytest.mark.parametrize("flow", [SIT, SD3], ids=["sit", "sd3"])
 NAMES = pytest.mark.parametrize("name", [*SOLVERS, "euler"])
-SPACINGS = (*SIT.spacings, "mix:0.5", "shift:0.5")
+SPACINGS = (*SIT.spacings, "mix:0.5", "shift:0.5", "sd3:3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +62,20 @@ def test_agrees_with_flow_match_euler(name, shift, num_steps):
     theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     theirs.set_timesteps(sigmas=np.linspace(1.0, 1.0 / num_steps, num_steps).tolist())
     table = make_sampler(SD3, name, num_steps, f"shift:{shift:g}")
+    assert [s.t for s in table.steps] == pytest.approx(theirs.timesteps.tolist(), rel=1e-6)
+    sigma = levels(SD3, table)
+    close(apply(table, start(), network(sigma, -1.0)), run_diffusers(theirs, network(sigma, -1.0)))
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 28, 50])
+def test_agrees_with_flow_match_euler_that_is_told_a_number_of_steps(shift, num_steps):
+    """It then ends at the last level of its training grid, which it has shifted, and shifts that again."""
+    import diffusers
+
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(num_steps)
+    table = make_sampler(SD3, "euler", num_steps, f"sd3:{shift:g}")
     assert [s.t for s in table.steps] == pytest.approx(theirs.timesteps.tolist(), rel=1e-6)
     sigma = levels(SD3, table)
     close(apply(table, start(), network(sigma, -1.0)), run_diffusers(theirs, network(sigma, -1.0)))
@@ -208,6 +222,7 @@ def test_times_by_hand():
     np.testing.assert_allclose(SIT.timesteps("uniform", 4), [0, 0.25, 0.5, 0.75])
     np.testing.assert_allclose(SD3.timesteps("uniform", 4), [1000, 750, 500, 250])
     np.testing.assert_allclose(SD3.timesteps("shift:3", 2), [1000, 750])
+    np.testing.assert_allclose(SD3.timesteps("sd3:1", 3), [1000, 500.5, 1])
     np.testing.assert_allclose(SD3.timesteps("quadratic", 2), [1000, 250])
     np.testing.assert_allclose(SD3.timesteps("mix:0.5", 3), (SD3.timesteps("quadratic", 3) + SD3.timesteps("logsnr", 3)) / 2)
     np.testing.assert_allclose(np.diff(SIT.log_ratio(SIT.timesteps("logsnr", 11)[1:])), -1.0)
@@ -227,6 +242,7 @@ def test_times_by_hand():
         ),
         (("euler", 10, "shift:0"), "shift:0"),
         (("euler", 10, "shift:x"), "shift:x"),
+        (("euler", 10, "sd3:-1"), "sd3:-1.*or shift:S or sd3:S with S above 0"),
         (("euler", 10, "shift:inf"), "shift:inf"),
         (("euler", 10, "mix:nan"), "mix:nan"),
         (("euler", 0, "uniform"), "0 sampling steps"),

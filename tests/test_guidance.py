@@ -27,7 +27,7 @@ LABELS = torch.tensor([0, 3])
 class Growing:
     """A block that adds its input times the gate; it counts the rows that it has seen."""
 
-    branches = ("attn", "mlp")
+    branches, source = ("attn", "mlp"), None
 
     def __init__(self) -> None:
         self.rows = 0

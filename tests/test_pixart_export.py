@@ -55,6 +55,8 @@ def make_pixart(config: PixArtConfig = CONFIG) -> PixArt:
     }
     sizes = {"resolution": np.float32([[512, 768]] * 4), "aspect_ratio": np.float32([[0.7]] * 4)}
     model.examples = texts | (sizes if config.sized else {})
+    null_mask = np.array([[1, 1, *[0] * (config.text_tokens - 2)]])
+    model.nulls = {"text": rng.normal(size=(1, *texts["text"].shape[1:])).astype(np.float32), "text_mask": null_mask}
     return model
 
 

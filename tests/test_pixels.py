@@ -165,7 +165,7 @@ def test_batches_of_its_own_within_a_stated_memory(decoded, batch):
     result = sampler.sample([1, 2, 3, 4, 5], seed=2)
     assert seen == {1: [1] * 5, 2: [2, 2, 1], 5: [5]}[batch]
     np.testing.assert_allclose(result.images, CachedSampler(decoded).sample([1, 2, 3, 4, 5], seed=2).images, atol=1e-5)
-    stated = manifest["files"]["decoder.data"]["bytes"] + batch * manifest["decoder"]["memory_bytes_per_image"]
+    stated = 2 * manifest["files"]["decoder.data"]["bytes"] + batch * manifest["decoder"]["memory_bytes_per_image"]
     assert result.receipt["decoder"] == {
         "images_at_a_time": batch,
         "memory_bytes": stated,

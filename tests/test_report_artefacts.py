@@ -110,7 +110,7 @@ def test_evaluation_images_are_of_all_classes(teacher):
     class Sampler:
         conditions = signature.conditions
 
-        def sample(self, conditions, seed, first_index, full):
+        def sample(self, conditions, seed, first_index, full, pixels):
             labels = conditions["label"].tolist()
             asked.append((first_index, labels))
             latents = np.zeros((len(labels), 1, 2, 2), np.float32)

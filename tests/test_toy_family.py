@@ -35,8 +35,9 @@ from tc_lightning.models.families import FAMILIES, Family
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import block_macs, segment_macs
 from tc_lightning.plan.dataflow import Entry, entries_read
-from tc_lightning.plan.given import read_examples, with_nulls
 from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.nulls import with_nulls
+from tc_lightning.plan.rows_file import read_rows
 from tc_lightning.plan.segments import compute, partial, reuse, skip
 from tc_lightning.planner.policy import PlannerPolicy
 from tc_lightning.policies.routers import router_steps
@@ -243,14 +244,14 @@ def test_conditions_that_cannot_be_drawn_are_asked_for() -> None:
 
 def test_examples_are_read_from_a_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "moods.npz", mood=np.ones((2, 2, 3)))
-    assert read_examples(tmp_path / "moods.npz", TOY.conditions)["mood"].dtype == np.float32
+    assert read_rows(tmp_path / "moods.npz", TOY.conditions).examples["mood"].dtype == np.float32
     np.savez(tmp_path / "others.npz", mood=np.ones((2, 3, 2)))
     with pytest.raises(TokenCacheError, match=r"others\.npz: mood has the shape"):
-        read_examples(tmp_path / "others.npz", TOY.conditions)
+        read_rows(tmp_path / "others.npz", TOY.conditions)
     (tmp_path / "torn.npz").write_bytes(b"PK")
     for name in ("torn.npz", "none.npz"):
         with pytest.raises(TokenCacheError, match="cannot read the conditions"):
-            read_examples(tmp_path / name, TOY.conditions)
+            read_rows(tmp_path / name, TOY.conditions)
 
 
 def test_it_is_distilled_planned_exported_and_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

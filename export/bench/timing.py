@@ -52,12 +52,12 @@ def torch_latents(eps: Denoiser, plan: CachePlan, x_BCHW: Tensor, asked: Asked, 
         eps: (latents, times, conditions) -> eps, in `dtype`.
         plan: gives the reference's sampler, and guidance; its segments are ignored.
         x_BCHW: initial noise, fp32, on the device.
-        asked: conditions of each image.
+        asked: conditions of each image, and null values that are no numbers.
         dtype: precision of the network; guidance and sampler are in fp32.
     """
     doubled, channels = plan.guidance.doubles_batch, plan.model.in_channels
     given = given_of(plan.model.conditions, asked)
-    rows = dict(given.with_nulls(plan.model.conditions) if doubled else given)
+    rows = dict(given.with_nulls(plan.model.conditions, None) if doubled else given)
     past: tuple[Tensor, ...] = ()
     for row in plan.reference.steps:
         x = torch.cat([x_BCHW, x_BCHW]) if doubled else x_BCHW

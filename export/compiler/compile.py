@@ -21,7 +21,7 @@ from export.compiler.weights import External, place_weights, write_weights
 from export.folders import replacing_folder
 from export.runtime.contract import condition_declared, declared, planned
 from export.runtime.layout import DECODER
-from export.runtime.manifest import NAME, WEIGHTS, ArtefactError, read_manifest, write_manifest
+from export.runtime.manifest import NAME, NULLS, WEIGHTS, ArtefactError, read_manifest, write_manifest
 from export.runtime.onnx_header import Header, read_header
 from export.runtime.programs import LoweredPlan, lower
 from export.runtime.sampler import CachedSampler
@@ -32,6 +32,8 @@ from tc_lightning.models.content_predictor import Selector, require_selector
 from tc_lightning.models.families import own_schedule
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.nulls import nulls_needed
+from tc_lightning.plan.rows_file import write_nulls
 from tc_lightning.rollout.sampling import model_signature
 
 CONDITION_VALUES = 1 << 26  # modulation values held at a time (256 MiB in fp32); longer requests are conditioned in chunks
@@ -73,7 +75,7 @@ def export_artefact(
         ParityError: if the artefact disagrees with the torch reference; nothing is left under `out`.
     """
     plan.require_model(model_signature(model))
-    require_null(model.conditions, plan.guidance)
+    require_null(model.conditions, plan.guidance, model.nulls)
     require_selector(plan, selector)
     if vae is not None:
         require_decodable(vae, plan.model)
@@ -167,9 +169,11 @@ def _write_around(
     folder: Path,
     precision: str,
 ) -> dict[str, Any]:
-    """Write the graphs and the plan beside a weights file, and return what the manifest will say of it all."""
+    """Write the graphs, the plan and null values beside a weights file, and return what the manifest will say of it all."""
     headers = _write_graphs(graphs, folder)
     plan.save(folder / "plan.json")
+    if nulls_needed(plan.model.conditions, plan.guidance):
+        write_nulls(folder / NULLS, model.nulls or {})
     return _describe(model, plan, lowered, index, precision, headers)
 
 

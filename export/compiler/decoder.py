@@ -22,7 +22,7 @@ from export.compiler.static_graph import for_any_batch, live_bytes
 from export.runtime.decoder import unscaled
 from export.runtime.decoder_contract import DATA, IN, OUT
 from export.runtime.layout import DECODER
-from export.runtime.sessions import PROVIDERS
+from export.runtime.sessions import open_session, prepare, session_options
 from tc_lightning.errors import TeacherError, TokenCacheError, first_line
 from tc_lightning.models.checkpoints.diffusers_config import CONFIG, read_config
 from tc_lightning.models.checkpoints.diffusers_weights import choose_weights, read_weights
@@ -108,6 +108,7 @@ def write_decoder(vae: Vae, latent: tuple[int, int, int], folder: Path, provider
     Raises:
         TeacherError: if it cannot be read.
         ParityError: if the graph disagrees with torch.
+        RuntimeUnavailableError: if the provider cannot be used.
     """
     module = read_decoder(vae)
     graph = for_any_batch(_traced(module, latent))
@@ -121,6 +122,16 @@ def write_decoder(vae: Vae, latent: tuple[int, int, int], folder: Path, provider
         "memory_bytes_per_image": live_bytes(graph),
     }
     return said | {"parity": _prove(module, said, latent, folder, provider)}
+
+
+def open_decoder(folder: Path, provider: str) -> ort.InferenceSession:
+    """A session of the decoder in a folder, as the runtime has it.
+
+    Raises:
+        RuntimeUnavailableError: if the provider cannot be used.
+    """
+    prepare(provider, None)
+    return open_session(folder / f"{DECODER}.onnx", provider, session_options(provider, None, packed=True, profile=None))
 
 
 def _renamed(state: State) -> State:
@@ -147,7 +158,7 @@ def _prove(module: nn.Module, said: dict[str, Any], latent: tuple[int, int, int]
     """Compare with torch on latents such as the model makes: of unit variance before they are scaled."""
     images = 1 if np.prod(latent) > MANY_VALUES else 2
     z = unscaled(said, np.random.default_rng(SEED).standard_normal((images, *latent), dtype=np.float32))
-    session = ort.InferenceSession(str(folder / f"{DECODER}.onnx"), providers=[PROVIDERS[provider]])
+    session = open_decoder(folder, provider)
     with torch.no_grad():
         expected = module(torch.from_numpy(z)).numpy()
     actual = session.run([OUT], {IN: z})[0]

@@ -25,6 +25,7 @@ from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import entry_dtype, entry_rows, entry_shape
+from tc_lightning.plan.given import Arrays
 from tc_lightning.rollout.sampling import SamplingStep, device_of, given_for, noise_for, reference_plan, sample_steps
 
 # Relative L2 errors that are accepted: of a whole trajectory, and of every output of one program.
@@ -85,12 +86,12 @@ def prove(
     final: Tensor | None = None
     for state in sample_steps(model, plan, x_T, y, selector=selector):
         if state.step in chosen:
-            checks += _check_program(plan, chosen[state.step], sampler, _on_host(state), given)
+            checks += _check_program(plan, chosen[state.step], sampler, _on_host(state), given, model.nulls)
         final = state.x_next
     full = next(p for p in lowered.programs if p.name == FULL)
     if not full.steps:  # no step of the plan runs it: take those of the reference, until its sampler uses all that it may
         for state in itertools.islice(sample_steps(model, reference_plan(plan), x_T, y), plan.reference.history + 1):
-            checks += _check_program(plan, full, sampler, _on_host(state), given)
+            checks += _check_program(plan, full, sampler, _on_host(state), given, model.nulls)
     assert final is not None
     latents = sampler.sample(conditions={name: value.numpy() for name, value in given.items()}, seed=seed, pixels=False).latents
     worst = max(relative_l2(a, b) for a, b in zip(latents, final.cpu().numpy(), strict=True))
@@ -131,9 +132,11 @@ def _on_host(state: SamplingStep) -> SamplingStep:
     )
 
 
-def _check_program(plan: CachePlan, program: Program, sampler: CachedSampler, state: SamplingStep, given: Given) -> list[Check]:
+def _check_program(
+    plan: CachePlan, program: Program, sampler: CachedSampler, state: SamplingStep, given: Given, nulls: Arrays | None
+) -> list[Check]:
     doubled = plan.guidance.doubles_batch and not program.guidance.single
-    rows = given.with_nulls(plan.model.conditions) if doubled else given
+    rows = given.with_nulls(plan.model.conditions, nulls) if doubled else given
     precision = sampler.manifest["precision"]
     offset = sampler.manifest["full_offset"] if program.name == FULL else 0
     feed = {"steps": np.array([state.step]), "offset": np.int64(offset), "step": np.int64(state.step)}

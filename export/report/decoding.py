@@ -7,10 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from export.compiler.decoder import write_decoder
+from export.compiler.decoder import open_decoder, write_decoder
 from export.runtime.decoder import Decoder
 from export.runtime.layout import DECODER
-from export.runtime.sessions import open_session, session_options
 from tc_lightning.models.checkpoints.pipeline import find_vae
 from tc_lightning.runs.loaded import LoadedRun
 
@@ -33,6 +32,5 @@ def decoder_of(loaded: LoadedRun, provider: str, wanted: bool = True) -> Iterato
         return
     with tempfile.TemporaryDirectory(prefix="tc-decoder-") as workshop:
         said = write_decoder(vae, loaded.plan.model.latent, Path(workshop), provider)
-        options = session_options(provider, None, packed=True, profile=None)
-        session = open_session(Path(workshop) / f"{DECODER}.onnx", provider, options)
+        session = open_decoder(Path(workshop), provider)
         yield Decoder({DECODER: said}, lambda _: session)

@@ -16,13 +16,14 @@ from typing import Any, NoReturn
 
 from export.runtime.decoder_contract import require_decoder
 from export.runtime.layout import BYTES, CONDITION, CONSTANT, ELEMENT_TYPES, FULL
-from export.runtime.manifest import AGAIN, NAME, PLAN, WEIGHTS, ArtefactError, read_manifest, require_files
+from export.runtime.manifest import AGAIN, NAME, NULLS, PLAN, WEIGHTS, ArtefactError, read_manifest, require_files
 from export.runtime.onnx_header import Header, read_header
 from export.runtime.programs import LoweredPlan, Program, computed_tokens, condition_times, lower
 from tc_lightning.errors import PlanError
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import cache_bytes_per_image, entry_dtype, entry_rows, entry_shape, halves_share, macs_speedup
 from tc_lightning.plan.dataflow import Entry
+from tc_lightning.plan.nulls import nulls_needed
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 _MOST = 2**53  # beyond it JSON's numbers are not integers any more
@@ -143,6 +144,8 @@ def require_consistent(path: Path, manifest: dict[str, Any], plan: CachePlan, gr
     for key in ("condition_values", "modulations"):
         if not _is_int(manifest[key], 1):
             _fail(path, f"{key} is {manifest[key]!r}; a positive integer was expected")
+    if nulls_needed(plan.model.conditions, plan.guidance) and NULLS not in manifest["files"]:
+        _fail(path, f"the plan is guided, a null value is stored, and it lists no {NULLS}")
     _check_network(path, manifest["network"], plan.model.family)
     require_decoder(path, manifest, graphs)
     _check_weights(path, manifest["weights"], precision, manifest["files"][WEIGHTS]["bytes"])
@@ -174,7 +177,7 @@ def _check_network(path: Path, network: Any, family: str) -> None:
         _fail(path, "network must be an object with family and config, and a schedule where it is not the family's")
     if network["family"] != family:
         _fail(path, f"network is of the family {network['family']!r}, and the plan was made for {family!r}")
-    for part in network.keys() - {"family"}:
+    for part in sorted(network.keys() - {"family"}):
         if not isinstance(network[part], dict):
             _fail(path, f"network.{part} must be an object")
         for name, value in network[part].items():

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from export.runtime.buffers import SHRINK
-from export.runtime.decoder_contract import DATA, IN, OUT
+from export.runtime.decoder_contract import DATA, IN, OUT, memory_bytes
 from export.runtime.layout import DECODER
 from export.runtime.sessions import arena_is_ours, is_int
 from tc_lightning.errors import TokenCacheError, first_line
@@ -40,8 +40,8 @@ class Decoder:
 
     @property
     def memory_bytes(self) -> int:
-        """What it takes while it runs: its weights, and the activations of a batch that are held at once."""
-        return self._weights + self.batch * self._said["memory_bytes_per_image"]
+        """What it takes while it runs (`export.runtime.decoder_contract.memory_bytes`)."""
+        return memory_bytes(self._said, self._weights, self.batch)
 
     def __call__(self, latents_BCHW: np.ndarray) -> np.ndarray:
         """Pixels in [-1, 1], [B, 3, H', W'] float32, of latents as the model makes them.

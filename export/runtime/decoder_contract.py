@@ -18,6 +18,17 @@ _KEYS = {"scaling_factor", "shift_factor", "pixels", "memory_bytes_per_image", "
 _MOST = 2**53
 
 
+def memory_bytes(said: Mapping[str, Any], weights: int, images: int = 1) -> int:
+    """Bytes that decoding so many images at a time takes: weights as they are mapped and as a session repacks them, and activations.
+
+    Args:
+        said: the manifest's word of the decoder.
+        weights: bytes of its weights.
+        images: decoded at a time.
+    """
+    return 2 * weights + images * said["memory_bytes_per_image"]
+
+
 def require_decoder(path: Path, manifest: Mapping[str, Any], graphs: Mapping[str, Header]) -> None:
     """Check what a manifest says of a decoder, if it does, against the graph and the files beside it.
 

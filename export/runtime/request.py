@@ -18,7 +18,8 @@ from export.runtime.layout import BYTES, CONSTANT, GIVEN, SLOT, Layout, ProgramR
 from export.runtime.sessions import arena_is_ours, is_int
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.conditions import Conditions, class_label, conditions_from_json
-from tc_lightning.plan.given import Arrays, checked, with_nulls
+from tc_lightning.plan.given import Arrays, checked
+from tc_lightning.plan.nulls import with_nulls
 from tc_lightning.rollout.noise import initial_noise
 
 
@@ -40,11 +41,13 @@ class Part:
         given: conditions, [B, ...] each.
         rows: the images' seeds, indices and scales.
         full: run the reference instead of the plan.
+        nulls: null values that are no numbers, [B, ...] each, or [1, ...] for all images.
     """
 
     given: Arrays
     rows: tuple[Row, ...]
     full: bool
+    nulls: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def images(self) -> int:
@@ -54,7 +57,20 @@ class Part:
     def split(self, size: int) -> list[Part]:
         """Parts of at most so many images."""
         cuts = [slice(start, start + size) for start in range(0, self.images, size)]
-        return [Part({name: value[cut] for name, value in self.given.items()}, self.rows[cut], self.full) for cut in cuts]
+        return [Part(_cut(self.given, cut), self.rows[cut], self.full, self.nulls | _cut(self._own, cut)) for cut in cuts]
+
+    @property
+    def own_nulls(self) -> bool:
+        """Whether images have null values of their own."""
+        return bool(self._own)
+
+    @property
+    def _own(self) -> dict[str, np.ndarray]:
+        return {name: value for name, value in self.nulls.items() if len(value) > 1}
+
+
+def _cut(arrays: Arrays, rows: slice) -> dict[str, np.ndarray]:
+    return {name: value[rows] for name, value in arrays.items()}
 
 
 @dataclasses.dataclass
@@ -116,10 +132,15 @@ def asked_for(conditions: Conditions, labels: Sequence[int] | None, named: Mappi
     return given
 
 
-def echoed(conditions: Conditions, given: Arrays) -> dict[str, Any]:
-    """What a receipt says of a request's conditions: labels of a class-conditional model; else classes, and of others shapes."""
-    said = {c.name: given[c.name].tolist() if c.classes else list(given[c.name].shape) for c in conditions}
-    return {"labels": said[conditions[0].name]} if len(said) == 1 and conditions[0].classes else {"conditions": said}
+def echoed(conditions: Conditions, given: Arrays, negative: Arrays) -> dict[str, Any]:
+    """What a receipt says of a request's conditions: labels of a class-conditional model; else classes, and of others shapes; and of
+    null values that it brings the same."""
+    said, against = (
+        {c.name: rows[c.name].tolist() if c.classes else list(rows[c.name].shape) for c in conditions if c.name in rows}
+        for rows in (given, negative)
+    )
+    asked = {"labels": said[conditions[0].name]} if len(said) == 1 and conditions[0].classes else {"conditions": said}
+    return asked | ({"negative": against} if against else {})
 
 
 def rows_asked_for(
@@ -178,9 +199,11 @@ def _usable_scale(planned: float, scale: Any) -> float:
     return number
 
 
-def distinct_rows(conditions: Conditions, doubled: bool, given: Arrays) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Place of each batch entry among the distinct rows of conditions [M], and these rows [U, ...]; all null ones are one."""
-    rows = with_nulls(conditions, given) if doubled else dict(given)
+def distinct_rows(
+    conditions: Conditions, doubled: bool, given: Arrays, nulls: Arrays | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Place of each batch entry among the distinct rows of conditions [M], and these rows [U, ...]; equal null ones are one."""
+    rows = with_nulls(conditions, given, nulls) if doubled else dict(given)
     first, *others = rows.values()
     if others or first.ndim > 1:  # rows are equal if their bytes are
         bytes_MF = np.concatenate([np.ascontiguousarray(value).reshape(len(value), -1).view(np.uint8) for value in rows.values()], 1)
@@ -194,7 +217,7 @@ def fill(workspace: Workspace, manifest: dict[str, Any], part: Part) -> None:
     """Write everything that the layout reads before it writes it: of what was in these buffers, nothing is left to read."""
     layout = workspace.layout
     conditions = conditions_from_json(manifest["model"]["conditions"], "conditions")
-    rows_M, distinct = distinct_rows(conditions, manifest["guidance"]["scale"] != 1.0, part.given)
+    rows_M, distinct = distinct_rows(conditions, manifest["guidance"]["scale"] != 1.0, part.given, part.nulls)
     x = layout.buffers["x.0"].shape
     half_B = rows_M[: part.images]  # the conditional half, which is all that some programs compute
     values: dict[str, Any] = {

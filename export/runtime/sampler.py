@@ -26,6 +26,7 @@ from export.runtime.contract import read_artefact
 from export.runtime.cuda_provider import lane, why_no_graphs
 from export.runtime.decoder import Decoder
 from export.runtime.layout import CONDITION, DECODER, lay_out
+from export.runtime.negatives import nulls_of, stored_nulls
 from export.runtime.one_process import OfOneProcess
 from export.runtime.receipt import decoding_of, receipt_of, said_of
 from export.runtime.request import (
@@ -118,7 +119,7 @@ class CachedSampler(OfOneProcess):
                 f"{self.path} was exported for the CPU: programs share graphs that have no static shapes, which CUDA graphs need. "
                 "Export it again with --provider cuda."
             )
-        self.max_bytes = max_bytes
+        self.max_bytes, self.nulls = max_bytes, stored_nulls(self.path, self.manifest, self.conditions)
         batch_within(self.manifest, max_batch, max_bytes)  # refused now rather than at the first request
         prepare(provider, threads, device)
         self._packed = packed_graphs(self.manifest, memory) if provider == "cpu" else set()
@@ -182,6 +183,7 @@ class CachedSampler(OfOneProcess):
         pixels: bool = True,
         indices: Sequence[int] | None = None,
         strict: bool = True,
+        negative: Mapping[str, Any] | None = None,
         **named: Any,
     ) -> Result:
         """Make one image for each label, or row of conditions, `max_batch` of them at a time.
@@ -203,7 +205,8 @@ class CachedSampler(OfOneProcess):
                 those that each would get alone.
             strict: raise if an image's latents or pixels become NaN or infinite; else `Result.failed` says so, and the others are
                 returned.
-            named: the same, as arguments of their own.
+            negative: null values by name in place of the artefact's, a row for all images or for each: what guidance leads away from.
+            named: conditions, as arguments of their own.
 
         Raises:
             TokenCacheError: if a condition is missing, unknown or not what it can be, guidance was not exported, or latents or pixels
@@ -213,8 +216,9 @@ class CachedSampler(OfOneProcess):
         given = asked_for(self.conditions, labels, {**(conditions or {}), **named})
         images = rows_in(given)
         rows = rows_asked_for(self.manifest, images, seed, first_index if indices is None else indices, guidance)
-        size = batch_within(self.manifest, self.max_batch, self.max_bytes, full)
-        started, parts = time.perf_counter(), Part(given, rows, full).split(size)
+        whole = Part(given, rows, full, nulls_of(self.conditions, self.nulls, negative, rows))
+        size = batch_within(self.manifest, self.max_batch, self.max_bytes, full, whole.own_nulls)
+        started, parts = time.perf_counter(), whole.split(size)
         failed: dict[int, str] = {}
         tally, steps = Tally(), self.manifest["full_steps" if full else "steps"]
         nodes: dict[str, dict[str, int]] = {}
@@ -242,7 +246,8 @@ class CachedSampler(OfOneProcess):
         if unseen and strict:
             raise TokenCacheError(next(iter(unseen.values())))
         decoding = decoding_of(self.decoder, shown, time.perf_counter() - started - seconds)
-        asked = {**said_of(rows), "images": images, **echoed(self.conditions, given), "parts": len(parts)}
+        said = echoed(self.conditions, given, {name: whole.nulls[name] for name in negative or ()})
+        asked = {**said_of(rows), "images": images, **said, "parts": len(parts)}
         place = {"provider": self.provider, "device": self.device, "nodes_per_provider": nodes}
         scales = [row.scale for row in rows]
         receipt = receipt_of(self.manifest, tally, asked, place, scales, full, self._no_graphs, seconds)
@@ -282,7 +287,8 @@ class CachedSampler(OfOneProcess):
     def _run_once(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, dict[int, str], Tally]:
         """Run a part of a request in buffers that nobody else uses meanwhile."""
         images, on_cpu = part.images, self.provider == "cpu"
-        rows = rows_in(distinct_rows(self.conditions, self._doubled, part.given)[1]) if on_cpu else most_rows(self.manifest, images)
+        most = most_rows(self.manifest, images, part.own_nulls)
+        rows = rows_in(distinct_rows(self.conditions, self._doubled, part.given, part.nulls)[1]) if on_cpu else most
         key = (images, rows, part.full)
         workspace = self._pool.take(key, lay_out(self.manifest, images, rows, part.full))
         try:

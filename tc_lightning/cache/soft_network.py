@@ -27,7 +27,8 @@ def enter(model: Network, guidance: Guidance, x_BCHW: Tensor, t_B: Tensor, asked
     """Tokens, and terms of blocks and readout; with guidance the conditional half of the batch comes before the unconditional one."""
     given = given_of(model.conditions, asked)
     if guidance.doubles_batch:
-        x_BCHW, t_B, given = torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), given.with_nulls(model.conditions)
+        x_BCHW, t_B = torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B])
+        given = given.with_nulls(model.conditions, model.nulls)
     terms = model.terms(t_B, given)
     return model.embed(x_BCHW, terms.start), terms.blocks, terms.final
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.errors import TokenCacheError
 
-SHIFT = "shift:"  # then a number: how much longer a run stays in the noise
+SHIFT, SHIFT_TWICE = "shift:", "sd3:"  # then a number: how much longer a run stays in the noise
 LOG_RATIO_END = 5.0  # log(sigma / alpha) between which `logsnr` spaces, as wide as linear betas of 1,000 steps have it
 MOST_STEPS = 10_000
 CLOCK = 1000.0
@@ -77,7 +78,8 @@ class Flow(Schedule):
 
         uniform: evenly, to a step from data. quadratic: evenly in sqrt(sigma). logsnr: evenly in log-SNR between finite ends, of which
         the first is moved to noise. shift:S: uniform, then sigma S / (1 + (S - 1) sigma)
-        (Esser et al., arXiv 2403.03206, eq. 23; 3 for SD3).
+        (Esser et al., arXiv 2403.03206, eq. 23; 3 for SD3). sd3:S: what diffusers' scheduler makes of a number of steps, which is how
+        its pipeline of SD3 asks it: evenly from noise to the last of 1,000 training steps, itself shifted; then all are shifted.
         """
         even = 1.0 - np.arange(num_steps) / num_steps
         match spacing:
@@ -89,10 +91,18 @@ class Flow(Schedule):
                 sigma = 1.0 / (1.0 + np.exp(-np.linspace(LOG_RATIO_END, -LOG_RATIO_END, num_steps)))
                 sigma[0] = 1.0
                 return sigma
-        if not spacing.startswith(SHIFT) or not (shift := self._number(spacing, SHIFT)) > 0.0:
+        prefix = next((p for p in (SHIFT, SHIFT_TWICE) if spacing.startswith(p)), None)
+        if prefix is None or not (shift := self._number(spacing, prefix)) > 0.0:
             raise self._unknown(spacing)
-        return shift * even / (1.0 + (shift - 1.0) * even)
+        if prefix == SHIFT_TWICE:
+            even = np.linspace(1.0, _shifted(1.0 / CLOCK, shift), num_steps)
+        return _shifted(even, shift)
 
     @property
     def _with_numbers(self) -> str:
-        return f"{super()._with_numbers}, or {SHIFT}S with S above 0"
+        return f"{super()._with_numbers}, or {SHIFT}S or {SHIFT_TWICE}S with S above 0"
+
+
+def _shifted(sigma: Any, shift: float) -> Any:
+    """Noise levels, moved towards noise."""
+    return shift * sigma / (1.0 + (shift - 1.0) * sigma)

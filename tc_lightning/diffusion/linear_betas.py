@@ -86,7 +86,9 @@ class LinearBetas(Schedule):
 
     def _spaced(self, spacing: str, num_steps: int) -> np.ndarray:
         """uniform: evenly from the last training step to 0, rounded (respacing of the DiT release). leading, trailing: stride
-        num_train / num_steps, as in diffusers. quadratic: evenly in sqrt(t). logsnr: evenly in log-SNR (Lu et al., arXiv 2206.00927).
+        num_train / num_steps, as in diffusers; linspace: as its solvers have it, evenly from the last training step to one more time
+        than there are steps, which is 0 and left out. quadratic: evenly in sqrt(t). logsnr: evenly in log-SNR (Lu et al., arXiv
+        2206.00927).
         """
         last = self.num_train_steps - 1
         match spacing:
@@ -97,9 +99,15 @@ class LinearBetas(Schedule):
             case "trailing":
                 # Not arange with a fractional stride: its rounding adds a step at t = -1 for some num_steps.
                 return np.round(self.num_train_steps - np.arange(num_steps) * self.num_train_steps / num_steps) - 1.0
+            case "linspace":
+                return np.linspace(0, last, num_steps + 1).round()[:0:-1].copy()
             case "quadratic":
                 return np.linspace(np.sqrt(last), 0.0, num_steps) ** 2
             case "logsnr":
                 targets = np.linspace(self._log_ratios[-1], self._log_ratios[0], num_steps)
                 return np.interp(targets, self._log_ratios, np.arange(self.num_train_steps))
         raise self._unknown(spacing)
+
+    @property
+    def _with_numbers(self) -> str:
+        return f"linspace (of diffusers' solvers), {super()._with_numbers}"

@@ -109,7 +109,7 @@ class TokenCacheDistiller(LightningModule):
         self.sampler = make_sampler(self.teacher.schedule, sampler, num_steps, spacing)
         self.guidance = Guidance(guidance_scale, c.in_channels if guidance_channels is None else guidance_channels)
         _check_guidance(self.guidance, c.in_channels)
-        require_null(self.teacher.conditions, self.guidance)
+        require_null(self.teacher.conditions, self.guidance, self.teacher.nulls)
         self.policy = policy or TPRRPolicy()
         self.lr = lr
         self.sensitivity_samples, self.sensitivity_probes = sensitivity_samples, sensitivity_probes

@@ -67,7 +67,7 @@ class ContentPredictor(nn.Module):
 
     def modulation(self, model: Network, t_B: Tensor) -> Modulation:
         """adaLN terms of the block at times [B] in the network's units."""
-        return self.block.modulation(model.condition(t_B, **null_rows(model.conditions, t_B)))
+        return self.block.modulation(model.condition(t_B, **null_rows(model.conditions, t_B, model.nulls)))
 
     def forward(self, z_BND: Tensor, mod: Modulation) -> Tensor:
         """Scores [B, L, N], in fp32 also under autocast, from the teacher's tokens of x_t."""

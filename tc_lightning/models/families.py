@@ -11,6 +11,7 @@ from tc_lightning.models.dit import DiT, DiTConfig
 from tc_lightning.models.mdt import MDT, MDTConfig
 from tc_lightning.models.network import Network
 from tc_lightning.models.pixart import PixArt, PixArtConfig
+from tc_lightning.models.sd3 import SD3, SD3Config
 from tc_lightning.models.sit import SiT
 
 
@@ -26,6 +27,7 @@ FAMILIES: dict[str, Family] = {
     "sit": Family(SiT, DiTConfig),
     "pixart": Family(PixArt, PixArtConfig),
     "mdt": Family(MDT, MDTConfig),
+    "sd3": Family(SD3, SD3Config),
 }
 
 

@@ -201,6 +201,7 @@ class Network(nn.Module, ABC):
     config: Any  # its shape, a dataclass of plain values; input_size and in_channels at least
     fixed_tokens: int = 0  # how many tokens are none of the image: they come first, and are computed wherever any are
     examples: Arrays | None = None  # rows of conditions that cannot be drawn, for images that nobody gave any
+    nulls: Arrays | None = None  # of each condition whose null value is `stored`, that value, [1, ...]
 
     @property
     def branches(self) -> Branches:

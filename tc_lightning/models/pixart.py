@@ -26,7 +26,7 @@ from tc_lightning.models.embedders import FREQUENCIES, PatchEmbed, TimestepEmbed
 from tc_lightning.models.lean import attend
 from tc_lightning.models.network import Block, Constants, KeyValue, Network, See
 from tc_lightning.models.signatures import attention_macs, mlp_macs, signature_of
-from tc_lightning.plan.conditions import Condition
+from tc_lightning.plan.conditions import SAME, STORED, Condition
 from tc_lightning.plan.signature import LATENTS, OUTPUTS, Macs, ModelSignature
 
 HIDDEN = -10000.0  # what is added to the logits of a token of the text that is padding
@@ -213,9 +213,9 @@ class PixArt(Network):
     def __init__(self, config: PixArtConfig) -> None:
         super().__init__()
         self.config, D = config, config.hidden_size
-        text = Condition("text", "fp32", (config.text_tokens, config.text_width), 0.0)
-        sizes = (Condition("resolution", "fp32", (2,), 0.0), Condition("aspect_ratio", "fp32", (1,), 0.0))
-        self.conditions = (text, Condition("text_mask", "int64", (config.text_tokens,), 1), *(sizes if config.sized else ()))
+        text = Condition("text", "fp32", (config.text_tokens, config.text_width), STORED)
+        sizes = (Condition("resolution", "fp32", (2,), SAME), Condition("aspect_ratio", "fp32", (1,), SAME))
+        self.conditions = (text, Condition("text_mask", "int64", (config.text_tokens,), STORED), *(sizes if config.sized else ()))
         self.x_embedder = PatchEmbed(config.in_channels, D, config.patch_size)
         self.t_embedder = TimestepEmbedder(D)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))

@@ -6,6 +6,7 @@ from typing import Any
 
 from tc_lightning.models.embedders import FREQUENCIES
 from tc_lightning.models.network import Network
+from tc_lightning.plan.block_costs import UnlikeBlocks
 from tc_lightning.plan.signature import Macs, ModelSignature
 from tc_lightning.plan.skips import LongSkips
 
@@ -28,7 +29,13 @@ def fixed_macs(config: Any) -> int:
 
 
 def signature_of(
-    network: Network, teacher: str, macs: tuple[Macs, ...], fixed: int, tokens: int | None = None, merge: int = 0
+    network: Network,
+    teacher: str,
+    macs: tuple[Macs, ...],
+    fixed: int,
+    tokens: int | None = None,
+    unlike: tuple[UnlikeBlocks, ...] = (),
+    merge: int = 0,
 ) -> ModelSignature:
     """Signature of a network whose configuration has the fields of `tc_lightning.models.dit.DiTConfig`.
 
@@ -38,6 +45,7 @@ def signature_of(
         macs: costs of its branches, in order.
         fixed: MACs of a forward outside of them.
         tokens: tokens between `embed` and `readout`; None for the network's fixed ones and those of the image.
+        unlike: blocks that are unlike the rest.
         merge: MACs of taking in a token by a long skip.
     """
     config = network.config
@@ -59,5 +67,6 @@ def signature_of(
         teacher=teacher,
         branches=network.branches.text,
         fixed_tokens=network.fixed_tokens,
+        unlike=unlike,
         skips=LongSkips(network.skips, merge),
     )

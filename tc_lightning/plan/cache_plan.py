@@ -43,7 +43,9 @@ from tc_lightning.plan.segments import MAX_ORDER, Segment, require_branches, req
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.plan.skips import require_uncut
 
-FORMAT_VERSION = 5  # 4: conditions, costs of branches and the output space of the model; 5: its fixed tokens
+FORMAT_VERSION = (
+    5  # 4: conditions, costs of branches and the output space of the model; 5: its fixed tokens, and blocks unlike the rest
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,10 +243,9 @@ def _validate(plan: CachePlan) -> None:
     for i, mode in enumerate(plan.guidance_modes):
         _validate_mode(mode, plan.guidance, f"step {i}, guidance")
     require_branches(plan.model.branches)
-    if len(plan.model.macs) != len(plan.model.block.names):
-        raise PlanError(
-            f"the model has MACs of {len(plan.model.macs)} branches, and has {len(plan.model.block.names)}: give them for each."
-        )
+    names = plan.model.block.names
+    if wrong := [macs for macs in (plan.model.macs, *(one.macs for one in plan.model.unlike)) if len(macs) != len(names)]:
+        raise PlanError(f"the model has MACs of {len(wrong[0])} branches, and has {len(names)}: give them for each.")
     for i, segments in enumerate(plan.steps):
         reached = 0
         for segment in segments:

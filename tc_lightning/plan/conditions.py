@@ -10,9 +10,11 @@ from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.plan.json_fields import MOST, as_list, check_keys, is_int, is_ints, is_name, is_number, shown
 
 DTYPES = ("int64", "fp32")
-_REQUEST = ("labels", "conditions", "seed", "guidance", "first_index", "full", "on_step", "timing")
+STORED, SAME = "stored", "same"  # null values that are no number: a row that the network holds, and the request's own value
+_ASKED = ("labels", "conditions", "seed", "guidance", "first_index", "indices", "negative")
+_MANNER = ("full", "on_step", "timing", "pixels", "strict")
 _RECORDED = ("x", "x_prev", "eps", "step", "index", "latent", "noise")
-RESERVED = (*_REQUEST, *_RECORDED, "t")  # words that a request, a recorded set or a network uses for something else
+RESERVED = (*_ASKED, *_MANNER, *_RECORDED, "t")  # words that a request, a recorded set or a network uses for something else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Condition:
         name: what requests, recorded sets and graphs call it.
         dtype: int64 or fp32.
         shape: shape for one image.
-        null: the number that fills the null value of classifier-free guidance; None: there is none, and guidance must be 1.
+        null: the null value of classifier-free guidance: a number that fills it, `stored` (the network holds a row of it, and a request
+            may bring its own), or `same` (both halves of guidance have the image's own). None: there is none, and guidance must be 1.
         classes: of a class label, how many there are: labels are 0 to classes - 1. 0 for any other condition.
 
     Raises:
@@ -33,7 +36,7 @@ class Condition:
     name: str
     dtype: str
     shape: tuple[int, ...] = ()
-    null: float | None = None
+    null: float | str | None = None
     classes: int = 0
 
     def __post_init__(self) -> None:
@@ -44,7 +47,10 @@ class Condition:
             raise PlanError(f"{where}: unknown dtype {self.dtype!r}, choose one of {', '.join(DTYPES)}.")
         if not all(1 <= size <= MOST for size in self.shape):
             raise PlanError(f"{where}: its shape {list(self.shape)} must hold sizes of at least 1.")
-        if self.null is not None and not (math.isfinite(self.null) and (self.dtype == "fp32" or is_int(self.null))):
+        if isinstance(self.null, str):
+            if self.null not in (STORED, SAME):
+                raise PlanError(f"{where}: its null value {self.null!r} is neither a number nor one of {STORED}, {SAME}.")
+        elif self.null is not None and not (math.isfinite(self.null) and (self.dtype == "fp32" or is_int(self.null))):
             raise PlanError(f"{where}: its null value {self.null} is not a {self.dtype}.")
         if not 0 <= self.classes <= MOST or (self.classes and (self.dtype, self.shape) != ("int64", ())):
             raise PlanError(f"{where}: {self.classes} classes are those of an int64 label without a shape, at least 1; others have 0.")
@@ -68,8 +74,8 @@ class Condition:
         check_keys(raw, {"name", "dtype", "shape", "null", "classes"}, set(), where)
         if not (is_name(raw["name"]) and is_name(raw["dtype"]) and is_ints(raw["shape"]) and is_int(raw["classes"])):
             raise PlanError(f"{where}: name and dtype must be names, shape a list of integers, and classes an integer.")
-        if raw["null"] is not None and not is_number(raw["null"]):
-            raise PlanError(f"{where}.null: expected a number or null, found {shown(raw['null'])}.")
+        if raw["null"] not in (None, STORED, SAME) and not is_number(raw["null"]):
+            raise PlanError(f"{where}.null: expected a number, {STORED}, {SAME} or null, found {shown(raw['null'])}.")
         return cls(raw["name"], raw["dtype"], tuple(raw["shape"]), raw["null"], raw["classes"])
 
 

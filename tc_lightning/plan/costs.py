@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.dataflow import Entry, assign_slots
@@ -11,10 +12,22 @@ from tc_lightning.plan.segments import Segment, compute
 from tc_lightning.plan.signature import ModelSignature
 
 
-def block_macs(model: ModelSignature, tokens: int, branches: tuple[str, ...] | None = None) -> int:
-    """MACs of one block for one sample when `tokens` tokens are computed in `branches` (None: all); attention is over all tokens."""
-    costs = zip(model.block.names, model.macs, strict=True)
+def block_macs(model: ModelSignature, tokens: int, branches: tuple[str, ...] | None = None, block: int | None = None) -> int:
+    """MACs of a block for one sample when `tokens` tokens are computed in `branches` (None: all); attention is over all tokens.
+
+    Args:
+        model: whose block it is.
+        tokens: how many are computed, fixed ones among them.
+        branches: in which branches.
+        block: its number; None for one like most.
+    """
+    costs = zip(model.block.names, model.macs if block is None else model.macs_of(block), strict=True)
     return sum(macs.of(tokens, model.tokens) for name, macs in costs if branches is None or name in branches)
+
+
+def blocks_macs(model: ModelSignature, blocks: Iterable[int], tokens: int, branches: tuple[str, ...] | None = None) -> int:
+    """The same of several blocks, by their numbers."""
+    return sum(block_macs(model, tokens, branches, block) for block in blocks)
 
 
 def segment_macs(model: ModelSignature, segment: Segment) -> int:
@@ -22,7 +35,7 @@ def segment_macs(model: ModelSignature, segment: Segment) -> int:
     if segment.mode == "skip":
         return 0
     tokens = segment.keep if segment.mode == "partial" else model.tokens
-    blocks = len(segment.blocks) * block_macs(model, tokens, tuple(filter(segment.computes, model.block.names)))
+    blocks = blocks_macs(model, segment.blocks, tokens, tuple(filter(segment.computes, model.block.names)))
     return blocks + model.skips.taken_in(segment.start, segment.stop) * tokens * model.skips.macs
 
 
@@ -67,10 +80,13 @@ def macs_speedup(plan: CachePlan) -> float:
 
 
 def entry_shape(plan: CachePlan, entry: Entry) -> tuple[int, ...]:
-    """Shape of a cache entry for one sample: [N, D], or [guided channels, H, W] of the difference of the halves of guidance."""
+    """Shape of a cache entry for one sample: [N, D], or [guided channels, H, W] of the difference of the halves of guidance.
+
+    Keys and values may be of another width than D.
+    """
     if entry.kind == "guidance":
         return (plan.guidance.channels, plan.model.input_size, plan.model.input_size)
-    return (plan.model.tokens, plan.model.width)
+    return (plan.model.tokens, plan.model.kv_width(entry.start) if entry.kind in ("k", "v") else plan.model.width)
 
 
 def entry_rows(plan: CachePlan, entry: Entry) -> int:

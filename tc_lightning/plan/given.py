@@ -1,11 +1,9 @@
-"""Values of conditions as arrays, [B, ...] each by name: checked, drawn, read, and doubled for guidance. Needs numpy, no torch."""
+"""Values of conditions as arrays, [B, ...] each by name: checked and drawn. Needs numpy, no torch."""
 
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,11 +64,6 @@ def checked(conditions: Conditions, given: Mapping[str, Any], images: int | None
     return found
 
 
-def with_nulls(conditions: Conditions, given: Arrays) -> dict[str, np.ndarray]:
-    """The rows that a guided step computes: those given, then as many null values."""
-    return {c.name: np.concatenate([given[c.name], np.full_like(given[c.name], c.null)]) for c in conditions}
-
-
 def drawn(conditions: Conditions, seed: int, indices: Sequence[int], table: Arrays | None = None) -> dict[str, np.ndarray]:
     """Conditions of images that nobody gave any.
 
@@ -103,26 +96,6 @@ def digest_of(table: Arrays | None) -> str:
     for name in sorted(table):
         hasher.update(f"\n{name} {table[name].dtype} {table[name].shape}\n".encode() + np.ascontiguousarray(table[name]).tobytes())
     return hasher.hexdigest()
-
-
-def read_examples(path: Path, conditions: Conditions) -> dict[str, np.ndarray]:
-    """Examples of conditions from a .npz file with an array [rows, ...] of each name, those of class labels optional.
-
-    Raises:
-        TokenCacheError: if the file is missing or damaged, or holds what the model cannot take.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            raw = {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise TokenCacheError(f"cannot read the conditions {path} ({error}): a .npz file of arrays was expected.") from error
-    try:
-        found = checked(tuple(c for c in conditions if c.name in raw or not c.classes), raw)
-    except TokenCacheError as error:
-        raise TokenCacheError(f"{path}: {error}") from error
-    if not all(map(len, found.values())):
-        raise TokenCacheError(f"{path} holds no rows: give one of each condition at least.")
-    return found
 
 
 def drawn_labels(seed: int, indices: Sequence[int], classes: int) -> np.ndarray:

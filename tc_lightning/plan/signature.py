@@ -5,28 +5,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from tc_lightning.errors import PlanError
+from tc_lightning.plan.block_costs import (
+    BranchMacs,
+    Macs,
+    UnlikeBlocks,
+    macs_from_json,
+    macs_to_json,
+    require_costs,
+    require_unlike,
+    unlike_from_json,
+    unlike_to_json,
+)
 from tc_lightning.plan.conditions import Conditions, conditions_from_json, require_distinct
-from tc_lightning.plan.json_fields import MOST, from_fields, is_ints, shown
+from tc_lightning.plan.json_fields import MOST, from_fields
 from tc_lightning.plan.segments import DIT, Branches
 from tc_lightning.plan.skips import NO_SKIPS, LongSkips, require_skips
 
 PIXELS, LATENTS = "pixels", "latents"
 OUTPUTS = (PIXELS, LATENTS)
-
-
-class Macs(NamedTuple):
-    """Multiply-accumulates of a branch of one block for one sample: so many for each computed token, and so many for each pair of a
-    computed token and one that it attends to."""
-
-    token: int
-    pair: int = 0
-
-    def of(self, computed: int, tokens: int) -> int:
-        """Of so many computed tokens, where there are so many."""
-        return computed * (self.token + tokens * self.pair)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class ModelSignature:
     outside of branches, and `output` says what latents are: `pixels` in [-1, 1], or `latents` that a decoder of the model's own turns
     into images. `branches` names those of a block in order, and says which attend (`tc_lightning.plan.segments.Branches`).
     `fixed_tokens` of the tokens are not the image's (a text's, for example): they come first, and no step that recomputes tokens leaves
-    them out. `skips` are the long skips between blocks, if there are any.
+    them out. `macs` are those of most blocks; `unlike` names the others. `skips` are the long skips between blocks, if there are any.
     """
 
     family: str
@@ -57,6 +56,7 @@ class ModelSignature:
     teacher: str
     branches: str = DIT.text
     fixed_tokens: int = 0
+    unlike: tuple[UnlikeBlocks, ...] = ()
     skips: LongSkips = NO_SKIPS
 
     @functools.cached_property
@@ -73,18 +73,30 @@ class ModelSignature:
         """The tokens that a step recomputes, ascending: all fixed ones, and the chosen ones, which are numbered within the image."""
         return (*range(self.fixed_tokens), *sorted(self.fixed_tokens + token for token in chosen))
 
+    def macs_of(self, block: int) -> BranchMacs:
+        """Costs of the branches of a block."""
+        return self._unlike[block].macs if block in self._unlike else self.macs
+
+    def kv_width(self, block: int) -> int:
+        """Features of a key, and of a value, of a block."""
+        return self.width * (self._unlike[block].kv_widths if block in self._unlike else 1)
+
+    @functools.cached_property
+    def _unlike(self) -> dict[int, UnlikeBlocks]:
+        return {block: one for one in self.unlike for block in one.blocks}
+
     @property
     def latent(self) -> tuple[int, int, int]:
         """C, H, W of one image's latents."""
         return self.in_channels, self.input_size, self.input_size
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; branches where they are not those of a DiT, long skips where there are any."""
-        silent = (("branches", DIT.text), ("skips", NO_SKIPS))
+        """Plain JSON values; branches where they are not those of a DiT, blocks unlike the rest and long skips where there are any."""
+        silent = (("branches", DIT.text), ("unlike", ()), ("skips", NO_SKIPS))
         plain = {name: value for name, value in vars(self).items() if name in _FIELDS and (name, value) not in silent}
-        plain |= {"skips": self.skips.to_json()} if self.skips != NO_SKIPS else {}
-        macs = {name: list(macs) for name, macs in zip(self.block.names, self.macs, strict=True)}
-        return plain | {"conditions": [condition.to_json() for condition in self.conditions], "macs": macs}
+        plain |= {"conditions": [one.to_json() for one in self.conditions], "macs": macs_to_json(self.block.names, self.macs)}
+        plain |= {"unlike": [unlike_to_json(self.block.names, one) for one in self.unlike]} if self.unlike else {}
+        return plain | ({"skips": self.skips.to_json()} if self.skips != NO_SKIPS else {})
 
     @classmethod
     def from_json(cls, raw: Any, where: str) -> ModelSignature:
@@ -93,8 +105,8 @@ class ModelSignature:
         Raises:
             PlanError: if a key is missing or unknown, or a value has the wrong type.
         """
-        made = {"conditions": _conditions, "macs": _macs, "skips": LongSkips.from_json}
-        return from_fields(cls, raw, where, {"branches", "skips"}, made)
+        made = {"conditions": conditions_from_json, "macs": macs_from_json, "unlike": unlike_from_json, "skips": LongSkips.from_json}
+        return from_fields(cls, raw, where, {"branches", "unlike", "skips"}, made)
 
     def __post_init__(self) -> None:
         sizes = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type == "int"}
@@ -105,20 +117,11 @@ class ModelSignature:
             raise PlanError(f"the model has {fixed} fixed tokens of {self.tokens}: it needs one of an image at least.")
         if self.output not in OUTPUTS:
             raise PlanError(f"the model's output is {self.output!r}: choose one of {', '.join(OUTPUTS)}.")
-        if any(not 0 <= value <= MOST for macs in (*self.macs, (self.skips.macs,)) for value in macs):
-            raise PlanError("the model's macs are negative, or more than a model can have: give MACs a token and a pair of tokens.")
+        for macs in (self.macs, (Macs(self.skips.macs),), *(one.macs for one in self.unlike)):
+            require_costs(macs, self.fixed_tokens, self.tokens)
+        require_unlike(self.unlike, self.depth)
         require_distinct(self.conditions)
         require_skips(self.skips, self.depth)
 
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(ModelSignature))
-
-
-def _conditions(raw: Any, where: str) -> Conditions:
-    return conditions_from_json(raw, where)
-
-
-def _macs(raw: Any, where: str) -> tuple[Macs, ...]:
-    if not isinstance(raw, dict) or not all(is_ints(value) and len(value) == 2 for value in raw.values()):
-        raise PlanError(f"{where}: expected MACs a token and a pair of tokens for each branch, found {shown(raw)}.")
-    return tuple(Macs(*value) for value in raw.values())

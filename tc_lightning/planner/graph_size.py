@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tc_lightning.models.conditions import null_rows
+from tc_lightning.models.conditions import null_rows, zeros_for
 from tc_lightning.models.families import build
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.gradients import advance_with, as_leaves, own_coefficients, tensors
@@ -64,7 +64,7 @@ def graph_size_on_paper(config: Any, plan: CachePlan) -> GraphSize:
     """The same for one image and a model that is not there: nothing is computed, and no weights are made."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build(plan.model.family, dataclasses.asdict(config)).eval().requires_grad_(False)
-        noise = torch.empty(1, *plan.model.latent)
+        noise, model.nulls = torch.empty(1, *plan.model.latent), zeros_for(model.conditions)
         return graph_size(Rollout(model, plan, null_rows(model.conditions, torch.zeros(1))), noise)
 
 

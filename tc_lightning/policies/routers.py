@@ -11,7 +11,6 @@ from abc import abstractmethod
 import numpy as np
 
 from tc_lightning.errors import PlanError
-from tc_lightning.plan.costs import block_macs
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.segments import BRANCHES, Segment, compute, reuse
 from tc_lightning.plan.signature import ModelSignature
@@ -105,7 +104,7 @@ def lowest_within_budget(signature: ModelSignature, router_TL2: np.ndarray, may_
     """Reuse branches from the lowest w on until the budget is met, [T, L, 2]; of equals, the earlier step, block and branch first."""
     allowed = np.flatnonzero(may_TL2)
     order = allowed[np.argsort(router_TL2.ravel()[allowed], kind="stable")]
-    saved = np.cumsum(_branch_macs(signature)[order % len(signature.block.names)])
+    saved = np.cumsum(_branch_macs(signature).ravel()[order % router_TL2[0].size])
     needed = _macs(signature, np.ones_like(router_TL2)) - macs_budget
     count = int(np.searchsorted(saved, needed * (1 - 1e-12))) + 1 if needed > 0 else 0
     reused = np.zeros(router_TL2.size, dtype=bool)
@@ -114,8 +113,9 @@ def lowest_within_budget(signature: ModelSignature, router_TL2: np.ndarray, may_
 
 
 def _branch_macs(signature: ModelSignature) -> np.ndarray:
-    """MACs of a branch, [2]."""
-    return np.array([block_macs(signature, signature.tokens, (branch,)) for branch in signature.block.names], dtype=np.float64)
+    """MACs of every branch of every block, [L, 2]."""
+    costs = [[macs.of(signature.tokens, signature.tokens) for macs in signature.macs_of(b)] for b in range(signature.depth)]
+    return np.array(costs, dtype=np.float64)
 
 
 def _macs(signature: ModelSignature, computed_TL2: np.ndarray) -> float:

@@ -66,7 +66,7 @@ class Rollout:
     @functools.cached_property
     def rows(self) -> Given:
         """Conditions of each row that the network computes: those of the images, then the null values, if the plan is guided."""
-        return self.given.with_nulls(self.model.conditions) if self.plan.guidance.doubles_batch else self.given
+        return self.given.with_nulls(self.model.conditions, self.model.nulls) if self.plan.guidance.doubles_batch else self.given
 
     @functools.cached_property
     def constants(self) -> Constants:
@@ -83,7 +83,7 @@ class Rollout:
         """
         require_given(self.model.conditions, self.given)
         self.plan.require_model(model_signature(self.model, self.plan.model.teacher))
-        require_null(self.model.conditions, self.plan.guidance)
+        require_null(self.model.conditions, self.plan.guidance, self.model.nulls, self.given.negative)
         require_selector(self.plan, self.selector)
 
     def start(self, x_BCHW: Tensor) -> RunState:

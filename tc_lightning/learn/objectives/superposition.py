@@ -15,7 +15,7 @@ from tc_lightning.errors import RunError
 from tc_lightning.learn.objectives.base import Batch, Budgeted, Loss, Task
 from tc_lightning.learn.objectives.routers import RouterObjective
 from tc_lightning.models.predictor import CachePredictor, RouterPredictor
-from tc_lightning.plan.costs import block_macs, full_step_macs
+from tc_lightning.plan.costs import blocks_macs, full_step_macs
 
 FLOOR = 1e-12  # mean squared eps below which reuse does no damage worth dividing by
 
@@ -96,8 +96,9 @@ class TokenSuperposition(Budgeted):
 
     def _macs_share(self, mean_w: Tensor) -> Tensor:
         signature = self.task.signature
-        full, blocks = full_step_macs(signature), signature.depth * block_macs(signature, signature.image_tokens)
-        return 1 - (1 - mean_w) * blocks / full
+        full = full_step_macs(signature)
+        least = signature.fixed_macs + blocks_macs(signature, range(signature.depth), signature.fixed_tokens)  # no token of the image
+        return 1 - (1 - mean_w) * (full - least) / full
 
 
 class RouterSuperposition(RouterObjective):

@@ -9,17 +9,20 @@ from tc_lightning.errors import TeacherError
 from tc_lightning.models.checkpoints.diffusers_config import CLASS, CONFIG, Reader
 from tc_lightning.models.checkpoints.dit_folder import read_dit
 from tc_lightning.models.checkpoints.pixart_folder import read_pixart
+from tc_lightning.models.checkpoints.sd3_folder import read_sd3
 
 # Transformers by the `_class_name` of their config.json.
 READERS: dict[str, Reader] = {
     "DiTTransformer2DModel": read_dit,
     "PixArtTransformer2DModel": read_pixart,
+    "SD3Transformer2DModel": read_sd3,
 }
 # Pipelines by that of their model_index.json, and the class of their transformer.
 PIPELINES = {
     "DiTPipeline": "DiTTransformer2DModel",
     "PixArtAlphaPipeline": "PixArtTransformer2DModel",
     "PixArtSigmaPipeline": "PixArtTransformer2DModel",
+    "StableDiffusion3Pipeline": "SD3Transformer2DModel",
 }
 _OLDER = "Transformer2DModel"  # one class for several models, until diffusers told them apart by `norm_type`
 _NORM_TYPES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}

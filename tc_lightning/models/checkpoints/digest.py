@@ -14,14 +14,21 @@ from tc_lightning.models.checkpoints.state import State
 from tc_lightning.models.dit import DiT
 from tc_lightning.models.families import own_schedule
 from tc_lightning.models.network import Network
+from tc_lightning.plan.nulls import PREFIX
 
 FAMILY, SCHEDULE = "family", "schedule"  # beside the fields of a shape
 SHAPE = "dit_config"  # the key of both in the metadata of a file, whatever the family
 
 
 def teacher_digest(model: Network) -> str:
-    """sha256 of the shape, of a schedule that is not the family's, and of every weight in fp32, wherever the model lives."""
-    return digest(config_json(model.config, model.family, own_schedule(model)), model.state_dict())
+    """sha256 of the shape, of a schedule that is not the family's, of every weight in fp32, wherever the model lives, and of the null
+    values that it holds, without which a guided run would be another."""
+    return digest(config_json(model.config, model.family, own_schedule(model)), {**model.state_dict(), **null_tensors(model)})
+
+
+def null_tensors(model: Network) -> State:
+    """The null values that a network holds, by the names that they have beside weights."""
+    return {PREFIX + name: torch.from_numpy(value) for name, value in (model.nulls or {}).items()}
 
 
 def config_json(config: Any, family: str = DiT.family, schedule: dict[str, Any] | None = None) -> str:

@@ -16,16 +16,19 @@ from tc_lightning.models.checkpoints.digest import FAMILY, SCHEDULE, SHAPE, dige
 from tc_lightning.models.checkpoints.state import fits, parse_json, sample_values
 from tc_lightning.models.dit import DiT
 from tc_lightning.models.families import FAMILIES
+from tc_lightning.plan.nulls import PREFIX
 from tc_lightning.plan.signature import OUTPUTS, PIXELS
 
 
 class SafetensorsFile(NamedTuple):
-    """What a file holds: tensors, and of one that `save_teacher` wrote shape, family and, where it is not the family's, schedule."""
+    """What a file holds: tensors, and of one that `save_teacher` wrote shape, family, where it is not the family's, schedule, and the
+    null values that it stores."""
 
     tensors: dict[str, Tensor]
     config: Any = None
     family: str | None = None
     schedule: Schedule | None = None
+    nulls: dict[str, Tensor] | None = None
 
 
 def read_safetensors(path: Path) -> SafetensorsFile:
@@ -49,7 +52,8 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         raise TeacherError(f"{path}: its metadata has the output {output!r}, which this version does not understand.")
     config, family, schedule = _parse_config(metadata[SHAPE], path)
     config = dataclasses.replace(config, output=output) if hasattr(config, "output") else config
-    return SafetensorsFile(raw, config, family, schedule)
+    nulls = {name.removeprefix(PREFIX): raw.pop(name) for name in list(raw) if name.startswith(PREFIX)}
+    return SafetensorsFile(raw, config, family, schedule, nulls or None)
 
 
 def _parse_config(text: str, path: Path) -> tuple[Any, str, Schedule | None]:

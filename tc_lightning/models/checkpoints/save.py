@@ -9,19 +9,20 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tc_lightning.errors import TeacherError
-from tc_lightning.models.checkpoints.digest import SHAPE, config_json, digest, plain
+from tc_lightning.models.checkpoints.digest import SHAPE, config_json, digest, null_tensors, plain
 from tc_lightning.models.families import own_schedule
 from tc_lightning.models.network import Network
 
 
 def save_teacher(model: Network, path: Path) -> None:
-    """Write a model of any family as `.safetensors`, with family, shape, schedule and digest; the old file stays if interrupted.
+    """Write a model of any family as `.safetensors`, with family, shape, schedule, null values and digest; the old file stays if
+    interrupted.
 
     Raises:
         TeacherError: if the file cannot be written.
     """
     config = config_json(model.config, model.family, own_schedule(model))
-    state = {name: plain(tensor) for name, tensor in model.state_dict().items()}
+    state = {name: plain(tensor) for name, tensor in model.state_dict().items()} | null_tensors(model)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tc_lightning.diffusion.flow import SHIFT, Flow
+from tc_lightning.diffusion.flow import CLOCK, SHIFT, SHIFT_TWICE, Flow
 from tc_lightning.diffusion.linear_betas import LinearBetas
 from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.errors import TeacherError, TokenCacheError
@@ -108,12 +108,12 @@ _ALONE = "To use the network alone, with its family's own schedule, set `weights
 def _schedule(said: dict[str, Any], path: Path) -> ReadSchedule:
     steps = said["num_train_timesteps"]
     if "beta_start" not in said:
-        return _flow(steps, said["shift"], path)
+        return _flow(steps, said["shift"], path, SHIFT_TWICE if steps == CLOCK else SHIFT)
     prediction, flows = said["prediction_type"], said.get("use_flow_sigmas", False)
     if flows != (prediction == _FLOW):
         raise TeacherError(f"{path}: prediction_type is {prediction!r} and use_flow_sigmas {flows}, which contradict each other.")
     if flows:
-        return _flow(steps, said["flow_shift"], path)
+        return _flow(steps, said["flow_shift"], path, SHIFT)
     if prediction not in _PREDICTIONS:
         raise TeacherError(f"{path}: prediction_type is {prediction!r}; {', '.join(_PREDICTIONS)} or {_FLOW} was expected.")
     schedule = LinearBetas(steps, float(said["beta_start"]), float(said["beta_end"]), _PREDICTIONS[prediction])
@@ -121,8 +121,8 @@ def _schedule(said: dict[str, Any], path: Path) -> ReadSchedule:
     return ReadSchedule(schedule, [f"its scheduler says: {told}"])
 
 
-def _flow(steps: int, shift: float, path: Path) -> ReadSchedule:
+def _flow(steps: int, shift: float, path: Path, spacing: str) -> ReadSchedule:
     if not 0.0 < shift < float("inf"):
         raise TeacherError(f"{path}: the shift of times is {shift!r}; a number above 0 was expected.")
-    told = f"a flow with noise at {steps} and data at 0" + ("" if shift == 1 else f"; it samples with `spacing: {SHIFT}{shift:g}`")
+    told = f"a flow with noise at {steps} and data at 0" + ("" if shift == 1 else f"; it samples with `spacing: {spacing}{shift:g}`")
     return ReadSchedule(Flow(noise_at=float(steps), data_at=0.0), [f"its scheduler says: {told}"])

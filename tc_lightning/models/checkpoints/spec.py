@@ -29,6 +29,7 @@ class TeacherSpec:
         family: which networks these are weights of (`tc_lightning.models.families`), where the file does not tell: several share
             names and shapes. None: what the file tells, or else dit.
         conditions: a `.npz` file with examples of conditions that cannot be drawn as class labels are: an array [rows, ...] of each.
+        text_tokens: how many tokens a text has, for networks that read one, where it is not the family's usual number.
     """
 
     weights: str
@@ -37,6 +38,7 @@ class TeacherSpec:
     input_size: int | None = None
     family: str | None = None
     conditions: str | None = None
+    text_tokens: int | None = None
 
 
 def locate(weights: str) -> Path:
