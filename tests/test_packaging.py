@@ -48,17 +48,22 @@ def requirements(extra: str = "") -> set[str]:
     return {spelled(line) for line in (PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"])}
 
 
+def extras() -> set[str]:
+    """What some commands need, and most users do not."""
+    return requirements("pixels") | requirements("text")
+
+
 def test_what_is_imported_is_declared_and_the_other_way_round():
     used = distributions(imported([path for path in SOURCES if path.parents[0].name != "tests"]))
-    undeclared = {name: found for name, found in used.items() if not found & (requirements() | requirements("pixels"))}
+    undeclared = {name: found for name, found in used.items() if not found & (requirements() | extras())}
     assert undeclared == {}
     assert requirements() - OF_OTHERS - set().union(*used.values()) == set()
 
 
 def test_what_an_extra_brings_is_imported_late():
     """Whoever does not need it need not have it."""
-    extra = {name for name, found in distributions(imported(SOURCES)).items() if found & (requirements("pixels") - requirements())}
-    assert extra == {"diffusers"}
+    extra = {name for name, found in distributions(imported(SOURCES)).items() if found & (extras() - requirements())}
+    assert extra == {"diffusers", "transformers"}
     for path in SOURCES:
         if path.parent.name != "tests":
             at_once = [

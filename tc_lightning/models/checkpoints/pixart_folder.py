@@ -74,7 +74,7 @@ _SIGMA = "PixArtSigmaPipeline"
 def read_pixart(path: Path, config: dict[str, Any]) -> ReadNetwork:
     """See `tc_lightning.models.checkpoints.diffusers_config.Reader`."""
     folder = path if path.is_dir() else path.parent
-    shape = _shape(config, folder)
+    shape = pixart_shape(config, folder)
     read = read_state(path, _ANCHORS)
     state = _rename(read.state)
     with torch.device("meta"):
@@ -86,8 +86,12 @@ def read_pixart(path: Path, config: dict[str, Any]) -> ReadNetwork:
     return ReadNetwork(model.eval().requires_grad_(False), [*read.notes, *notes])
 
 
-def _shape(raw: dict[str, Any], folder: Path) -> PixArtConfig:
-    """Translate config.json; a value that may be null means there what diffusers takes it for."""
+def pixart_shape(raw: dict[str, Any], folder: Path) -> PixArtConfig:
+    """What the config.json of a folder says of the shape; a value that may be null means there what diffusers takes it for.
+
+    Raises:
+        TeacherError: naming a field that is not known, or not supported.
+    """
     path = folder / CONFIG
     c = _FIELDS.of(raw, path)
     width, side, channels = c["num_attention_heads"] * c["attention_head_dim"], c["sample_size"], c["in_channels"]
