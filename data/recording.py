@@ -24,6 +24,7 @@ from data.shards import RECORD_BATCH, SetOrigin, is_recorded, shard_path, shards
 from tc_lightning.errors import TrajectoryError
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.given import TRAINING
 from tc_lightning.rollout.sampling import full_plan, given_for, model_signature, noise_for, sample_steps
 
 
@@ -120,7 +121,7 @@ def _compute_shard(
 ) -> dict[str, np.ndarray]:
     """Rows of a shard, ordered by index, then step."""
     indices = range(number * RECORD_BATCH, (number + 1) * RECORD_BATCH)
-    given = given_for(recipe.seed, indices, teacher)
+    given = given_for(recipe.seed, indices, teacher, use=TRAINING)
     x_BCHW = noise_for(recipe.seed, indices, teacher, device)
     latents, eps = [x_BCHW.cpu()], []
     for state in sample_steps(teacher, plan, x_BCHW, given.to(device)):

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset as TorchDataset
 from data.trajectory_module import TrajectoryDataModule
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.conditions import Conditions
-from tc_lightning.plan.given import Arrays, drawn
+from tc_lightning.plan.given import TRAINING, Arrays, drawn, part_for
 from tc_lightning.rollout.noise import initial_noise
 
 # One step of one rollout: noise, step, index, and each condition by its name; collated, noise is [B, C, H, W] and numbers [B].
@@ -97,7 +97,7 @@ class RolloutDataModule(TrajectoryDataModule):
         """Training rollouts, in order."""
         recipe, first = self.trajectories.recipe, self.val_indices.stop
         indices = range(first, first + self.groups * self.batch_size)
-        conditions, examples = recipe.conditions, self._distiller().teacher.examples
+        conditions, examples = recipe.conditions, part_for(self._distiller().teacher.examples, TRAINING)
         return RolloutDataset(indices, self.batch_size, recipe.num_steps, self.seed, recipe.shape, conditions, examples)
 
     def train_dataloader(self) -> DataLoader:

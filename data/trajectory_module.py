@@ -17,7 +17,7 @@ from data.shards import SetOrigin
 from data.trajectories import Endpoints, Pair, PairDataset, TrajectorySet
 from tc_lightning.errors import TokenCacheError, TrajectoryError
 from tc_lightning.models.network import Network
-from tc_lightning.plan.given import digest_of
+from tc_lightning.plan.given import TRAINING, digest_of, part_for
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
 
@@ -154,7 +154,7 @@ class TrajectoryDataModule(LightningDataModule):
         module = self._distiller()
         teacher, c = module.teacher, module.teacher.config
         shape = (c.in_channels, c.input_size, c.input_size)
-        examples = digest_of(teacher.examples)
+        examples = digest_of(part_for(teacher.examples, TRAINING))
         return SetOrigin(module.teacher_digest, module.sampler, module.guidance, self.seed, shape, teacher.conditions, examples)
 
     def _check_batches(self, pairs_per_sample: int) -> None:

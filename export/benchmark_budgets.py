@@ -28,6 +28,7 @@ from tc_lightning.errors import RunError
 from tc_lightning.plan.atomic import write_atomically
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
+from tc_lightning.plan.given import REPORTING, part_for
 from tc_lightning.rollout.evaluation import final_latents
 from tc_lightning.rollout.sampling import full_plan
 from tc_lightning.rollout.targets import TargetKey, Targets, cached_targets
@@ -144,7 +145,7 @@ def main() -> None:
     loaded = load_run(read_run(args.run or find_run(Path("runs"))))
     folder, reference = loaded.run.folder, loaded.reference
     found = budgets(folder)
-    schedule, examples = loaded.model.schedule, loaded.model.examples
+    schedule, examples = loaded.model.schedule, part_for(loaded.model.examples, REPORTING)
     key = TargetKey(reference.model, schedule, reference.sampler, reference.guidance, args.seed, args.images, examples=examples)
     with tqdm(total=key.image_steps, desc="reference run and converged ODE", unit="step") as bar:
         targets = cached_targets(loaded.model, key, folder / "targets", bar.update)

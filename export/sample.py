@@ -1,6 +1,7 @@
 """Make images with an artefact.
 
 python export/sample.py artefacts/digits --labels 0 1 2 3 --out grid.png --receipt receipt.json --compare
+python export/sample.py artefacts/pixart --conditions conditions.npz --images out
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from export.grid import difference_pixels, replacing, save_grid, save_images, to
 from export.runtime.sampler import CachedSampler, Result
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.measure.psnr import PIXEL_RANGE, psnr, psnr_db, squared_errors
+from tc_lightning.plan.given import Arrays
+from tc_lightning.plan.rows_file import read_rows
 
 GAIN = 10.0  # of the difference row
 
@@ -94,15 +97,32 @@ def _check_folder(folder: Path, artefact: Path) -> None:
 
 
 def _sample(sampler: CachedSampler, args: argparse.Namespace, full: bool) -> Result:
-    parts = -(-len(args.labels) // sampler.max_batch)
-    with tqdm(total=parts * sampler.manifest["full_steps" if full else "steps"], desc="full" if full else "cached", unit="step") as bar:
-        return sampler.sample(args.labels, args.seed, args.guidance, full=full, on_step=lambda done, _: bar.update(done - bar.n))
+    rows, negative = _rows(sampler, args)
+    images = len(args.labels) if rows is None else len(next(iter(rows.values())))
+    steps = -(-images // sampler.max_batch) * sampler.manifest["full_steps" if full else "steps"]
+    with tqdm(total=steps, desc="full" if full else "cached", unit="step") as bar:
+
+        def on_step(done: int, _: int) -> None:
+            bar.update(done - bar.n)
+
+        return sampler.sample(args.labels, args.seed, args.guidance, full=full, on_step=on_step, conditions=rows, negative=negative)
+
+
+def _rows(sampler: CachedSampler, args: argparse.Namespace) -> tuple[Arrays | None, Arrays | None]:
+    """Conditions of the images from a file, and its null values, which only a guided run has a use for."""
+    if args.conditions is None:
+        return None, None
+    rows = read_rows(args.conditions, sampler.conditions)
+    scale = sampler.manifest["guidance"]["scale"] if args.guidance is None else args.guidance
+    return rows.examples, rows.nulls if rows.nulls and scale != 1.0 else None
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artefact", type=Path, help="artefact folder, as written by export/to_onnx.py")
-    parser.add_argument("--labels", type=int, nargs="+", required=True, help="one class for each image")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--labels", type=int, nargs="+", help="one class for each image")
+    asked.add_argument("--conditions", type=Path, help="a .npz file with a row of each condition for each image, and null.NAME rows")
     parser.add_argument("--out", type=Path, default=Path("grid.png"), help="PNG to write")
     parser.add_argument("--images", type=Path, help="folder for a PNG of each image as well, in the size that it was made")
     parser.add_argument("--receipt", type=Path, help="JSON to write: what ran, where, how long")

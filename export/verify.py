@@ -40,6 +40,7 @@ from tc_lightning.models.families import build
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import full_step_macs, macs_speedup, plan_macs
+from tc_lightning.plan.given import REPORTING, part_for
 from tc_lightning.plan.rows_file import read_rows
 from tc_lightning.planner.fitted_fewer_steps import fitted_fewer_steps
 from tc_lightning.policies.fewer_steps import fewer_steps_plan
@@ -99,7 +100,7 @@ def verify(
         checks, sampler.manifest["precision"], "Do not serve this artefact: export it again, with --precision fp32 if it fails."
     )
     with tqdm(total=images, desc="cached and full", unit="image", disable=quiet) as bar:
-        fidelity = measure(sampler, images, min(batch, -(-images // 2)), seed, bar.update, model.examples)
+        fidelity = measure(sampler, images, min(batch, -(-images // 2)), seed, bar.update, part_for(model.examples, REPORTING))
     seen = measure_pixels(sampler, fidelity, PIXEL_IMAGES)
     rivals = _baselines(plan, model.schedule) | _fitted_baseline(model, plan, quiet)
     baselines = {name: _baseline_psnr(model, rival, fidelity.full, seed, batch, name, quiet) for name, rival in rivals.items()}
@@ -202,7 +203,7 @@ def _fitted_baseline(model: Network, plan: CachePlan, quiet: bool) -> dict[str, 
 
 def _baseline_psnr(model: Network, plan: CachePlan, full: np.ndarray, seed: int, batch: int, name: str, quiet: bool) -> float:
     images = range(len(full))
-    x_T, given = noise_for(seed, images, model), given_for(seed, images, model)
+    x_T, given = noise_for(seed, images, model), given_for(seed, images, model, use=REPORTING)
     with tqdm(total=len(full) * plan.num_steps, desc=name, unit="step", disable=quiet) as bar:
         made = final_latents(model, plan, x_T, given, batch=batch, on_step=bar.update)
     return psnr(made.numpy(), full, plan.model.output)
@@ -265,7 +266,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="seed of the images (default: a fresh one)")
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--device", type=int, default=0, help="number of the GPU, with --provider cuda")
-    parser.add_argument("--conditions", type=Path, help="a .npz file with examples of conditions that cannot be drawn")
+    parser.add_argument("--conditions", type=Path, help="a .npz file with examples of conditions: the last of every four rows serve")
     return parser.parse_args()
 
 

@@ -35,6 +35,7 @@ from tc_lightning.models.families import FAMILIES, Family
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import block_macs, segment_macs
 from tc_lightning.plan.dataflow import Entry, entries_read
+from tc_lightning.plan.given import TRAINING
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.nulls import with_nulls
 from tc_lightning.plan.rows_file import read_rows
@@ -269,7 +270,7 @@ def test_it_is_distilled_planned_exported_and_verified(tmp_path: Path, monkeypat
     logger = CSVLogger(str(tmp_path), name="", version="run")
     switches = {"logger": logger, "enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False}
     Trainer(accelerator="cpu", devices=1, max_steps=2, **switches).fit(module, data)
-    sample, kept = data.trajectories, given_for(0, range(16), toy)
+    sample, kept = data.trajectories, given_for(0, range(16), toy, use=TRAINING)
     assert torch.equal(sample.endpoints(range(3)).given["mood"], kept["mood"][:3])
     assert data.pairs[7]["kind"] == kept["kind"][1]
     plan = CachePlan.load(tmp_path / "run" / "plan.json")

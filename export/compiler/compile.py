@@ -32,6 +32,7 @@ from tc_lightning.models.content_predictor import Selector, require_selector
 from tc_lightning.models.families import own_schedule
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.given import REPORTING, part_for
 from tc_lightning.plan.nulls import nulls_needed
 from tc_lightning.plan.rows_file import write_nulls
 from tc_lightning.rollout.sampling import model_signature
@@ -115,7 +116,7 @@ def _compile(
     checks = prove(model, plan, lowered, sampler, images, selector=selector)
     require_parity(checks, precision, "No manifest was written. Try --precision fp32; if it fails there too, report it with the plan.")
     report(f"comparing with full compute on {images} images")
-    fidelity = measure(sampler, images, max(1, images // 2), seed=1, examples=model.examples)
+    fidelity = measure(sampler, images, max(1, images // 2), seed=1, examples=part_for(model.examples, REPORTING))
     seen = measure_pixels(sampler, fidelity, PIXEL_IMAGES)
     sampler.release()
     manifest |= _measured(checks, fidelity, seen, images, provider)

@@ -25,7 +25,7 @@ from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import entry_dtype, entry_rows, entry_shape
-from tc_lightning.plan.given import Arrays
+from tc_lightning.plan.given import REPORTING, Arrays
 from tc_lightning.rollout.sampling import SamplingStep, device_of, given_for, noise_for, reference_plan, sample_steps
 
 # Relative L2 errors that are accepted: of a whole trajectory, and of every output of one program.
@@ -79,7 +79,7 @@ def prove(
         One check for each output of each program at its first and last step (of `step_full`, at the first of the reference), and one
         for the latents of the whole trajectory.
     """
-    device, given = device_of(model), given_for(seed, range(images), model)
+    device, given = device_of(model), given_for(seed, range(images), model, use=REPORTING)
     chosen = {i: p for p in lowered.programs for i in {*p.steps[:1], *p.steps[-1:]}}
     x_T, y = noise_for(seed, range(images), model, device), given.to(device)
     checks: list[Check] = []

@@ -40,6 +40,7 @@ from export.report.verdict import compare, headline, sentences
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
+from tc_lightning.plan.given import PLANNING, REPORTING, part_for
 from tc_lightning.rollout.evaluation import RolloutEvaluator
 from tc_lightning.rollout.targets import TargetKey, Targets, cached_targets
 from tc_lightning.runs.loaded import LoadedRun, planning_context
@@ -104,7 +105,7 @@ def build_report(loaded: LoadedRun, settings: ReportSettings, policies: Policies
     judge = find_judge(loaded.plan.model, settings.real)  # what was given is tried before anything takes time
     settings = dataclasses.replace(settings, budgets=_with_own(loaded.plan, settings.budgets))
     reference = loaded.reference
-    targets = _targets(loaded, reference, settings.seed, settings.images, "reference run and converged ODE")
+    targets = _targets(loaded, reference, settings.seed, settings.images, "reference run and converged ODE", REPORTING)
     with decoder_of(loaded, settings.provider, settings.pixels) as decoder:
         ruler = Ruler(loaded.model, targets, loaded.plan.model.output, judge, settings.inception, decoder)
         subjects, missing = _subjects(loaded, reference, settings, policies)
@@ -122,8 +123,8 @@ def _with_own(plan: CachePlan, budgets: Sequence[float]) -> tuple[float, ...]:
     return tuple(sorted({*budgets, *([own] if own >= ROUNDED_UP else [])}))
 
 
-def _targets(loaded: LoadedRun, reference: CachePlan, seed: int, images: int, name: str) -> Targets:
-    schedule, examples = loaded.model.schedule, loaded.model.examples
+def _targets(loaded: LoadedRun, reference: CachePlan, seed: int, images: int, name: str, use: str) -> Targets:
+    schedule, examples = loaded.model.schedule, part_for(loaded.model.examples, use)
     key = TargetKey(reference.model, schedule, reference.sampler, reference.guidance, seed, images, examples=examples)
     with tqdm(total=key.image_steps, desc=name, unit="step") as bar:
         return cached_targets(loaded.model, key, loaded.run.folder / "targets", bar.update)
@@ -133,7 +134,7 @@ def _subjects(
     loaded: LoadedRun, reference: CachePlan, settings: ReportSettings, policies: Policies
 ) -> tuple[list[Contender], list[Missing]]:
     """All plans, the reference first."""
-    tuning = _targets(loaded, reference, settings.seed + 1, PLANNING_IMAGES, "the same, for tuning alternatives")
+    tuning = _targets(loaded, reference, settings.seed + 1, PLANNING_IMAGES, "the same, for tuning alternatives", PLANNING)
     context = planning_context(loaded, tuning)
     known = [Contender("reference run", REFERENCE, "reference", reference, 1.0)]
     known += planned(reference, loaded.plan, loaded.run.folder, settings.budgets, settings.most)
@@ -172,7 +173,7 @@ def _measure(
         artefacts = [e for e in exported if isinstance(e, measure.ContenderArtefact)]
         failed = [e for e in exported if isinstance(e, measure.Failed)]
         with _progress("timing, in turns", "request", len(artefacts) * len(requests.parts)) as tell:
-            made = measure.make_in_turns(artefacts, requests, loaded.model.examples, tell)
+            made = measure.make_in_turns(artefacts, requests, part_for(loaded.model.examples, REPORTING), tell)
     failed += [m for m in made if isinstance(m, measure.Failed)]
     _require_reference(made)
     finished = [(a, m) for a, m in zip(artefacts, made, strict=True) if isinstance(m, measure.Made)]

@@ -27,6 +27,7 @@ from tc_lightning.models.conditions import Asked, given_of
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.dataflow import Entry, lagrange_weights
+from tc_lightning.plan.given import PLANNING
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import MAX_ORDER, compute
 from tc_lightning.rollout.sampling import device_of, full_plan, given_for, noise_for, sample_steps
@@ -57,7 +58,7 @@ def run_calibration(model: Network, plan: CachePlan, folder: Path, keep: bool = 
         if (known.teacher, known.sampler, known.made_of) == (plan.model.teacher, digest, made_of):
             return known
     device, images = device_of(model), range(IMAGES)
-    given = given_for(SEED, images, model, device)
+    given = given_for(SEED, images, model, device, PLANNING)
     measured = dataclasses.replace(calibrate(model, plan, noise_for(SEED, images, model, device), given), made_of=made_of)
     if keep:
         measured.save(path)

@@ -11,6 +11,9 @@ import numpy as np
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.conditions import Condition, Conditions
 
+TRAINING, PLANNING, REPORTING = "training", "planning", "reporting"  # what examples of conditions are for
+_PARTS = {TRAINING: (0, 1), PLANNING: (2,), REPORTING: (3,)}  # of every four rows, those of each
+_TURN = 4
 LABEL_STREAM = 2**63 - 1  # Philox counter of the labels; the noise counts up from 0
 NUMPY_TYPES: dict[str, type[np.generic]] = {"int64": np.int64, "fp32": np.float32}
 
@@ -86,6 +89,24 @@ def drawn(conditions: Conditions, seed: int, indices: Sequence[int], table: Arra
         c.name: known[c.name][np.asarray(indices) % len(known[c.name])] if c.name in known else drawn_labels(seed, indices, c.classes)
         for c in conditions
     }
+
+
+def part_for(table: Arrays | None, use: str) -> dict[str, np.ndarray] | None:
+    """The rows of a table of examples that are for one use alone: of every four the first two are for recorded trajectories, which are
+    trained on, the third is for planning, and the last for reports and verification.
+
+    Raises:
+        TokenCacheError: if there are too few rows for every use to have one.
+    """
+    if table is None:
+        return None
+    rows = min((len(value) for value in table.values()), default=_TURN)
+    if rows < _TURN:
+        raise TokenCacheError(
+            f"the examples of conditions have {rows} rows: training, planning and reporting take rows of their own, so that none is "
+            f"judged by what it was made for: give {_TURN} of each condition at least."
+        )
+    return {name: value[np.isin(np.arange(len(value)) % _TURN, _PARTS[use])] for name, value in table.items()}
 
 
 def digest_of(table: Arrays | None) -> str:

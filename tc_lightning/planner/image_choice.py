@@ -17,6 +17,7 @@ from torch import Tensor
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.models.conditions import Asked, Given
 from tc_lightning.models.network import Network
+from tc_lightning.plan.given import PLANNING
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.planner.target import run_target
 from tc_lightning.rollout.sampling import given_for, noise_for
@@ -56,7 +57,7 @@ def images(model: Network, indices: list[int]) -> tuple[Tensor, Given]:
     """Noise [B, C, H, W] and conditions of the planner's images, on the model's device."""
     device = next(model.parameters()).device
     noise = torch.cat([noise_for(SEED, range(index, index + 1), model, device) for index in indices])
-    return noise, given_for(SEED, indices, model, device)
+    return noise, given_for(SEED, indices, model, device, PLANNING)
 
 
 def as_they_come(start: int, count: int) -> Sample:

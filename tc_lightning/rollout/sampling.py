@@ -22,7 +22,7 @@ from tc_lightning.models.content_predictor import Selector, require_selector
 from tc_lightning.models.network import Constants, Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.dataflow import Entry, StepFlow
-from tc_lightning.plan.given import drawn_labels
+from tc_lightning.plan.given import drawn_labels, part_for
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.segments import Segment, compute
@@ -155,13 +155,20 @@ def noise_for(seed: int, indices: range, model: Network, device: torch.device | 
     return torch.from_numpy(initial_noise(seed, indices, (c.in_channels, c.input_size, c.input_size), stream)).to(device)
 
 
-def given_for(seed: int, indices: Sequence[int], model: Network, device: torch.device | str = "cpu") -> Given:
+def given_for(seed: int, indices: Sequence[int], model: Network, device: torch.device | str = "cpu", use: str | None = None) -> Given:
     """Conditions of images `indices` that nobody gave any: drawn labels, and rows of the model's examples.
 
+    Args:
+        seed: of the labels.
+        indices: of the images.
+        model: whose conditions they are.
+        device: where they are wanted.
+        use: what they are for (`tc_lightning.plan.given.part_for`): of the examples, rows that are for nothing else; None: all rows.
+
     Raises:
-        TokenCacheError: if there is a condition that cannot be drawn, and the model has no examples of it.
+        TokenCacheError: if there is a condition that cannot be drawn, and the model has no examples of it, or too few.
     """
-    return drawn_given(model.conditions, seed, indices, model.examples, device)
+    return drawn_given(model.conditions, seed, indices, model.examples if use is None else part_for(model.examples, use), device)
 
 
 def labels_for(seed: int, indices: Sequence[int], classes: int, device: torch.device | str = "cpu") -> Tensor:

@@ -27,6 +27,7 @@ from tc_lightning.errors import RunError
 from tc_lightning.learn.objectives.base import Batch, Budgeted, Loss, Task
 from tc_lightning.measure.step_effect import step_effect
 from tc_lightning.models.conditions import Asked
+from tc_lightning.plan.given import TRAINING
 from tc_lightning.rollout.sampling import full_plan, given_for, noise_for
 
 WEIGHTINGS = ("effect", "none", "image_error", "relative")
@@ -82,7 +83,7 @@ class RouterObjective(Budgeted):
     def start(self, device: torch.device) -> None:
         """Measure the weights of the steps: the same in every process."""
         x_BCHW = noise_for(MEASURE_SEED, range(self.samples), self.task.teacher, device)
-        given = given_for(MEASURE_SEED, range(self.samples), self.task.teacher, device)
+        given = given_for(MEASURE_SEED, range(self.samples), self.task.teacher, device, TRAINING)
         self.weight_T = step_weights(self.weighting, self.task, x_BCHW, given).to(device, torch.float32)
 
     def priced(self, weighted_B: Tensor, w_TL2: Tensor) -> Loss:
