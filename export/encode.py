@@ -23,6 +23,7 @@ from export.torch_device import torch_device
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.checkpoints.diffusers_config import read_config
 from tc_lightning.models.checkpoints.pipeline import INDEX
+from tc_lightning.plan.nulls import PREFIX
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHOWN = 60  # characters of a prompt in a message
@@ -65,7 +66,7 @@ def read_prompts(path: Path) -> list[str]:
 def write(path: Path, encoded: Encoded) -> None:
     """Write the conditions of all prompts but the last, and those of the last as null values, where a prompt acts on them."""
     rows = {name: values[:-1] for name, values in encoded.rows.items()}
-    nulls = {f"null.{name}": values[-1:] for name, values in encoded.rows.items() if name in PROMPTED}
+    nulls = {PREFIX + name: values[-1:] for name, values in encoded.rows.items() if name in PROMPTED}
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **rows, **nulls)  # type: ignore[arg-type]
 

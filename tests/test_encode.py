@@ -18,7 +18,7 @@ from text_pipelines import CLIP_TOKENS, CLIP_WIDTHS, T5_WIDTH, pixart_pipeline, 
 from export import encode
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher
-from tc_lightning.plan.given import checked
+from tc_lightning.plan.rows_file import Rows, read_rows
 
 PROMPTS, NEGATIVE = ["A red cat", "dog", " two  birds on a wire"], "blurry"
 FORMAT = {"format": "pt"}  # without which transformers reads no file
@@ -71,14 +71,26 @@ def test_rows_are_those_of_the_pipeline(name: str, tmp_path: Path, monkeypatch: 
 def test_they_are_what_the_network_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes, too, which are no prompt's: the square that the transformer was made for. They have no null value."""
     pixart_pipeline(tmp_path / "pipeline", sized=True)
-    written = command(monkeypatch, tmp_path / "pipeline")
-    rows = {name: value for name, value in written.items() if not name.startswith("null.")}
-    assert written.keys() - rows.keys() == {"null.text", "null.text_mask"}
-    found = checked(load_teacher(TeacherSpec(str(tmp_path / "pipeline")), lambda _: None).conditions, rows)
+    command(monkeypatch, tmp_path / "pipeline")
+    found, nulls = taken(tmp_path)
     assert found["resolution"].tolist() == [[16.0, 16.0]] * 3
     assert found["aspect_ratio"].tolist() == [[1.0]] * 3
     assert found["text_mask"].sum(1).tolist() == [11, 5, 21]  # letters, a mark for each word, and the end
-    assert written["null.text_mask"].sum() == 1  # of the empty prompt, its end
+    assert nulls.keys() == {"text", "text_mask"}
+    assert nulls["text_mask"].sum() == 1  # of the empty prompt, its end
+
+
+def test_and_what_stable_diffusion_3_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sd3_pipeline(tmp_path / "pipeline")
+    command(monkeypatch, tmp_path / "pipeline", "--tokens", str(333 - CLIP_TOKENS))
+    found, nulls = taken(tmp_path)
+    assert found.keys() == nulls.keys() == {"text", "pooled"}
+
+
+def taken(place: Path) -> Rows:
+    """What the network in a pipeline reads of the file beside it."""
+    network = load_teacher(TeacherSpec(str(place / "pipeline")), lambda _: None)
+    return read_rows(place / "conditions.npz", network.conditions)
 
 
 def test_t5_can_be_left_out_and_may_be_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
