@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -79,4 +80,25 @@ def test_shapes_that_no_model_has(tmp_path, name, value):
     raw["teacher"]["dit"][name] = value
     (tmp_path / "run.json").write_text(json.dumps(raw), encoding="utf-8")
     with pytest.raises(RunError, match=f"DiT {name} is {value}"):
+        read_run(tmp_path)
+
+
+def test_every_field_of_a_teacher_comes_back(tmp_path):
+    """A field that is written and then refused makes a run that nothing can read."""
+    told = {"family": "sd3", "preset": "DiT-S/2", "input_size": 8, "conditions": str(tmp_path / "c.npz"), "text_tokens": 7}
+    teacher = TeacherSpec(str(tmp_path / "t.safetensors"), dit=DiTConfig(), **told)
+    assert all(getattr(teacher, field.name) is not None for field in dataclasses.fields(teacher))
+    (tmp_path / "plan.json").touch()
+    (tmp_path / "scores.safetensors").touch()
+    write_run(tmp_path, "tiny", teacher, "0" * 64)
+    assert read_run(tmp_path).teacher == teacher
+
+
+@pytest.mark.parametrize("tokens", [0, -3, 2.5, "7", True])
+def test_a_number_of_text_tokens_that_cannot_be(tmp_path, tokens):
+    write_run(tmp_path, "tiny", TeacherSpec(str(tmp_path / "t.safetensors")), "0" * 64)
+    raw = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    raw["teacher"]["text_tokens"] = tokens
+    (tmp_path / "run.json").write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(RunError, match="text_tokens"):
         read_run(tmp_path)

@@ -100,7 +100,7 @@ def sd3_pipeline(folder: Path, with_t5: bool = True) -> Any:
     made = diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(),
+        vae=vae(scaling_factor=1.5305, shift_factor=0.0609),
         text_encoder=clip(CLIP_WIDTHS[0]),
         tokenizer=clip_tokenizer(),
         text_encoder_2=clip(CLIP_WIDTHS[1]),

@@ -63,11 +63,14 @@ def write_run(folder: Path, name: str, teacher: TeacherSpec, teacher_digest: str
     write_atomically(folder / NAME, json.dumps(listing, indent=1).encode())
 
 
+_MAY_LACK = ("conditions", "text_tokens")  # of a teacher's description; written only where they say something
+
+
 def _lasting(teacher: TeacherSpec) -> dict[str, Any]:
     """A teacher's description, with paths that hold anywhere."""
     said = dataclasses.asdict(teacher) | {"weights": _anywhere(teacher.weights)}
-    conditions = said.pop("conditions")
-    return said if conditions is None else said | {"conditions": _anywhere(conditions)}
+    said |= {"conditions": teacher.conditions and _anywhere(teacher.conditions)}
+    return {name: value for name, value in said.items() if value is not None or name not in _MAY_LACK}
 
 
 def _anywhere(weights: str) -> str:
@@ -145,7 +148,7 @@ def _run_from_json(raw: dict[str, Any], folder: Path) -> Run:
 
 
 def _teacher(raw: Any) -> TeacherSpec:
-    check_keys(raw, {"weights", "preset", "dit", "input_size"}, {"family", "conditions"}, "teacher")
+    check_keys(raw, {"weights", "preset", "dit", "input_size"}, {"family", *_MAY_LACK}, "teacher")
     weights, preset, size, family = raw["weights"], raw["preset"], raw["input_size"], raw.get("family")
     if not is_name(weights) or not weights or "\0" in weights:
         raise RunError(f"teacher.weights is {shown(weights)}; it must be a path")
@@ -155,7 +158,10 @@ def _teacher(raw: Any) -> TeacherSpec:
     if not (family is None or is_name(family)):
         raise RunError(f"teacher.family is {shown(family)}; a name was expected, or null")
     dit = None if raw["dit"] is None else from_fields(family_of("dit").config, raw["dit"], "teacher.dit", {"output"})
-    return TeacherSpec(weights, preset, dit, size, family, _path(raw.get("conditions")))
+    tokens = raw.get("text_tokens")
+    if not (tokens is None or (is_int(tokens) and tokens > 0)):
+        raise RunError(f"teacher.text_tokens is {shown(tokens)}; a positive number was expected, or null")
+    return TeacherSpec(weights, preset, dit, size, family, _path(raw.get("conditions")), tokens)
 
 
 def _path(value: Any) -> str | None:
