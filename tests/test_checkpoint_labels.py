@@ -49,9 +49,9 @@ def test_export_without_a_null_label(tmp_path):
 
 
 def test_training_without_a_null_label():
-    with pytest.raises(TeacherError, match="label_dropout"):
+    with pytest.raises(TeacherError, match="condition_dropout"):
         TeacherModule(NO_NULL)
-    assert TeacherModule(NO_NULL, label_dropout=0.0).model.config == NO_NULL
+    assert TeacherModule(NO_NULL, condition_dropout=0.0).model.config == NO_NULL
     with pytest.raises(TeacherError, match="content predictor needs a null label"):
         ContentPredictor(NO_NULL)
 

@@ -25,7 +25,7 @@ from tc_lightning.models.pixart import PixArtConfig
 from tc_lightning.plan.conditions import Condition
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.nulls import checked_stored, with_nulls
-from tc_lightning.plan.rows_file import read_nulls, read_rows, write_nulls
+from tc_lightning.plan.rows_file import read_nulls, read_rows, write_arrays
 from tc_lightning.plan.segments import compute, skip
 from tc_lightning.rollout.sampling import given_for, model_signature, noise_for, sample
 
@@ -195,7 +195,7 @@ def test_torch_refuses_them_alike() -> None:
 
 def test_an_artefact_whose_null_values_are_gone_or_changed_is_refused(artefact: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(artefact, tmp_path / "copy"))
-    write_nulls(copy / "nulls.npz", {name: value + 1 for name, value in read_nulls(copy / "nulls.npz", PIXART.conditions).items()})
+    write_arrays(copy / "nulls.npz", {name: value + 1 for name, value in read_nulls(copy / "nulls.npz", PIXART.conditions).items()})
     with pytest.raises(ArtefactError, match=r"nulls\.npz is damaged: its sha256"):
         CachedSampler(copy)
     (copy / "nulls.npz").unlink()
@@ -225,6 +225,6 @@ def test_a_file_of_rows_gives_conditions_and_null_values(tmp_path: Path) -> None
     rows = read_rows(tmp_path / "rows.npz", CONDITIONS)
     assert {*rows.examples} == {*GIVEN}
     assert {*rows.nulls} == {"text"}
-    write_nulls(tmp_path / "nulls.npz", {"text": NULLS["text"]})
+    write_arrays(tmp_path / "nulls.npz", {"text": NULLS["text"]})
     with pytest.raises(TokenCacheError, match=r"nulls\.npz lacks the null value of mask"):
         read_nulls(tmp_path / "nulls.npz", CONDITIONS)

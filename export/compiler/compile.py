@@ -34,7 +34,7 @@ from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.given import REPORTING, part_for
 from tc_lightning.plan.nulls import nulls_needed
-from tc_lightning.plan.rows_file import write_nulls
+from tc_lightning.plan.rows_file import write_arrays
 from tc_lightning.rollout.sampling import model_signature
 
 CONDITION_VALUES = 1 << 26  # modulation values held at a time (256 MiB in fp32); longer requests are conditioned in chunks
@@ -174,7 +174,7 @@ def _write_around(
     headers = _write_graphs(graphs, folder)
     plan.save(folder / "plan.json")
     if nulls_needed(plan.model.conditions, plan.guidance):
-        write_nulls(folder / NULLS, model.nulls or {})
+        write_arrays(folder / NULLS, model.nulls or {})
     return _describe(model, plan, lowered, index, precision, headers)
 
 

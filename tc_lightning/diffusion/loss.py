@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ class DiffusionLoss(ABC):
         """Evenly spread times [count] to validate at."""
 
     @abstractmethod
-    def __call__(self, model: nn.Module, x0_BCHW: Tensor, y_B: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
-        """Mean loss of a batch."""
+    def __call__(self, model: nn.Module, x0_BCHW: Tensor, given: Any, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
+        """Mean loss of a batch, whose conditions are `given` as the network takes them."""
 
 
 def training_loss(schedule: Schedule, times: Times = "uniform") -> DiffusionLoss:
@@ -78,12 +78,12 @@ class VelocityLoss(DiffusionLoss):
         """See `DiffusionLoss`: the middles of as many parts."""
         return self._at((torch.arange(count, device=device) + 0.5) / count)
 
-    def __call__(self, model: nn.Module, x0_BCHW: Tensor, y_B: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, x0_BCHW: Tensor, given: Any, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
         """See `DiffusionLoss`."""
         noise_at, data_at = self.schedule.span
         sigma = ((data_at - t_B) / (data_at - noise_at)).view(-1, 1, 1, 1)
         of_x0, of_noise = self.schedule.mixture(0.5, 0.5)  # the same at all times
-        out = model((1 - sigma) * x0_BCHW + sigma * noise_BCHW, t_B, y_B)
+        out = model((1 - sigma) * x0_BCHW + sigma * noise_BCHW, t_B, given)
         return (out[:, : x0_BCHW.shape[1]] - (of_x0 * x0_BCHW + of_noise * noise_BCHW)).square().mean()
 
     def _at(self, share_B: Tensor) -> Tensor:
@@ -119,11 +119,11 @@ class StepLoss(DiffusionLoss):
         """See `DiffusionLoss`."""
         return torch.linspace(0, self.schedule.num_train_steps - 1, count).long().to(device)
 
-    def __call__(self, model: nn.Module, x0_BCHW: Tensor, y_B: Tensor, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, x0_BCHW: Tensor, given: Any, t_B: Tensor, noise_BCHW: Tensor) -> Tensor:
         """See `DiffusionLoss`; times are integers."""
         alpha, sigma = self._at(self.alpha, t_B, x0_BCHW), self._at(self.sigma, t_B, x0_BCHW)
         xt_BCHW = alpha * x0_BCHW + sigma * noise_BCHW
-        out = model(xt_BCHW, t_B, y_B)
+        out = model(xt_BCHW, t_B, given)
         C = x0_BCHW.shape[1]
         told = out[:, :C]
         wanted = noise_BCHW if self.schedule.predicts == "eps" else alpha * noise_BCHW - sigma * x0_BCHW

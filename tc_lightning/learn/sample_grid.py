@@ -5,29 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torchvision.utils import save_image
 
 from tc_lightning.diffusion.samplers import make_sampler
+from tc_lightning.models.conditions import Given, drawn_given
 from tc_lightning.models.network import Network
-from tc_lightning.plan.conditions import class_label
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample
 
 
 class SampleGrid(Callback):
-    """Writes `samples/step-NNNNNN.png` in the run's folder: one row a class, from the same noise every time.
+    """Writes `samples/step-NNNNNN.png` in the run's folder: one row a class or example of conditions, from the same noise every time.
 
     Args:
-        images_per_class: columns of the grid.
-        max_classes: rows of the grid.
+        images_per_row: columns of the grid.
+        max_rows: rows of the grid.
         num_steps: DDIM steps.
-        guidance_scale: guidance on all channels; 1 is taken of a model without a null label.
+        guidance_scale: guidance on all channels; 1 is taken of a model without null values.
     """
 
-    def __init__(self, images_per_class: int = 8, max_classes: int = 10, num_steps: int = 25, guidance_scale: float = 1.5) -> None:
-        self.images_per_class, self.max_classes = images_per_class, max_classes
+    def __init__(self, images_per_row: int = 8, max_rows: int = 10, num_steps: int = 25, guidance_scale: float = 1.5) -> None:
+        self.images_per_row, self.max_rows = images_per_row, max_rows
         self.num_steps, self.guidance_scale = num_steps, guidance_scale
 
     def on_validation_batch_end(
@@ -39,16 +40,22 @@ class SampleGrid(Callback):
             folder = Path(trainer.log_dir) / "samples"
             folder.mkdir(parents=True, exist_ok=True)
             images = self._sample(cast(Network, pl_module.model), pl_module.device)
-            save_image(images, folder / f"step-{trainer.global_step:06d}.png", nrow=self.images_per_class, pad_value=1.0)
+            save_image(images, folder / f"step-{trainer.global_step:06d}.png", nrow=self.images_per_row, pad_value=1.0)
 
     def _sample(self, model: Network, device: torch.device) -> torch.Tensor:
         """Images in [0, 1]; of a latent model, the first three channels."""
         c = model.config
-        label = class_label(model.conditions)
-        classes = torch.arange(min(label.classes, self.max_classes), device=device)
-        labels = classes.repeat_interleave(self.images_per_class)
+        given = self._rows(model, device)
         signature = model_signature(model, "in training")
-        guidance = Guidance(self.guidance_scale if label.null is not None else 1.0, c.in_channels)
+        guided = all(condition.null is not None for condition in model.conditions)
+        guidance = Guidance(self.guidance_scale if guided else 1.0, c.in_channels)
         plan = full_plan(signature, make_sampler(model.schedule, "ddim", self.num_steps), guidance)
-        x = sample(model, plan, noise_for(0, range(len(labels)), model, device), labels)
+        x = sample(model, plan, noise_for(0, range(given.images), model, device), given)
         return (x[:, : 1 if c.in_channels == 1 else 3].clamp(-1, 1) + 1).div(2).cpu()
+
+    def _rows(self, model: Network, device: torch.device) -> Given:
+        """Conditions of all images: the first classes, or examples."""
+        table = model.examples or {c.name: np.arange(c.classes) for c in model.conditions if c.classes}
+        most = min([self.max_rows, *map(len, table.values())])
+        rows = np.arange(most).repeat(self.images_per_row)
+        return drawn_given(model.conditions, 0, rows.tolist(), table, device)

@@ -40,14 +40,14 @@ def read_rows(path: Path, conditions: Conditions) -> Rows:
     return rows
 
 
-def write_nulls(path: Path, nulls: Arrays) -> None:
-    """Write stored null values alone; the same values give the same bytes."""
-    rows: dict[str, Any] = {name: nulls[name] for name in sorted(nulls)}
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write arrays of conditions, rows or stored null values, by their names; the same values give the same bytes."""
+    rows: dict[str, Any] = {name: arrays[name] for name in sorted(arrays)}
     np.savez(path, **rows)
 
 
 def read_nulls(path: Path, conditions: Conditions) -> dict[str, np.ndarray]:
-    """The null values that `write_nulls` wrote, all that the conditions say are stored.
+    """The null values that `write_arrays` wrote, all that the conditions say are stored.
 
     Raises:
         TokenCacheError: if the file is missing or damaged, lacks one, or holds what the model cannot take.

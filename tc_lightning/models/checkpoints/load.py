@@ -16,7 +16,7 @@ from tc_lightning.models.checkpoints.dit_folder import build_dit, with_labels
 from tc_lightning.models.checkpoints.mdt_release import is_mdt, mdt_shape, read_mdt, tells_mdt
 from tc_lightning.models.checkpoints.mismatch import CONFIGURATION, likeness, require_weights
 from tc_lightning.models.checkpoints.safetensors_file import SafetensorsFile, read_safetensors
-from tc_lightning.models.checkpoints.spec import TeacherSpec, locate, resolve, resolve_family
+from tc_lightning.models.checkpoints.spec import TeacherSpec, locate, locate_conditions, resolve, resolve_family
 from tc_lightning.models.checkpoints.state import State
 from tc_lightning.models.checkpoints.state_choice import ReadState, as_they_are, choose
 from tc_lightning.models.checkpoints.torch_file import read_torch
@@ -48,7 +48,7 @@ def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> Netw
     if spec.text_tokens is not None:
         model = _with_text_tokens(model, spec.text_tokens)
     if spec.conditions is not None:
-        rows = read_rows(Path(spec.conditions).expanduser(), model.conditions)
+        rows = read_rows(locate_conditions(spec.conditions), model.conditions)
         model.examples = rows.examples
         model.nulls = {**(model.nulls or {}), **checked_stored(model.conditions, rows.nulls)} or None
     if notes:

@@ -28,7 +28,8 @@ class TeacherSpec:
         input_size: height and width of the latents, where they are not the preset's 32.
         family: which networks these are weights of (`tc_lightning.models.families`), where the file does not tell: several share
             names and shapes. None: what the file tells, or else dit.
-        conditions: a `.npz` file with examples of conditions that cannot be drawn as class labels are: an array [rows, ...] of each.
+        conditions: a `.npz` file with examples of conditions that cannot be drawn as class labels are: an array [rows, ...] of each;
+            looked for as `weights` are.
         text_tokens: how many tokens a text has, for networks that read one, where it is not the family's usual number.
     """
 
@@ -47,15 +48,23 @@ def locate(weights: str) -> Path:
     Raises:
         TeacherError: if there is none, naming where it was looked for.
     """
-    path = Path(weights).expanduser()
-    candidates = [path] if path.is_absolute() else [Path.cwd() / path, ROOT / path]
-    for candidate in candidates:
+    for candidate in _candidates(weights):
         if weights and candidate.exists():
             return candidate
-    looked = " and ".join(str(candidate) for candidate in dict.fromkeys(candidates))
+    looked = " and ".join(str(candidate) for candidate in dict.fromkeys(_candidates(weights)))
     raise TeacherError(
         f"no teacher at {weights!r} (looked for {looked}). Set `weights` to a .pt or .safetensors file or a diffusers folder."
     )
+
+
+def locate_conditions(path: str) -> Path:
+    """The file of conditions that is meant, looked for where weights are; if there is none, that of the working directory."""
+    return next((candidate for candidate in _candidates(path) if candidate.exists()), Path(path).expanduser())
+
+
+def _candidates(said: str) -> list[Path]:
+    path = Path(said).expanduser()
+    return [path] if path.is_absolute() else [Path.cwd() / path, ROOT / path]
 
 
 def resolve(spec: TeacherSpec, found: Any, path: Path) -> Any:
