@@ -11,6 +11,8 @@ import torch
 from mdt_models import make_mdt, released
 from PIL import Image
 
+from data.captions import CAPTIONS, WIDTH, encode
+from data.captions import TOKENS as TOKENS_OF_TEXT
 from export import to_onnx
 from export.runtime.manifest import read_manifest
 from export.verify import verify
@@ -19,6 +21,7 @@ from tc_lightning.learn.checkpointing import newest_valid_checkpoint
 from tc_lightning.measure.scores import Scores
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, save_teacher
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
+from tc_lightning.models.pixart import PixArt, PixArtConfig
 from tc_lightning.models.sit import SiT
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.runs.folder import find_run, read_run
@@ -43,6 +46,8 @@ model:
     policy: {init_args: {evaluations: 3, front: [], fit_images: 2, judge_images: 2, final_images: 2, pool_images: 0}}
 """
 TEACHERS = dict.fromkeys(("digits_flow.yaml", "sit_xl2_256.yaml"), "tiny_sit.safetensors") | {"mdtv2_xl2_256.yaml": "tiny_mdt.pt"}
+TEACHERS |= {"digits_captions.yaml": "tiny_pixart.safetensors"}
+READER = {"input_size": 8, "in_channels": 3, "out_channels": 3, "hidden_size": 32, "depth": 2, "num_heads": 2}
 SHORT = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.accelerator", "cpu"]
 
 
@@ -55,6 +60,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "search.yaml").write_text(SEARCH, encoding="utf-8")
     save_teacher(randomise_(DiT(TINY), seed=0), tmp_path / "tiny.safetensors")
     save_teacher(randomise_(SiT(TINY), seed=0), tmp_path / "tiny_sit.safetensors")
+    reader = randomise_(PixArt(PixArtConfig(**READER, text_tokens=TOKENS_OF_TEXT, text_width=WIDTH)), seed=0)
+    reader.nulls = encode([""])
+    save_teacher(reader, tmp_path / "tiny_pixart.safetensors")
     torch.save(released(make_mdt()), tmp_path / "tiny_mdt.pt")
     return tmp_path
 
@@ -69,6 +77,7 @@ def distil(config: str, *extra: str) -> list[str]:
 TOKENS, ROUTER = {"importance_TLN": "importance.png"}, {"router_TL2": "router.png"}
 LEARNED = {"digits.yaml": TOKENS | ROUTER, "digits_router.yaml": ROUTER, "digits_l2c.yaml": ROUTER, "dit_xl2_256.yaml": TOKENS}
 LEARNED |= {"photos.yaml": TOKENS | ROUTER, "digits_flow.yaml": TOKENS, "sit_xl2_256.yaml": TOKENS, "mdtv2_xl2_256.yaml": TOKENS}
+LEARNED |= {"digits_captions.yaml": TOKENS}
 
 
 @pytest.mark.parametrize("config", LEARNED)
@@ -115,18 +124,33 @@ def test_validate_and_test_run(workplace: Path) -> None:
 
 
 def teacher_arguments(config: str) -> list[str]:
-    sizes = {"hidden_size": 32, "depth": 2, "num_heads": 2}
-    shape = [part for name, value in sizes.items() for part in (f"--model.init_args.dit.{name}", str(value))]
+    sizes, key = {"hidden_size": 32, "depth": 2, "num_heads": 2}, "shape" if "captions" in config else "dit"
+    shape = [part for name, value in sizes.items() for part in (f"--model.init_args.{key}.{name}", str(value))]
     return ["fit", "-c", str(CONFIGS / config), *shape, *SHORT, "--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
 
 
-@pytest.mark.parametrize("config", ["digits_teacher.yaml", "digits_flow_teacher.yaml"])
-def test_digits_teachers_train_and_show_samples(config: str, workplace: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "kind"), [("digits_teacher.yaml", DiT), ("digits_flow_teacher.yaml", SiT), ("digits_captions_teacher.yaml", PixArt)]
+)
+def test_digits_teachers_train_and_show_samples(config: str, kind: type, workplace: Path) -> None:
     main(teacher_arguments(config))
     folder = Path("runs") / Path(config).stem / "version_0"
-    assert type(load_teacher(TeacherSpec(str(folder / "teacher.safetensors")))) is (SiT if "flow" in config else DiT)
-    assert (folder / "teacher.safetensors").exists()
+    rows = folder / "conditions.npz"
+    teacher = load_teacher(TeacherSpec(str(folder / "teacher.safetensors"), conditions=str(rows) if rows.exists() else None))
+    assert (type(teacher), teacher.config.hidden_size, rows.exists()) == (kind, 32, kind is PixArt)
+    if kind is PixArt:
+        assert teacher.examples is not None
+        assert [len(value) for value in teacher.examples.values()] == [len(CAPTIONS)] * 2
+        assert {name: value.tolist() for name, value in (teacher.nulls or {}).items()} == {
+            n: v.tolist() for n, v in encode([""]).items()
+        }
     assert Image.open(folder / "samples" / "step-000002.png").size[0] > 16 * 8
+
+
+def test_data_whose_texts_are_not_the_models_are_refused_before_training(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*teacher_arguments("digits_captions_teacher.yaml"), "--model.init_args.shape.text_tokens", "6"])
+    assert "text has the shape [95, 8, 32]: give [images, ...], fp32 of shape [6, 32]" in capsys.readouterr().err
 
 
 def test_imagefolder_teacher_trains_and_feeds_distillation(workplace: Path) -> None:

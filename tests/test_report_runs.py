@@ -30,6 +30,7 @@ POLICIES = {  # of a config those that use what it learns, and all of one
     "digits_router.yaml": ["harmonica"],
     "digits_l2c.yaml": ["learning_to_cache"],
     "digits_flow.yaml": ["tokencache_v1", "fora"],
+    "digits_captions.yaml": ["tokencache_v1", "fora"],
 }
 
 
