@@ -38,7 +38,7 @@ def subject(plan: CachePlan, reference: CachePlan, group: str = PLANNED, name: s
 
 def row(plan: CachePlan, reference: CachePlan, group: str, name: str, error: float, ms: float) -> ReportRow:
     errors = {"ode": np.array([error, error]), "reference": np.array([2 * error, 2 * error])}
-    return ReportRow(subject(plan, reference, group, name), np.zeros((2, 1, 2, 2)), errors, {"ms_per_image": ms})
+    return ReportRow(subject(plan, reference, group, name), *[np.zeros((2, 1, 2, 2))] * 2, errors, {"ms_per_image": ms})
 
 
 def teacher_file(folder: Path):

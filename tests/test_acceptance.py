@@ -81,7 +81,7 @@ def test_only_the_record_and_the_logs_are_left(rehearsal):
 
 def test_stages_that_raise_hang_or_are_killed_leave_the_others_alone(tmp_path):
     plants = ("2=hang", "5=raise", "6=kill")
-    done = acceptance("--out", tmp_path, "--minutes", 0.7, "--stages", 2, 5, 6, 7, "--plant", *plants)
+    done = acceptance("--out", tmp_path, "--minutes", 1.5, "--stages", 2, 5, 6, 7, "--plant", *plants)
     record = Journal(tmp_path).read()
     assert verdicts(record) == {2: "cut off", 5: "FELL SHORT", 6: "FELL SHORT", 7: "held"}, done.stdout
     assert done.returncode == 3

@@ -86,7 +86,7 @@ def test_every_row_of_a_file_becomes_an_image(artefact: Path, tmp_path: Path, mo
     sampler = CachedSampler(artefact)
     assert worst_error(found[0].latents, sample(sampler, conditions=given, seed=5, negative=null).latents) < 1e-6
     assert worst_error(found[0].latents, sample(sampler, conditions=given, seed=5).latents) > 1e-3
-    receipt = json.loads((tmp_path / "receipt.json").read_text())
+    receipt = json.loads((tmp_path / "receipt.json").read_text(encoding="utf-8"))
     assert receipt["images"] == 3
     assert receipt["negative"] == {"text": [1, 5, 6], "text_mask": [1, 5]}
     run_command(monkeypatch, *words, "--guidance", 1.0)  # without guidance the file's null values have no use

@@ -81,7 +81,7 @@ def test_no_batch_is_larger_than_was_asked_for(model: DiT, evaluator: RolloutEva
     """Images of a large set go through the model in parts, and what they become does not depend on it."""
     plan, seen = caching_plan(model), []
     embed = model.embed
-    monkeypatch.setattr(model, "embed", lambda x: (seen.append(len(x)), embed(x))[1])
+    monkeypatch.setattr(model, "embed", lambda x, start: (seen.append(len(x)), embed(x, start))[1])
     steps: list[int] = []
     parts = final_latents(model, plan, evaluator.x_T, evaluator.given, batch=4, on_step=steps.append)
     assert max(seen) == 2 * 4  # both halves of guidance

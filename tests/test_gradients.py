@@ -82,7 +82,7 @@ def test_the_network_never_sees_more_images_than_it_is_given_room_for(teacher: D
     plan, noise = plan_of(teacher, "every mode"), noise_for(1, range(5), teacher)
     target = run_target(teacher, vp_sampler("ddim", 8), GUIDANCE, noise, torch.arange(5), batch=5)
     seen, embed = [], DiT.embed
-    monkeypatch.setattr(DiT, "embed", lambda self, x: seen.append(len(x)) or embed(self, x))
+    monkeypatch.setattr(DiT, "embed", lambda self, x, start: seen.append(len(x)) or embed(self, x, start))
     monkeypatch.setattr(memory, "CPU_BYTES", 2.5 * memory.forward_bytes(plan))
     fit_sampler(teacher, plan, target, 4)
     _Refiner(teacher, target, ALONE).errors(plan)

@@ -12,12 +12,14 @@ from conftest import EVERY_MODE, FULL, SIGNATURE, make_plan, random_steps, vp_sa
 from plans import PLAN
 
 from tc_lightning.errors import PlanError
+from tc_lightning.plan.block_costs import Macs, UnlikeBlocks
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerStep, SamplerTable
 from tc_lightning.plan.segments import compute, partial, skip
 from tc_lightning.plan.signature import ModelSignature
+from tc_lightning.plan.skips import LongSkips, Skip
 from tc_lightning.rollout.sampling import reference_plan
 
 # JSON and digest
@@ -59,7 +61,7 @@ def test_digest_is_stable():
     steps = (FULL, (skip(0, 4),))
     table = SamplerTable("test", "none", (SamplerStep(t=1.0, m_x=0.0, m_eps=1.0, next_x=1.0, next_m=0.5),) * 2)
     plan = CachePlan(SIGNATURE, table, Guidance(1.5, 3), steps, table)
-    assert plan.digest == "ea9c2d2e5cd0e7f2ad08bec684449ab073887bfa20139f6d698f4146fc645681"
+    assert plan.digest == "4ea6f158f91c15b1089b00f3728e8f676b49335dbd06d4d74d5f9302e9006ae3"
     assert make_plan(SIGNATURE).digest == make_plan(SIGNATURE).digest
 
 
@@ -155,7 +157,9 @@ def test_require_model_accepts_its_own():
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(ModelSignature)])
 def test_require_model_names_the_field(field):
     value = getattr(SIGNATURE, field)
-    others = {"output": "pixels", "conditions": (), "macs": ((1, 2), (3, 4))}
+    macs = (Macs(1, 2), Macs(3, 4))
+    others = {"output": "pixels", "conditions": (), "macs": macs, "unlike": (UnlikeBlocks((1,), macs),)}
+    others["skips"] = LongSkips((Skip(0, 2),), 5)
     other = dataclasses.replace(SIGNATURE, **{field: others.get(field, "other" if isinstance(value, str) else value)})
     other = other if other != SIGNATURE else dataclasses.replace(SIGNATURE, **{field: value + 1})
     with pytest.raises(PlanError, match=rf"differ in {field} \(plan .*, model .*\)\. Make a plan"):

@@ -108,7 +108,7 @@ def test_evaluation_images_are_of_all_classes(teacher):
     asked = []
 
     class Sampler:
-        conditions = signature.conditions
+        conditions, manifest = signature.conditions, {"model": {"output": "pixels"}}
 
         def sample(self, conditions, seed, first_index, full, pixels):
             labels = conditions["label"].tolist()

@@ -39,7 +39,7 @@ MODEL, GUIDANCE, GIVEN = make_sd3(), Guidance(3.0, 4), asked(SMALL)
 SIGNATURE = model_signature(MODEL)
 FULL = (compute(0, 4),)
 MODEL_WITH_EXAMPLES = make_sd3()
-MODEL_WITH_EXAMPLES.examples = {name: value.numpy() for name, value in asked(SMALL, 3, seed=1).items()}
+MODEL_WITH_EXAMPLES.examples = {name: value.numpy() for name, value in asked(SMALL, 4, seed=1).items()}
 EVERY_MODE: Steps = (
     FULL,
     FULL,

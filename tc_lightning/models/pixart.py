@@ -215,7 +215,11 @@ class PixArt(Network):
         self.config, D = config, config.hidden_size
         text = Condition("text", "fp32", (config.text_tokens, config.text_width), STORED)
         sizes = (Condition("resolution", "fp32", (2,), SAME), Condition("aspect_ratio", "fp32", (1,), SAME))
-        self.conditions = (text, Condition("text_mask", "int64", (config.text_tokens,), STORED), *(sizes if config.sized else ()))
+        self.conditions = (
+            text,
+            Condition("text_mask", "int64", (config.text_tokens,), STORED, mask=True),
+            *(sizes if config.sized else ()),
+        )
         self.x_embedder = PatchEmbed(config.in_channels, D, config.patch_size)
         self.t_embedder = TimestepEmbedder(D)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))

@@ -28,6 +28,7 @@ class Condition:
         null: the null value of classifier-free guidance: a number that fills it, `stored` (the network holds a row of it, and a request
             may bring its own), or `same` (both halves of guidance have the image's own). None: there is none, and guidance must be 1.
         classes: of a class label, how many there are: labels are 0 to classes - 1. 0 for any other condition.
+        mask: whether it marks with 1, among zeros, what of another condition is there: something in every row.
 
     Raises:
         PlanError: if a field is not possible.
@@ -38,6 +39,7 @@ class Condition:
     shape: tuple[int, ...] = ()
     null: float | str | None = None
     classes: int = 0
+    mask: bool = False
 
     def __post_init__(self) -> None:
         where = f"condition {self.name!r}"
@@ -54,15 +56,20 @@ class Condition:
             raise PlanError(f"{where}: its null value {self.null} is not a {self.dtype}.")
         if not 0 <= self.classes <= MOST or (self.classes and (self.dtype, self.shape) != ("int64", ())):
             raise PlanError(f"{where}: {self.classes} classes are those of an int64 label without a shape, at least 1; others have 0.")
+        if self.mask and (self.dtype != "int64" or not self.shape):
+            raise PlanError(f"{where}: a mask is int64 with a shape.")
 
     @property
     def in_words(self) -> str:
         """What a value for each image is, for a person."""
+        if self.mask:
+            return f"0 and 1 of shape {list(self.shape)}"
         return f"classes 0 to {self.classes - 1}" if self.classes else f"{self.dtype} of shape {list(self.shape)}"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return dataclasses.asdict(self) | {"shape": list(self.shape)}
+        """Plain JSON values; whether it is a mask where it is one."""
+        plain = dataclasses.asdict(self) | {"shape": list(self.shape)}
+        return plain if plain.pop("mask") is False else plain | {"mask": True}
 
     @classmethod
     def from_json(cls, raw: Any, where: str) -> Condition:
@@ -71,12 +78,14 @@ class Condition:
         Raises:
             PlanError: if a key is missing or unknown, or a value has the wrong type.
         """
-        check_keys(raw, {"name", "dtype", "shape", "null", "classes"}, set(), where)
+        check_keys(raw, {"name", "dtype", "shape", "null", "classes"}, {"mask"}, where)
         if not (is_name(raw["name"]) and is_name(raw["dtype"]) and is_ints(raw["shape"]) and is_int(raw["classes"])):
             raise PlanError(f"{where}: name and dtype must be names, shape a list of integers, and classes an integer.")
         if raw["null"] not in (None, STORED, SAME) and not is_number(raw["null"]):
             raise PlanError(f"{where}.null: expected a number, {STORED}, {SAME} or null, found {shown(raw['null'])}.")
-        return cls(raw["name"], raw["dtype"], tuple(raw["shape"]), raw["null"], raw["classes"])
+        if raw.get("mask", True) is not True:
+            raise PlanError(f"{where}.mask: expected true, or nothing, found {shown(raw['mask'])}.")
+        return cls(raw["name"], raw["dtype"], tuple(raw["shape"]), raw["null"], raw["classes"], "mask" in raw)
 
 
 Conditions = tuple[Condition, ...]

@@ -45,7 +45,19 @@ def checked_value(c: Condition, value: Any, images: int | None = None) -> np.nda
             raise TokenCacheError(f"{c.name} holds NaN or infinite values, first in row {row}: give finite numbers.")
     elif c.classes and len(bad := array[(array < 0) | (array >= c.classes)]):
         raise TokenCacheError(f"{c.name} {int(bad[0])} is out of range: the model has {c.in_words}.")
+    if c.mask:
+        _require_mask(c, array)
     return np.ascontiguousarray(array, dtype=NUMPY_TYPES[c.dtype])
+
+
+def _require_mask(c: Condition, array: np.ndarray) -> None:
+    if not np.isin(array, (0, 1)).all():
+        raise TokenCacheError(f"{c.name} holds {int(array[~np.isin(array, (0, 1))][0])}: a mask is of 0 and 1.")
+    marked_B = array.reshape(len(array), -1).any(1)
+    if not marked_B.all():
+        raise TokenCacheError(
+            f"{c.name} marks nothing in row {int(np.argmin(marked_B))}: there must be a 1 for something to be attended to."
+        )
 
 
 def checked(conditions: Conditions, given: Mapping[str, Any], images: int | None = None) -> dict[str, np.ndarray]:
