@@ -68,7 +68,7 @@ class Finalist:
         return plan.caches, len(kinds), cache_bytes_per_image(plan)
 
     def worse_than(self, other: Finalist) -> bool:
-        """Whether its error is above the other's, and the mean of log(own / other's) over images above `SURE` of its standard errors."""
+        """Whether its error is above the other's, and the mean over images of log(own / other's) above `SURE` standard errors."""
         if not torch.isfinite(self.errors_B).all():
             return bool(torch.isfinite(other.errors_B).all())
         share_B = self.weights_B / self.weights_B.sum()
