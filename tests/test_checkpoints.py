@@ -243,6 +243,19 @@ def test_every_flipped_bit_is_noticed(model, tmp_path):
             load_teacher(TeacherSpec(str(path)))
 
 
+def test_every_flipped_bit_of_what_a_file_says_of_itself_is_noticed(model, tmp_path):
+    """In which order it says so differs from file to file."""
+    path = tmp_path / "t.safetensors"
+    save_teacher(model, path)
+    content = path.read_bytes()
+    for position in range(8, content.index(b'"dtype"')):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << position % 7
+        path.write_bytes(damaged)
+        with pytest.raises(TeacherError, match=r"t\.safetensors"):
+            load_teacher(TeacherSpec(str(path)))
+
+
 def test_interrupted_write_keeps_the_old_file(model, tmp_path, monkeypatch):
     path = tmp_path / "t.safetensors"
     save_teacher(model, path)

@@ -79,8 +79,16 @@ class TestChoose:
         assert skips.error > full.error
         assert choose([full, skips], "auto") is full
 
+    def test_a_difference_within_two_standard_errors_is_none(self) -> None:
+        """Logarithms of the ratio log 2, log 2, 0, 0: their mean is sqrt(3) standard errors, though the error is larger in all."""
+        full, halves = finalist("full", 2.0, 2.0, 1.0, 1.0), finalist("halves", 1.0, 1.0, 1.0, 1.0)
+        assert full.error > halves.error
+        assert not full.worse_than(halves)
+        assert choose([full, halves], "auto") is full
+
     def test_images_count_by_their_weights(self) -> None:
-        full, skips = finalist("full", 3.0, 1.0, weights=(1.0, 9.0)), finalist("skips", 1.0, 3.0, weights=(1.0, 9.0))
+        full_errors, skips_errors, weights = (3.0, 1.0, 1.0), (1.0, 3.0, 3.0), (1.0, 9.0, 9.0)
+        full, skips = finalist("full", *full_errors, weights=weights), finalist("skips", *skips_errors, weights=weights)
         assert choose([skips, full], "auto") is full
         assert skips.worse_than(full)
 

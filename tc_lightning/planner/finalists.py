@@ -5,9 +5,10 @@ difference, which gains most by it; and for steps that skip or prune where the s
 
 Errors of two plans on the same images go up and down together, and are many times as large on some images as on others, so it is the
 logarithm of their ratio that is looked at: of two plans one is worse if its error is larger, and the mean of that logarithm is above
-its standard error. By plain differences the few hardest images would decide alone, and 32 images could hardly tell a plan from one of
-twice its error. Of equals a plan without a cache comes before one with a cache, then fewer programs, then less memory. A budget may so
-end on the plan of a smaller one: it is no worse, and cheaper.
+twice its standard error. By plain differences the few hardest images would decide alone, and 32 images could hardly tell a plan from
+one of twice its error; by one standard error the luckiest of several plans would too often be taken for a better one. Of equals a plan
+without a cache comes before one with a cache, then fewer programs, then less memory. A budget may so end on the plan of a smaller one:
+it is no worse, and cheaper.
 
 Shape suffixes: B images.
 """
@@ -31,6 +32,7 @@ from tc_lightning.planner.search import Search
 CacheUse = Literal["auto", "keep", "none"]
 CACHE_USES: tuple[CacheUse, ...] = get_args(CacheUse)
 LEAST = 1e-12  # of the largest error: what counts as none
+SURE = 2.0  # standard errors between plans that are not equals
 KINDS: dict[CacheUse, tuple[Kind, ...]] = dict.fromkeys(CACHE_USES, ("full", "halves", "cache")) | {"none": ("full",)}
 
 
@@ -66,7 +68,7 @@ class Finalist:
         return plan.caches, len(kinds), cache_bytes_per_image(plan)
 
     def worse_than(self, other: Finalist) -> bool:
-        """Whether its error is above the other's, and the mean of log(own / other's) over images above the standard error of that."""
+        """Whether its error is above the other's, and the mean over images of log(own / other's) above `SURE` standard errors."""
         if not torch.isfinite(self.errors_B).all():
             return bool(torch.isfinite(other.errors_B).all())
         share_B = self.weights_B / self.weights_B.sum()
@@ -75,7 +77,8 @@ class Finalist:
         mean = (share_B * ratio_B).sum()
         left_over = 1 - share_B.square().sum()  # (n - 1) / n for equal weights: the mean is taken from the same images
         variance = (share_B * (ratio_B - mean)).square().sum() / left_over.clamp_min(LEAST)
-        return self.error > other.error and bool(mean > (1 + 1e-9) * variance.sqrt())  # of one odd image mean and error are the same
+        least_mean = SURE * (1 + 1e-9) * variance.sqrt()  # rounding decides nothing
+        return self.error > other.error and bool(mean > least_mean)
 
 
 def finalist_recipes(search: Search, use: CacheUse) -> list[Recipe]:

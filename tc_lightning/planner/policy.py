@@ -57,7 +57,7 @@ class PlannerPolicy(Policy):
         cache: CacheUse = "auto",
         fit_images: int = FIT,
         judge_images: int = JUDGE,
-        choice_images: int = 32,
+        choice_images: int = 64,
         final_images: int = 32,
         pool_images: int = 128,
         refinements: int = REFINEMENTS,

@@ -19,6 +19,8 @@ from tc_lightning.models.families import FAMILIES
 from tc_lightning.plan.nulls import PREFIX
 from tc_lightning.plan.signature import OUTPUTS, PIXELS
 
+_SAID = {SHAPE, "sha256", "output"}  # what a file that `save_teacher` wrote says of itself, but for the last in early ones
+
 
 class SafetensorsFile(NamedTuple):
     """What a file holds: tensors, and of one that `save_teacher` wrote shape, family, where it is not the family's, schedule, and the
@@ -45,7 +47,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         raise TeacherError(f"{path} is damaged or not a safetensors file ({error}). Copy or create it again.") from error
     if SHAPE not in metadata:
         return SafetensorsFile(raw)
-    if metadata.get("sha256") != digest(metadata[SHAPE], raw):
+    if metadata.keys() - _SAID or metadata.get("sha256") != digest(metadata[SHAPE], raw):
         raise TeacherError(f"{path} is damaged: its content does not have the sha256 it was written with. Copy or create it again.")
     output = metadata.get("output", PIXELS)  # before there was a word for it, what this package trained made pixels
     if output not in OUTPUTS:
