@@ -3,6 +3,7 @@
     python export/benchmark.py                                        DiT-S/2 with random weights, 256 tokens, batch 2
     python export/benchmark.py --presets DiT-S/2 DiT-B/2 --json benchmark.json
     python export/benchmark.py --presets DiT-XL/2 --batch 1 8 32 --precision fp16 bf16 --provider cuda
+    python export/benchmark.py --presets PixArt-XL/2 --depth 8        8 blocks of a PixArt at its 1,024 tokens, with a text
     python export/benchmark.py --run runs/digits/version_0            your teacher and your plan
 
 All rows make the same images from the same noise: PyTorch as it is and through torch.compile, ONNX Runtime with full compute, ONNX
@@ -31,7 +32,17 @@ import onnxruntime
 import torch
 
 from export.bench.plans import benchmark_plans
-from export.bench.timing import TORCH_TYPES, compiled, in_turns, operator_ms, product_tflops, require_on_device, torch_latents
+from export.bench.shapes import RELEASED, random_network
+from export.bench.timing import (
+    TORCH_TYPES,
+    asked_in_torch,
+    compiled,
+    in_turns,
+    operator_ms,
+    product_tflops,
+    require_on_device,
+    torch_latents,
+)
 from export.command import positive, run
 from export.compiler.compile import write_unproved
 from export.compiler.parity import relative_l2
@@ -42,12 +53,10 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.models.checkpoints import load_teacher
 from tc_lightning.models.content_predictor import selector_for
-from tc_lightning.models.dit import DiT, preset, randomise_
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.plan.conditions import class_label
 from tc_lightning.plan.costs import cache_bytes_per_image, plan_macs
-from tc_lightning.plan.given import drawn_labels
+from tc_lightning.plan.given import Arrays, drawn
 from tc_lightning.rollout.sampling import model_signature, noise_for, reference_plan
 from tc_lightning.runs.folder import read_run
 
@@ -104,13 +113,13 @@ def benchmark(
     with tempfile.TemporaryDirectory() as folder:
         exported = {n: _export(model, plan, Path(folder) / str(j), precision, args) for j, (n, plan) in enumerate(plans.items())}
         first = next(iter(exported.values()))
-        labels = drawn_labels(0, range(batch), class_label(first.plan.model.conditions).classes).tolist()
+        given = drawn(model.conditions, 0, range(batch), model.examples)
         requests: dict[str, Callable[[], Any]] = {}
         on_gpu = args.provider == "cuda"
         if not args.no_torch:
-            requests |= _torch_requests(model, first.plan, labels, precision, args.provider)
-        requests[FULL] = functools.partial(first.sampler.sample, labels, full=True)
-        requests |= {n: functools.partial(e.sampler.sample, labels) for n, e in exported.items()}
+            requests |= _torch_requests(model, first.plan, given, precision, args.provider)
+        requests[FULL] = functools.partial(first.sampler.sample, conditions=given, full=True)
+        requests |= {n: functools.partial(e.sampler.sample, conditions=given) for n, e in exported.items()}
         rel_l2 = _agreement(requests)
         seconds = in_turns(requests, args.repeats)
         receipts = {n: request().receipt for n, request in requests.items() if n in (FULL, *exported)} if on_gpu else {}
@@ -133,7 +142,7 @@ def benchmark(
             "cuda_graphs": {n: receipt["cuda_graphs"] for n, receipt in receipts.items()} or None,
             "nodes_per_provider": {n: receipt["nodes_per_provider"] for n, receipt in receipts.items()} or None,
             "rows": [dataclasses.asdict(row) for row in _rows(exported, seconds, memory, batch)],
-            "operators_ms": _operators(exported, labels, args.provider, args.memory) if args.operators else None,
+            "operators_ms": _operators(exported, given, args.provider, args.memory) if args.operators else None,
             "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
         }
 
@@ -185,7 +194,7 @@ def _subjects(args: argparse.Namespace) -> Iterator[tuple[str, Network, dict[str
         yield info.name, model, plans
         return
     for name in args.presets:
-        model = randomise_(DiT(preset(name, input_size=args.input_size)), seed=0, std=0.02).eval().requires_grad_(False)
+        model = random_network(name, args.input_size, args.depth)
         yield (
             name,
             model,
@@ -206,21 +215,20 @@ def _export(model: Network, plan: CachePlan, folder: Path, precision: str, args:
     return BenchedArtefact(plan, folder, sampler, written - started, time.perf_counter() - written)
 
 
-def _torch_requests(
-    model: Network, plan: CachePlan, labels: list[int], precision: str, provider: str
-) -> dict[str, Callable[[], object]]:
+def _torch_requests(model: Network, plan: CachePlan, given: Arrays, precision: str, provider: str) -> dict[str, Callable[[], object]]:
     device, dtype = _torch_device(provider), TORCH_TYPES[precision]
     model = copy.deepcopy(model).to(device, dtype)
-    x, y = noise_for(0, range(len(labels)), model, device), torch.tensor(labels, device=device)
-    requests: dict[str, Callable[[], object]] = {EAGER: lambda: torch_latents(model.eps, plan, x, y, dtype)}
-    twice = 2 if plan.guidance.doubles_batch else 1
+    asked = asked_in_torch(model, plan, given, device, dtype)
+    x = noise_for(0, range(asked.images), model, device)
+    requests: dict[str, Callable[[], object]] = {EAGER: lambda: torch_latents(model.eps, plan, x, asked, dtype)}
+    rows = asked.with_nulls(model.conditions, None) if plan.guidance.doubles_batch else asked
     try:
-        function, seconds = compiled(model, x.to(dtype).repeat(twice, 1, 1, 1), y.repeat(twice))
+        function, seconds = compiled(model, x.to(dtype).repeat(rows.images // asked.images, 1, 1, 1), rows)
     except Exception as error:  # no compiler on this machine, or one that fails: the other rows are worth having
         print(f"{COMPILED} is left out, it failed: {first_line(error)}", file=sys.stderr)
     else:
         print(f"{COMPILED} took {seconds:.0f} s to compile")
-        requests[COMPILED] = lambda: torch_latents(function, plan, x, y, dtype)
+        requests[COMPILED] = lambda: torch_latents(function, plan, x, asked, dtype)
     return requests
 
 
@@ -275,14 +283,13 @@ def _memory(folder: Path, provider: str, batch: int, room: float) -> dict[str, f
 
 
 def _operators(
-    exported: dict[str, BenchedArtefact], labels: list[int], provider: str, room: float
+    exported: dict[str, BenchedArtefact], given: Arrays, provider: str, room: float
 ) -> dict[str, dict[str, dict[str, float]]]:
     found = {}
     for name, e in exported.items():
-        sampler = CachedSampler(
-            e.folder, provider, max_batch=len(labels), memory=room, cuda_graphs=False, profile=e.folder.parent / "profile"
-        )
-        sampler.sample(labels)
+        batch, profile = len(next(iter(given.values()))), e.folder.parent / "profile"
+        sampler = CachedSampler(e.folder, provider, max_batch=batch, memory=room, cuda_graphs=False, profile=profile)
+        sampler.sample(conditions=given)
         found[name] = operator_ms(sampler)
     return found
 
@@ -297,8 +304,10 @@ def _device(provider: str) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=["DiT-S/2"], help="models with random weights, DiT-{S,B,L,XL}/{2,4,8}")
-    parser.add_argument("--input-size", type=positive, default=32, help="side of the latents (32: 256 tokens at patch 2; 64: 1,024)")
+    shapes = f"shapes with random weights: DiT-{{S,B,L,XL}}/{{2,4,8}}, {', '.join(RELEASED)}"
+    parser.add_argument("--presets", nargs="+", default=["DiT-S/2"], help=shapes)
+    parser.add_argument("--input-size", type=positive, help="side of the latents, if not the shape's own (DiT: 32, 256 tokens)")
+    parser.add_argument("--depth", type=positive, help="blocks in place of the shape's (presets)")
     parser.add_argument("--run", type=Path, help="measure this run's teacher and plan instead of presets")
     parser.add_argument("--plan", type=Path, nargs="+", default=[], help="further plans for the run's teacher")
     parser.add_argument("--steps", type=positive, default=50, help="sampling steps (presets)")

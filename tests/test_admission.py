@@ -7,10 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from artefacts import LABELS, close
+from conftest import EVERY_MODE, make_plan
+from pipelines import dit_pipeline
 
+from export.compiler.compile import export_artefact
 from export.runtime.admission import batch_within, predicted_bytes
 from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError
+from tc_lightning.models.checkpoints import TeacherSpec, load_teacher
+from tc_lightning.models.checkpoints.pipeline import find_vae
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.rollout.sampling import model_signature
 
 
 class TestPredictedBytes:
@@ -61,6 +68,22 @@ class TestLimit:
     def test_an_image_that_does_not_fit_is_refused_in_words(self, artefact: Path) -> None:
         with pytest.raises(TokenCacheError, match=r"an image takes [\d,]+ bytes of buffers, and max_bytes is 1,000"):
             CachedSampler(artefact, max_bytes=1000)
+
+
+def test_a_request_is_bounded_with_what_decoding_takes(tmp_path: Path):
+    spec, decoded = TeacherSpec(str(tmp_path / "pipeline")), tmp_path / "decoded"
+    dit_pipeline().save_pretrained(spec.weights)
+    model = load_teacher(spec, lambda _: None)
+    plan = make_plan(model_signature(model), EVERY_MODE, Guidance(1.5, 4), spacing="leading")
+    export_artefact(model, plan, decoded, "fp32", "cpu", 1, lambda _: None, vae=find_vae(spec))
+    sampler = CachedSampler(decoded, decoder_batch=2)
+    of_decoder = 2 * sampler.manifest["decoder"]["memory_bytes_per_image"]
+    assert sampler.predicted_bytes(2) == of_decoder + predicted_bytes(sampler.manifest, 2)
+    bounded = CachedSampler(decoded, decoder_batch=2, max_bytes=sampler.predicted_bytes(2))
+    assert bounded.sample([1, 2, 3], seed=2).receipt["parts"] == 2
+    assert bounded.sample([1, 2, 3], seed=2, pixels=False).receipt["parts"] == 1
+    with pytest.raises(TokenCacheError, match=rf"{of_decoder:,} of them to decode its pixels \(pixels=False makes none\)"):
+        CachedSampler(decoded, decoder_batch=2, max_bytes=of_decoder).sample([1], seed=2)
 
 
 def test_a_request_that_is_given_up_stops_at_the_next_step_and_leaves_the_sampler_usable(artefact: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Steps, make_plan
-from exporting import graphs_of, torch_latents, worst_error
+from exporting import graphs_of, planned, torch_latents, worst_error
 from mdt_models import make_mdt
 from test_skips import EVERY_MODE, FULL
 
@@ -48,6 +48,7 @@ PLANS = {
     "plain": make_plan(SIGNATURE, PLAIN, GUIDED, "dpmpp_2m"),
     "every mode": make_plan(SIGNATURE, EVERY_MODE, GUIDED),
     "halves": make_plan(SIGNATURE, EVERY_MODE, GUIDED, modes="bb1bb0bb1b"),
+    "planned": planned(MDT, GUIDED),
     "unguided": make_plan(SIGNATURE, EVERY_MODE, Guidance()),
 }
 

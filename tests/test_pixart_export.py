@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,21 +11,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import Steps, make_plan
-from exporting import graphs_of, worst_error
+from exporting import graphs_of, planned, worst_error
 
 from export.compiler.compile import export_artefact
 from export.runtime.manifest import read_manifest
 from export.runtime.programs import lower
 from export.runtime.sampler import CachedSampler
 from tc_lightning.diffusion.samplers import make_sampler
-from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.conditions import Given
 from tc_lightning.models.pixart import PixArt, PixArtConfig
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import compute, partial, reuse, skip
-from tc_lightning.planner.policy import PlannerPolicy
-from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.tprr import tprr_plan
 from tc_lightning.rollout.sampling import full_plan, given_for, model_signature, noise_for, sample
 
@@ -74,22 +70,11 @@ def tprr() -> CachePlan:
     return tprr_plan(SIGNATURE, table, GUIDANCE, table, boundary=4, k1=3, k2=2, pruned_step=pruned)
 
 
-def planned() -> CachePlan:
-    """The planner's own, with a cache."""
-    table, rng = make_sampler(PIXART.schedule, "ddim", 10), np.random.default_rng(0)
-    importance, sensitivity = rng.random((10, 4, 16)), rng.random((10, 4, 3))
-    importance[0], sensitivity[0] = 1, 0
-    scores = Scores(importance, sensitivity, SIGNATURE.teacher, sampler_digest(table))
-    policy = PlannerPolicy(1.5, "reference", (), 3, 1, "keep", 2, 2, 2, 2, 0, 0, progress=False)
-    context = PlanningContext(SIGNATURE, PIXART.schedule, table, GUIDANCE, scores, table, lambda plan, images: math.nan, model=PIXART)
-    return policy.plan(context).plan
-
-
 PLANS: dict[str, Callable[[], CachePlan]] = {
     "by hand": lambda: make_plan(SIGNATURE, STEPS, GUIDANCE),
     "halves": lambda: make_plan(SIGNATURE, STEPS, GUIDANCE, "dpmpp_2m", modes="bb1bb1"),
     "tprr": tprr,
-    "planned": planned,
+    "planned": lambda: planned(PIXART, GUIDANCE),
 }
 
 

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from conftest import Steps, guidance_mode
+from exporting import planned
 from onnx import GraphProto
 from sd3_models import SD35, SMALL, asked, diffusers_sd3, make_sd3, of_diffusers
 
@@ -52,7 +53,7 @@ EVERY_MODE: Steps = (
 )
 
 
-def planned(steps: Steps, modes: str = "", sampler: str = "euler") -> CachePlan:
+def by_hand(steps: Steps, modes: str = "", sampler: str = "euler") -> CachePlan:
     table = make_sampler(MODEL.schedule, sampler, len(steps), "sd3:3")
     return CachePlan(SIGNATURE, table, GUIDANCE, steps, table, {}, (), tuple(map(guidance_mode, modes)))
 
@@ -103,16 +104,16 @@ def test_a_run_is_that_of_diffusers_pipeline(tmp_path: Path) -> None:
 def test_a_partial_step_of_all_tokens_is_a_full_one() -> None:
     kept = (partial(0, 4, tuple(range(TEXT + IMAGE))),)
     some = (partial(0, 3, tuple(range(TEXT + IMAGE))), compute(3, 4))
-    full = latents(planned((FULL,) * 4))
-    torch.testing.assert_close(latents(planned((FULL, kept, some, kept))), full, atol=1e-5, rtol=1e-5)
-    assert relative_l2(latents(planned(EVERY_MODE)).numpy(), latents(planned((FULL,) * 8)).numpy()) > 1e-3
+    full = latents(by_hand((FULL,) * 4))
+    torch.testing.assert_close(latents(by_hand((FULL, kept, some, kept))), full, atol=1e-5, rtol=1e-5)
+    assert relative_l2(latents(by_hand(EVERY_MODE)).numpy(), latents(by_hand((FULL,) * 8)).numpy()) > 1e-3
 
 
 def test_a_step_of_some_tokens_computes_the_texts_always() -> None:
     """Text is new in every step, and what its tokens give to those of the image that are recomputed is not of the step before."""
     with pytest.raises(PlanError, match="partial keeps tokens 0 to 4, which are none of the image"):
-        planned((FULL, (partial(0, 4, (0, 1, 5, 6)),)))
-    two = planned((FULL, (partial(0, 4, SIGNATURE.kept((0, 1))),)))
+        by_hand((FULL, (partial(0, 4, (0, 1, 5, 6)),)))
+    two = by_hand((FULL, (partial(0, 4, SIGNATURE.kept((0, 1))),)))
     kept = two.steps[1][0].tokens
     assert kept == (0, 1, 2, 3, 4, 5, 6)
 
@@ -143,7 +144,7 @@ def test_costs_are_those_of_the_linear_maps() -> None:
 
 
 def test_keys_and_values_of_two_attentions_lie_side_by_side() -> None:
-    plan = planned((FULL, (compute(0, 1), partial(1, 3, SIGNATURE.kept((0,))), compute(3, 4))))
+    plan = by_hand((FULL, (compute(0, 1), partial(1, 3, SIGNATURE.kept((0,))), compute(3, 4))))
     shapes = {name: entry_shape(plan, Entry(name, b, b + 1)) for b, name in ((1, "k"), (2, "v"), (1, "attn"))}
     assert shapes == {"k": (21, 64), "v": (21, 32), "attn": (21, 32)}
     assert entry_shape(plan, Entry("span", 1, 3)) == (21, 32)
@@ -151,7 +152,7 @@ def test_keys_and_values_of_two_attentions_lie_side_by_side() -> None:
 
 
 def test_a_plan_tells_which_blocks_are_unlike_the_rest(tmp_path: Path) -> None:
-    plan = planned(EVERY_MODE)
+    plan = by_hand(EVERY_MODE)
     plan.save(tmp_path / "plan.json")
     assert CachePlan.load(tmp_path / "plan.json") == plan
     told = plan.to_json()["model"]
@@ -189,7 +190,13 @@ def require_parity(plan: CachePlan, out: Path) -> None:
 
 @pytest.mark.parametrize("modes", ["", "bb1bb1bb"])
 def test_artefacts_run_as_torch_does(tmp_path: Path, modes: str) -> None:
-    require_parity(planned(EVERY_MODE, modes), tmp_path / "sd3")
+    require_parity(by_hand(EVERY_MODE, modes), tmp_path / "sd3")
+
+
+def test_an_artefact_of_the_planners_own(tmp_path: Path) -> None:
+    plan = planned(MODEL_WITH_EXAMPLES, GUIDANCE, "euler", "sd3:3")
+    assert plan.caches
+    require_parity(plan, tmp_path / "sd3")
 
 
 def test_an_artefact_of_a_tprr_plan(tmp_path: Path) -> None:
@@ -201,7 +208,7 @@ def test_an_artefact_of_a_tprr_plan(tmp_path: Path) -> None:
 
 
 def test_no_step_reads_the_texts_embedder_or_modulates_anew(tmp_path: Path) -> None:
-    plan = planned(EVERY_MODE)
+    plan = by_hand(EVERY_MODE)
     export_artefact(MODEL_WITH_EXAMPLES, plan, tmp_path / "sd3", "fp32", "cpu", 2, lambda _: None)
     graphs = {path.stem: onnx.load(str(path), load_external_data=False).graph for path in (tmp_path / "sd3").glob("*.onnx")}
     hoisted = ("text_embedder", "pooled_embedder", "t_embedder")

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from export.bench.random_values import random_values
 from export.runtime.cuda_provider import device_memory_mb
 from export.runtime.sampler import CachedSampler
 from export.runtime.sessions import prepare
@@ -35,7 +36,7 @@ def probe(path: Path, provider: str, batch: int, room: float) -> dict[str, float
     sampler = CachedSampler(path, provider, max_batch=batch, memory=room)
     loaded = now() - before
     for _ in range(1 if provider == "cpu" else 2):  # the first captures CUDA graphs
-        sampler.sample([0] * batch)
+        sampler.sample(conditions=random_values(sampler.conditions, batch))
     idle = now() - before
     peak = memory_mb()["peak"] - before if provider == "cpu" else idle
     return {"loaded_mb": loaded, "idle_mb": idle, "peak_mb": peak}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,9 +19,11 @@ from export.runtime.cuda_provider import CUDA
 from export.runtime.sampler import CachedSampler
 from tc_lightning.diffusion.update import advance, coefficients, guide
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.models.conditions import Asked, given_of
+from tc_lightning.models.conditions import Asked, Given, given_of
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.given import Arrays
+from tc_lightning.plan.nulls import nulls_needed
 
 Denoiser = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 TORCH_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -67,6 +70,14 @@ def torch_latents(eps: Denoiser, plan: CachePlan, x_BCHW: Tensor, asked: Asked, 
         x_BCHW, m = advance(x_BCHW, e, past, coefficients(row))
         past = (m, *past)[: plan.reference.history]
     return x_BCHW.cpu()
+
+
+def asked_in_torch(model: Network, plan: CachePlan, given: Arrays, device: str, dtype: torch.dtype) -> Given:
+    """Conditions on a device, and the null values that the model stores where the plan needs them; numbers in the network's `dtype`."""
+    stored = {name: np.repeat(value, len(given[name]), 0) for name, value in (model.nulls or {}).items()}
+    parts = (given, stored if nulls_needed(model.conditions, plan.guidance) else {})
+    own = ({name: torch.from_numpy(value).to(device) for name, value in part.items()} for part in parts)
+    return Given(*({name: value.to(dtype) if value.is_floating_point() else value for name, value in part.items()} for part in own))
 
 
 def compiled(model: Network, x: Tensor, asked: Asked, mode: str | None = None) -> tuple[Denoiser, float]:

@@ -19,28 +19,32 @@ def most_rows(manifest: dict[str, Any], images: int, negative: bool = False) -> 
     return min(images, few) + (manifest["guidance"]["scale"] != 1.0) * (images if many else 1)
 
 
-def predicted_bytes(manifest: dict[str, Any], images: int, full: bool = False, negative: bool = False) -> int:
-    """Bytes of the buffers of so many images at a time: caches, modulations, constants, conditions and latents, at most; `negative`:
-    if a request brings null values. What ONNX Runtime needs within a program comes on top, and is shared by all requests."""
+def predicted_bytes(manifest: dict[str, Any], images: int, full: bool = False, negative: bool = False, decoding: int = 0) -> int:
+    """Bytes of the buffers of so many images at a time: caches, modulations, constants, conditions and latents, at most, and of
+    `decoding` pixels, which comes while they are still held; `negative`: if a request brings null values. What ONNX Runtime needs
+    within a step's program comes on top, and is shared by all requests."""
     layout = lay_out(manifest, images, most_rows(manifest, images, negative), full)
-    return sum(spec.values * BYTES[spec.dtype] for spec in layout.buffers.values())
+    return decoding + sum(spec.values * BYTES[spec.dtype] for spec in layout.buffers.values())
 
 
-def batch_within(manifest: dict[str, Any], most: int, max_bytes: int | None, full: bool = False, negative: bool = False) -> int:
-    """Images at a time, `most` at most, whose buffers take no more than `max_bytes`; None: as many as there may be.
+def batch_within(
+    manifest: dict[str, Any], most: int, max_bytes: int | None, full: bool = False, negative: bool = False, decoding: int = 0
+) -> int:
+    """Images at a time, `most` at most, that take no more than `max_bytes` (see `predicted_bytes`); None: as many as there may be.
 
     Raises:
         TokenCacheError: if a single image takes more.
     """
-    if max_bytes is None or predicted_bytes(manifest, most, full, negative) <= max_bytes:
+    if max_bytes is None or predicted_bytes(manifest, most, full, negative, decoding) <= max_bytes:
         return most
-    if (one := predicted_bytes(manifest, 1, full, negative)) > max_bytes:
+    if (one := predicted_bytes(manifest, 1, full, negative, decoding)) > max_bytes:
+        of_decoder = f", {decoding:,} of them to decode its pixels (pixels=False makes none)" if decoding else ""
         raise TokenCacheError(
-            f"an image takes {one:,} bytes of buffers, and max_bytes is {max_bytes:,}: raise it, or export a plan that caches less "
-            "(`python export/to_onnx.py --explain` shows what is held)."
+            f"an image takes {one:,} bytes of buffers{of_decoder}, and max_bytes is {max_bytes:,}: raise it, or export a plan that "
+            "caches less (`python export/to_onnx.py --explain` shows what is held)."
         )
     low, high = 1, most  # of low we know that it fits, of high that it does not
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if predicted_bytes(manifest, middle, full, negative) <= max_bytes else (low, middle)
+        low, high = (middle, high) if predicted_bytes(manifest, middle, full, negative, decoding) <= max_bytes else (low, middle)
     return low

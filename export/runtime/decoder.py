@@ -43,6 +43,11 @@ class Decoder:
         """What it takes while it runs (`export.runtime.decoder_contract.memory_bytes`)."""
         return memory_bytes(self._said, self._weights, self.batch)
 
+    @property
+    def working_bytes(self) -> int:
+        """The part of `memory_bytes` that a request takes, and gives back."""
+        return self.memory_bytes - memory_bytes(self._said, self._weights, 0)
+
     def __call__(self, latents_BCHW: np.ndarray) -> np.ndarray:
         """Pixels in [-1, 1], [B, 3, H', W'] float32, of latents as the model makes them.
 

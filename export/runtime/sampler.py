@@ -120,6 +120,8 @@ class CachedSampler(OfOneProcess):
                 "Export it again with --provider cuda."
             )
         self.max_bytes, self.nulls = max_bytes, stored_nulls(self.path, self.manifest, self.conditions)
+        self.decoder = Decoder(self.manifest, self.session, decoder_batch) if DECODER in self.manifest else None
+        self._decoding = self.decoder.working_bytes if self.decoder else 0
         batch_within(self.manifest, max_batch, max_bytes)  # refused now rather than at the first request
         prepare(provider, threads, device)
         self._packed = packed_graphs(self.manifest, memory) if provider == "cpu" else set()
@@ -127,7 +129,6 @@ class CachedSampler(OfOneProcess):
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._loading = threading.Lock()
         self._no_graphs = self._graphs_off(cuda_graphs)
-        self.decoder = Decoder(self.manifest, self.session, decoder_batch) if DECODER in self.manifest else None
         self._pool = Pool(self.session, provider, keep=self._no_graphs is None, device=device)
         self._exclusively(lambda _: self._load(preload))
 
@@ -150,8 +151,8 @@ class CachedSampler(OfOneProcess):
         return name if name in (CONDITION, DECODER) else self.manifest["programs"][name]["graph"]
 
     def predicted_bytes(self, images: int, full: bool = False) -> int:
-        """What the buffers of so many images at a time take, at most: known before a request runs."""
-        return predicted_bytes(self.manifest, images, full)
+        """What the buffers of so many images at a time take, at most, and decoding them: known before a request runs."""
+        return predicted_bytes(self.manifest, images, full, decoding=self._decoding)
 
     def end_profiling(self) -> dict[str, str]:
         """The profile of each program that was loaded; see `profile`."""
@@ -217,7 +218,7 @@ class CachedSampler(OfOneProcess):
         images = rows_in(given)
         rows = rows_asked_for(self.manifest, images, seed, first_index if indices is None else indices, guidance)
         whole = Part(given, rows, full, nulls_of(self.conditions, self.nulls, negative, rows))
-        size = batch_within(self.manifest, self.max_batch, self.max_bytes, full, whole.own_nulls)
+        size = batch_within(self.manifest, self.max_batch, self.max_bytes, full, whole.own_nulls, self._decoding if pixels else 0)
         started, parts = time.perf_counter(), whole.split(size)
         failed: dict[int, str] = {}
         tally, steps = Tally(), self.manifest["full_steps" if full else "steps"]
@@ -249,8 +250,7 @@ class CachedSampler(OfOneProcess):
         said = echoed(self.conditions, given, {name: whole.nulls[name] for name in negative or ()})
         asked = {**said_of(rows), "images": images, **said, "parts": len(parts)}
         place = {"provider": self.provider, "device": self.device, "nodes_per_provider": nodes}
-        scales = [row.scale for row in rows]
-        receipt = receipt_of(self.manifest, tally, asked, place, scales, full, self._no_graphs, seconds)
+        receipt = receipt_of(self.manifest, tally, asked, place, [row.scale for row in rows], full, self._no_graphs, seconds)
         return Result(result, shown, receipt | decoding, failed | unseen)
 
     def decode(self, latents_BCHW: np.ndarray) -> np.ndarray | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from tc_lightning.models.signatures import attention_macs, fixed_macs, mlp_macs,
 from tc_lightning.plan.conditions import Condition
 from tc_lightning.plan.signature import LATENTS, OUTPUTS, ModelSignature
 
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 NORM_EPS = 1e-6
 _SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # width, depth, heads
 
@@ -296,7 +297,7 @@ class DiT(Network):
         nn.init.zeros_(self.final_layer.linear.weight)
 
 
-def randomise_(model: DiT, seed: int, std: float = 0.05) -> DiT:
+def randomise_(model: AnyNetwork, seed: int, std: float = 0.05) -> AnyNetwork:
     """Fill every trainable weight with noise in place, so that gates are open and no branch is silent (tests, benchmarks)."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

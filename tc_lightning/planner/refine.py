@@ -38,7 +38,7 @@ from tc_lightning.planner.target import TargetRun
 from tc_lightning.rollout.ranks import ALONE, Ranks
 from tc_lightning.rollout.sampling import Rollout, sample
 
-PROBES = 6
+PROBES = 4
 CURVED = 12  # images, evenly spread, that H is estimated on where there are twice as many or more; else all
 DAMPING = (1e-1, 1e-2, 1e-3)
 _SEED = 0x50726F62
