@@ -117,6 +117,7 @@ class TestSearch:
         assert {r.spacing for r in search.trials if r.kind == "full"} == {shape.spacing for shape in fewer_steps()}
         assert {r.num_steps for r in search.trials if r.kind == "full"} == {7}
         assert all(r.num_steps > 7 for r in search.trials if r.kind == "halves")
+        assert len({r.spacing for r in search.trials if r.kind == "halves"}) == 3
         alone = Search(bench, 7.5)
         alone.try_without_skips(forecast_guidance=False)
         assert {trial.recipe.kind for trial in alone.trials.values()} == {"full"}

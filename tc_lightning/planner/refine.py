@@ -9,7 +9,7 @@ theta of all steps are then moved together. With e_b(theta) the difference of im
 where w_b are the weights of a robust mean (`tc_lightning.planner.robust`). g takes one backward pass. H is estimated with random signs
 v, since E (J^T v)(J^T v)^T = J^T J: one more pass for each, which gives J_b^T v_b of every image at once, because each has coefficients
 of its own in the graph. H only says how far to go, so that a dozen images are enough for it; it changes little, so that it is
-estimated once and kept. The best of a few lambda is taken in the first step, and kept; a step that does not help is the last. Where
+estimated once and kept. The better of two lambda is taken in the first step, and kept; a step that does not help is the last. Where
 there is no memory for the graph of an image's whole run, it is made step by step (`tc_lightning.planner.gradients`). (Solvers with
 learned coefficients: Shaul et al., arXiv 2403.01329, by gradient descent. Estimates by random probes: Hutchinson, 1989.)
 
@@ -40,7 +40,7 @@ from tc_lightning.rollout.sampling import Rollout, sample
 
 PROBES = 4
 CURVED = 12  # images, evenly spread, that H is estimated on where there are twice as many or more; else all
-DAMPING = (1e-1, 1e-2, 1e-3)
+DAMPING = (1e-1, 1e-2)
 _SEED = 0x50726F62
 
 OnPass = Callable[[], object]

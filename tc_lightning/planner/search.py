@@ -15,6 +15,8 @@ from tc_lightning.planner.recipe import Kind, Recipe
 from tc_lightning.planner.shapes import Shape, fewer_steps, fill, halves, neighbours, variations
 from tc_lightning.planner.trials import Trial, TrialRunner
 
+HALVED = 3  # spacings of full compute that are tried with halves of guidance forecast
+
 Progress = Callable[[Trial, Trial], None]  # this trial, the best so far
 
 
@@ -56,10 +58,12 @@ class Search:
                 self._attempt(recipe)
 
     def try_without_skips(self, forecast_guidance: bool) -> None:
-        """What every budget is tried with: full compute with fewer steps, and the best of it with halves of guidance forecast."""
+        """What every budget is tried with: full compute with fewer steps, the best of it with halves of guidance forecast, and the best
+        of these with halves at more steps and at fewer: the spacing that is best without need not be so with them."""
         self.try_shapes(fewer_steps())
         if forecast_guidance:
-            for shape, _ in self.ranking("full")[:1]:
+            self.try_shapes([next(halves(shape)) for shape, _ in self.ranking("full")[:HALVED]])
+            for shape, _ in self.ranking("halves")[:1]:
                 self.try_shapes(halves(shape))
 
     def try_around(self, attempts: int, guided: bool) -> None:

@@ -15,7 +15,7 @@ from tc_lightning.policies.pruned_steps import PrunedStep
 
 FEWER_SPACINGS = ("mix:0.5", "mix:0.75", "quadratic", "mix:0.25", "logsnr")  # of full steps alone
 PRUNED_SPACINGS = ("mix:0.5", "quadratic", "logsnr")  # of recipes with P-steps
-ALONE_SHARES = (0.5, 0.4, 0.3)
+ALONE_SHARES = (0.4, 0.5, 0.3)
 RATIOS = (1.5, 2.0, 3.0)  # sampling steps over full steps, where there are P-steps
 ORDERS = (1, 2)
 WARMUP = 3  # full steps at the start: forecasts of order 2 are what they say from the third on
