@@ -1,7 +1,7 @@
 """Builds the wheel `tc-lightning-runtime` out of a checkout: `pip wheel export/runtime`.
 
-A build backend as PEP 517 has it. Sources lie where the rest of the package uses them: here, and in what of `tc_lightning` is imported from
-here. The wheel has them under one import name of its own, so that nothing on a serving machine claims `export` or `tc_lightning`:
+A build backend as PEP 517 has it. Sources lie where the rest of the package uses them: here, and in what of `tc_lightning` is imported
+from here. The wheel has them under one import name of its own, so that nothing on a serving machine claims `export` or `tc_lightning`:
 
     export.runtime.public     tc_lightning_runtime          its front
     export.runtime.sampler    tc_lightning_runtime.sampler
@@ -252,7 +252,7 @@ def _in_words(name: str, known: Any) -> str:
     while module and module not in known:
         module, _, last = module.rpartition(".")
         rest = f".{last}{rest}"
-    return _place(module) + rest if module and name not in ("export", "tc_lightning") else name
+    return _place(module) + rest if module and not (rest and module in ROOTS) else name
 
 
 def _archive(files: dict[str, bytes]) -> bytes:
