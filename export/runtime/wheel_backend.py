@@ -21,7 +21,7 @@ import re
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -57,7 +57,7 @@ class Module(NamedTuple):
         return ast.parse(self.source)
 
 
-def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
+def build_wheel(wheel_directory: str, config_settings: dict[str, Any] | None = None, metadata_directory: str | None = None) -> str:
     """Write the wheel into a folder.
 
     Returns:
@@ -71,7 +71,7 @@ def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_dire
     return name
 
 
-def build_sdist(sdist_directory: str, config_settings: Any = None) -> NoReturn:
+def build_sdist(sdist_directory: str, config_settings: dict[str, Any] | None = None) -> NoReturn:
     """There is none: the sources are those of the whole checkout.
 
     Raises:
@@ -214,7 +214,7 @@ def _place(name: str) -> str:
     return PACKAGE if name in (*ROOTS, FRONT) else f"{PACKAGE}.{inner}"
 
 
-def _rewritten(module: Module, known: Any) -> str:
+def _rewritten(module: Module, known: Collection[str]) -> str:
     """The source of a module as it is in the wheel; `known` are the names of all modules there."""
     data = module.source.encode()
     starts = [0, *(found.end() for found in re.finditer(rb"\n", data))]
@@ -223,18 +223,16 @@ def _rewritten(module: Module, known: Any) -> str:
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in OURS:
             found = _MODULE.match(data, starts[node.lineno - 1] + node.col_offset)
             assert found is not None, ast.unparse(node)
-            edits.append((*found.span(1), _place(node.module or "").encode()))
+            edits.append((found.start(1), found.end(1), _place(node.module or "").encode()))
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.partition(".")[0] in OURS:
                     start = starts[alias.lineno - 1] + alias.col_offset
                     edits.append((start, start + len(alias.name), _place(alias.name).encode()))
         elif text := _docstring(node):
-            span = [
-                starts[line - 1] + column
-                for line, column in ((text.lineno, text.col_offset), (text.end_lineno or 0, text.end_col_offset or 0))
-            ]
-            edits.append((*span, _NAMED.sub(lambda name: _in_words(name[0].decode(), known).encode(), data[slice(*span)])))
+            start = starts[text.lineno - 1] + text.col_offset
+            stop = starts[(text.end_lineno or 0) - 1] + (text.end_col_offset or 0)
+            edits.append((start, stop, _NAMED.sub(lambda name: _in_words(name[0].decode(), known).encode(), data[start:stop])))
     for start, stop, new in sorted(edits, reverse=True):
         data = data[:start] + new + data[stop:]
     return data.decode()
@@ -246,7 +244,7 @@ def _docstring(node: ast.AST) -> ast.Constant | None:
     return first if isinstance(first, ast.Constant) and isinstance(first.value, str) else None
 
 
-def _in_words(name: str, known: Any) -> str:
+def _in_words(name: str, known: Collection[str]) -> str:
     """A dotted name that a docstring tells a reader: rewritten if it is of a module in the wheel, or of what is in one."""
     module, rest = name, ""
     while module and module not in known:
