@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from export.command import run
 from export.grid import difference_pixels, replacing, save_grid, save_images, to_pixels
+from export.runtime.outputs import require_writable
 from export.runtime.sampler import CachedSampler, Result
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.measure.psnr import PIXEL_RANGE, psnr, psnr_db, squared_errors
@@ -73,18 +74,9 @@ def _in_words(compared: dict[str, Any]) -> str:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Refuse before sampling what could not be written after it."""
-    paths = [path.resolve() for path in (args.out, args.receipt) if path is not None]
     if args.images is not None:
         _check_folder(args.images.resolve(), args.artefact.resolve())
-    for path in paths:
-        if not path.parent.is_dir():
-            raise TokenCacheError(f"cannot write {path}: the folder {path.parent} does not exist.")
-        if path.is_dir():
-            raise TokenCacheError(f"cannot write {path}: it is a folder. Name a file in it.")
-        if path.parent == args.artefact.resolve():
-            raise TokenCacheError(f"cannot write {path}: nothing may be added to an artefact. Name a file outside it.")
-    if len(set(paths)) < len(paths):
-        raise TokenCacheError(f"--out and --receipt are both {paths[0]}: name two files.")
+    require_writable({"--out": args.out, "--receipt": args.receipt}, args.artefact)
 
 
 def _check_folder(folder: Path, artefact: Path) -> None:
