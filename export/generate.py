@@ -80,7 +80,8 @@ def _job(args: argparse.Namespace) -> Job:
     )
 
 
-def _seed(text: str) -> int:
+def seed(text: str) -> int:
+    """Argument type: a seed."""
     if not 0 <= (value := int(text)) < 2**63:
         raise argparse.ArgumentTypeError(f"{value} is not from 0 to 2**63 - 1")
     return value
@@ -103,7 +104,7 @@ def _arguments() -> argparse.Namespace:
         help=f"`{BALANCED}`: the classes in turn; `{DRAWN}`: at random; or classes to take in turn",
     )
     parser.add_argument("--conditions", type=Path, help="a .npz file with rows of each condition, taken in turn, and null.NAME rows")
-    parser.add_argument("--seed", type=_seed, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--guidance", type=float, help="guidance scale (default: the plan's)")
     parser.add_argument("--full", action="store_true", help="compute everything at every step: the run that the plan is compared with")
     parser.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from export.generation.job import Job
@@ -27,7 +27,7 @@ def require_workers(workers: int | None, provider: str, address: str | None) -> 
         _require_at_most(workers, _cores(), "core")
 
 
-def lines_of(job: Job, shards: Sequence[int], workers: int | None, address: str | None) -> Iterator[Line]:
+def lines_of(job: Job, shards: Sequence[int], workers: int | None, address: str | None) -> Generator[Line, None, None]:
     """Make shards, and give the line of each as it is done; when this is closed, so are the workers.
 
     Args:

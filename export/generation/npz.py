@@ -61,5 +61,5 @@ def _write(job: Job, archive: zipfile.ZipFile, on_images: Callable[[int], object
                     np.lib.format.write_array_header_1_0(file, header)
                     begun = True
                 for picture in pictures:
-                    file.write(np.ascontiguousarray(picture))
+                    file.write(picture.tobytes())
                 on_images(len(pictures))

@@ -46,7 +46,8 @@ class ShardMaker:
         indices = job.indices(shard)
         given = given_for(self._sampler.conditions, indices, job.seed, job.labels, self._rows.examples)
         pictures: list[bytes | None] = []
-        latents, failed = [], {}
+        latents: list[np.ndarray] = []
+        failed: dict[int, str] = {}
         for start in range(0, len(indices), job.batch):
             cut = slice(start, start + job.batch)
             made = self._sampler.sample(
