@@ -71,12 +71,18 @@ def soak(
         on_request(1)
         return images, np.array_equal(made.latents[place], control[full])
 
+    def every(first: int, end: int) -> tuple[int, int]:
+        images = changed = 0
+        for number in range(first, end, threads):
+            size, same = request(number)
+            images, changed = images + size, changed + (not same)
+        return images, changed
+
     done, images, changed, resident = 0, 0, 0, {}
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:  # a call for each thread: one for each request would itself take memory
         for mark in marks:
-            for size, same in pool.map(request, range(done, mark)):
-                images += size
-                changed += not same
+            for some, others in pool.map(every, range(done, done + threads), [mark] * threads):
+                images, changed = images + some, changed + others
             done, resident[mark] = mark, memory_mb()["now"]
     return Soaked(done, images, resident, changed)
 
