@@ -55,11 +55,19 @@ def save_images(rows: dict[str, np.ndarray], folder: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when all went well, and vanishes if not."""
+    """A temporary file beside `path` that takes its place when all went well, and vanishes if not.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be written; it names `path`.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
     python export/to_onnx.py                                     the newest run under runs/, to artefacts/NAME
     python export/to_onnx.py --run runs/digits/version_3 --precision fp16
     python export/to_onnx.py --vae PIPELINE/vae                  with a decoder, of a teacher that is not a whole pipeline itself
+    python export/to_onnx.py --sign key.pem                      signed by the owner of a private key (extra [sign])
     python export/to_onnx.py --explain --figure plan.png         print the programs of the plan, draw them, and export nothing
 
 Exit status: 0 proved and written; 2 an error in what was given; 3 the artefact disagrees with torch, and nothing was written.
@@ -20,6 +21,7 @@ from export.compiler.explain import conditioning_in_words, explain, plan_figure
 from export.runtime.decoder_contract import DATA, memory_bytes
 from export.runtime.layout import DECODER
 from export.runtime.programs import lower
+from export.signature import require_private_key, sign_manifest
 from export.torch_device import torch_device
 from tc_lightning.models.checkpoints import load_teacher
 from tc_lightning.models.checkpoints.pipeline import find_vae, read_vae
@@ -44,6 +46,8 @@ def main() -> None:
             plan_figure(plan, lowered, args.figure)
             print(f"wrote {args.figure}")
         return
+    if args.sign is not None:
+        require_private_key(args.sign)
     device = torch_device(args.provider)
     vae = None if args.no_pixels else read_vae(args.vae) if args.vae else find_vae(run_info.teacher)
     model = load_teacher(run_info.teacher).to(device)
@@ -61,6 +65,8 @@ def main() -> None:
         print(_decoder_in_words(manifest, out))
     print(f"speed         {manifest['macs_speedup']:.2f}x in MACs, {fidelity['wall_speedup']:.2f}x on the clock ({args.provider})")
     print(f"conditioning  {conditioning_in_words(manifest)}")
+    if args.sign is not None:
+        print(f"signed        by the owner of the key {sign_manifest(out, args.sign)}")
     print(f"wrote {out}\nnext: python export/sample.py {out} --labels 0 1 2 3 --out grid.png --compare")
 
 
@@ -86,6 +92,7 @@ def _arguments() -> argparse.Namespace:
     decoder = parser.add_mutually_exclusive_group()
     decoder.add_argument("--vae", type=Path, help="folder of the AutoencoderKL that decodes the latents (default: the pipeline's own)")
     decoder.add_argument("--no-pixels", action="store_true", help="of a pipeline: leave its decoder out")
+    parser.add_argument("--sign", type=Path, help="private key, PEM, to sign the manifest with: it says whose the artefact is")
     parser.add_argument("--explain", action="store_true", help="print the plan's programs and exit")
     parser.add_argument("--figure", type=Path, help="with --explain: draw the plan and its programs to this PNG file")
     return parser.parse_args()

@@ -2,9 +2,10 @@
 
     python export/verify.py artefacts/digits
     python export/verify.py artefacts/digits --images 16 --json
+    python export/verify.py artefacts/digits --signature key.pub     and that the owner of this key signed it (extra [sign])
 
 The torch reference is rebuilt from the artefact's own weights; nothing else is needed. Exit status: 0 verified, 2 the artefact is
-damaged, 3 it disagrees with torch.
+damaged, or not signed by the key that was named, 3 it disagrees with torch.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from export.runtime.layout import DECODER
 from export.runtime.manifest import ArtefactError
 from export.runtime.programs import lower
 from export.runtime.sampler import CachedSampler
+from export.signature import verify_signature
 from export.torch_device import torch_device
 from tc_lightning.diffusion.samplers import SAMPLERS
 from tc_lightning.diffusion.schedule import Schedule
@@ -52,7 +54,10 @@ from tc_lightning.rollout.sampling import full_plan, given_for, noise_for
 def main() -> None:
     """Command line."""
     args = _arguments()
-    report = verify(args.artefact, args.provider, args.images, args.batch, args.seed, args.json, args.device, args.conditions)
+    signed = {} if args.signature is None else {"signed_by": verify_signature(args.artefact, args.signature)}
+    if signed and not args.json:
+        print(f"signed by the owner of the key {signed['signed_by']}", flush=True)
+    report = verify(args.artefact, args.provider, args.images, args.batch, args.seed, args.json, args.device, args.conditions) | signed
     print(json.dumps(report, indent=1) if args.json else _table(report))
 
 
@@ -266,6 +271,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="seed of the images (default: a fresh one)")
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--device", type=int, default=0, help="number of the GPU, with --provider cuda")
+    parser.add_argument("--signature", type=Path, help="public key, PEM: refuse an artefact that its owner has not signed as it is")
     parser.add_argument("--conditions", type=Path, help="a .npz file with examples of conditions: the last of every four rows serve")
     return parser.parse_args()
 

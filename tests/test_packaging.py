@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("data", "export", "tc_lightning")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-TOOLS = {"pytest-xdist", "ruff", "mypy"}  # run, not imported
+TOOLS = {"pytest-xdist", "ruff", "mypy", "ray", "model-signing"}  # run, not imported
 OF_OTHERS = {"jsonargparse"}  # Lightning's command line imports it, and does not ask for it
 SOURCES = sorted(path for folder in (*PACKAGES, "tests") for path in (ROOT / folder).rglob("*.py"))
 
@@ -50,7 +50,7 @@ def requirements(extra: str = "") -> set[str]:
 
 def extras() -> set[str]:
     """What some commands need, and most users do not."""
-    return requirements("pixels") | requirements("text")
+    return set().union(*(requirements(extra) for extra in PROJECT["optional-dependencies"] if extra != "test"))
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round():
@@ -63,7 +63,7 @@ def test_what_is_imported_is_declared_and_the_other_way_round():
 def test_what_an_extra_brings_is_imported_late():
     """Whoever does not need it need not have it."""
     extra = {name for name, found in distributions(imported(SOURCES)).items() if found & (extras() - requirements())}
-    assert extra == {"diffusers", "transformers"}
+    assert extra == {"diffusers", "transformers", "ray", "model_signing", "cryptography"}
     for path in SOURCES:
         if path.parent.name != "tests":
             at_once = [

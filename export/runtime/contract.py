@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from export.runtime.decoder_contract import require_decoder
-from export.runtime.layout import BYTES, CONDITION, CONSTANT, ELEMENT_TYPES, FULL
+from export.runtime.decoder_contract import DATA, require_decoder
+from export.runtime.layout import BYTES, CONDITION, CONSTANT, DECODER, ELEMENT_TYPES, FULL
 from export.runtime.manifest import AGAIN, NAME, NULLS, PLAN, WEIGHTS, ArtefactError, read_manifest, require_files
 from export.runtime.onnx_header import Header, read_header
 from export.runtime.programs import LoweredPlan, Program, computed_tokens, condition_times, lower
@@ -99,6 +99,17 @@ def read_artefact(folder: Path, onnxruntime: str) -> dict[str, Any]:
         raise ArtefactError(f"a graph of the artefact {folder} cannot be read: {error}. {AGAIN}") from error
     require_consistent(folder / NAME, manifest, plan, graphs)
     return manifest
+
+
+def graph_file(folder: Path, manifest: Mapping[str, Any], stem: str) -> Path:
+    """The file of a graph, which is still what the manifest says: sessions are opened long after an artefact was checked.
+
+    Raises:
+        ArtefactError: if the file, or the decoder's weights beside it, was changed meanwhile.
+    """
+    own = {f"{stem}.onnx", *([DATA] if stem == DECODER else [])}
+    require_files(folder, {"files": {name: said for name, said in manifest.get("files", {}).items() if name in own}})
+    return folder / f"{stem}.onnx"
 
 
 def require_onnxruntime(folder: Path, manifest: Mapping[str, Any], found: str) -> None:

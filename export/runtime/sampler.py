@@ -22,7 +22,7 @@ import onnxruntime as ort
 
 from export.runtime.admission import batch_within, most_rows, predicted_bytes
 from export.runtime.buffers import Pool, ProgramError
-from export.runtime.contract import read_artefact
+from export.runtime.contract import graph_file, read_artefact
 from export.runtime.cuda_provider import lane, why_no_graphs
 from export.runtime.decoder import Decoder
 from export.runtime.layout import CONDITION, DECODER, lay_out
@@ -210,8 +210,8 @@ class CachedSampler(OfOneProcess):
             named: conditions, as arguments of their own.
 
         Raises:
-            TokenCacheError: if a condition is missing, unknown or not what it can be, guidance was not exported, or latents or pixels
-                become NaN.
+            TokenCacheError: if a condition is missing, unknown or not what it can be, guidance was not exported, latents or pixels
+                become NaN, or the artefact's files were changed since it was loaded.
         """
         self._require_own_process()
         given = asked_for(self.conditions, labels, {**(conditions or {}), **named})
@@ -286,9 +286,11 @@ class CachedSampler(OfOneProcess):
 
     def _run_once(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, dict[int, str], Tally]:
         """Run a part of a request in buffers that nobody else uses meanwhile."""
+        self._weights.require_unchanged()
         images, on_cpu = part.images, self.provider == "cpu"
+        doubled = self.manifest["guidance"]["scale"] != 1.0
         most = most_rows(self.manifest, images, part.own_nulls)
-        rows = rows_in(distinct_rows(self.conditions, self._doubled, part.given, part.nulls)[1]) if on_cpu else most
+        rows = rows_in(distinct_rows(self.conditions, doubled, part.given, part.nulls)[1]) if on_cpu else most
         key = (images, rows, part.full)
         workspace = self._pool.take(key, lay_out(self.manifest, images, rows, part.full))
         try:
@@ -299,16 +301,12 @@ class CachedSampler(OfOneProcess):
             self._weights.forget()  # a third of the weights is conditioning, which the steps did not read
             self._pool.put_back(key, workspace)
 
-    @property
-    def _doubled(self) -> bool:
-        return self.manifest["guidance"]["scale"] != 1.0
-
     def _open(self, name: str) -> ort.InferenceSession:
         profile = None if self._profile is None else f"{self._profile}-{name}"
         options = session_options(self.provider, self._threads, name in {*self._packed, DECODER}, profile)
         graphs = self._no_graphs is None and name not in (CONDITION, DECODER)
         self._weights.give(options)
-        session = open_session(self.path / f"{name}.onnx", self.provider, options, graphs, self.device)
+        session = open_session(graph_file(self.path, self.manifest, name), self.provider, options, graphs, self.device)
         self._weights.forget()
         return session
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import threading
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,7 @@ import onnxruntime as ort
 
 from export.runtime.buffers import NUMPY_TYPES, place
 from export.runtime.cuda_provider import CUDA, RuntimeUnavailableError, cuda_error, provider_options, require_cuda
+from export.runtime.decoder_contract import DATA
 from export.runtime.layout import BYTES, CONDITION, ELEMENT_TYPES, FULL
 from export.runtime.manifest import WEIGHTS, ArtefactError
 from tc_lightning.errors import first_line
@@ -104,8 +106,10 @@ class SharedWeights:
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], provider: str, device: int = 0) -> None:
-        with (folder / WEIGHTS).open("rb") as file:
-            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        # They stay open: these files are what is mapped, whatever takes their names.
+        self._files = {name: (folder / name).open("rb") for name in (WEIGHTS, DATA) if (folder / name).exists()}
+        self._read_from_files, self._at_first = provider == "cpu", self._now()
+        self._mapped = mmap.mmap(self._files[WEIGHTS].fileno(), 0, access=mmap.ACCESS_READ)
         self._values: dict[str, Any] = {}
         for name in {*manifest[CONDITION]["weights"], *(w for p in manifest["programs"].values() for w in p["weights"])}:
             dtype, shape, offset, nbytes = manifest["weights"][name]
@@ -117,6 +121,29 @@ class SharedWeights:
         """Let the session that is made with these options use them; this object must live as long as it."""
         for name, value in self._values.items():
             options.add_initializer(name, value)
+
+    def require_unchanged(self) -> None:
+        """Refuse weights, the decoder's too, that were written to since they were mapped.
+
+        Images would be others, and a file that was cut short ends the process.
+        A new file that took the old one's place is no change: the old one stays mapped.
+
+        Raises:
+            ArtefactError: if size or time of change are not those of then.
+        """
+        if self._read_from_files and (now := self._now()) != self._at_first:
+            changed = next(name for name, file in self._files.items() if now[name] != self._at_first[name])
+            raise ArtefactError(
+                f"{self._files[changed].name} was changed while a sampler was using it: it is not what its manifest says any "
+                "more. Put an "
+                "artefact in the place of another by renaming its folder, never by writing into it; export it again, and make a "
+                "new sampler."
+            )
+
+    def _now(self) -> dict[str, tuple[int, int]]:
+        """Size and time of change of each file."""
+        found = {name: os.fstat(file.fileno()) for name, file in self._files.items()}
+        return {name: (said.st_size, said.st_mtime_ns) for name, said in found.items()}
 
     def forget(self) -> None:
         """Drop from memory the pages that were read to be repacked, or for conditioning; those that are needed come back."""
