@@ -20,7 +20,7 @@ from tc_lightning.plan.conditions import conditions_from_json
 from tc_lightning.plan.given import Arrays
 
 BAD_REQUEST, TOO_LARGE, BUSY = 400, 413, 503
-_POLL_S, _WATCH_S, _PING_S = 0.03, 0.25, 10.0
+_POLL_S, _PING_S, _MOST_WORDS = 0.03, 10.0, 500
 
 Handle = Callable[[Asked], Awaitable[Response]]
 
@@ -52,7 +52,7 @@ class Desk:
             asked = read_asked(body, self.manifest, self.examples)
         except TokenCacheError as error:
             self._refused["bad"] += 1
-            raise HTTPException(BAD_REQUEST, str(error)) from error
+            raise HTTPException(BAD_REQUEST, _short(str(error))) from error
         slot = self._slots.take()
         if slot is None:
             self._refused["busy"] += 1
@@ -77,8 +77,8 @@ class Desk:
 
     async def watch(self, request: Request, slot: int) -> None:
         """Give a request up when its client goes away."""
-        while not await request.is_disconnected():
-            await asyncio.sleep(_WATCH_S)
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
         self.board.give_up(slot)
 
     def started(self, asked: Asked, handle: Handle) -> asyncio.Task[Response]:
@@ -165,6 +165,11 @@ class Events(StreamingResponse):
         finally:
             if not self._task.done():
                 self._desk.board.give_up(self._slot)
+
+
+def _short(words: str) -> str:
+    """Without the digits of a number that has thousands of them."""
+    return words if len(words) <= _MOST_WORDS else f"{words[:_MOST_WORDS]} ..."
 
 
 def _event(name: str, data: Any) -> str:
