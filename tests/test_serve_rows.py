@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,14 @@ def test_steps_are_told_to_the_rows_that_run_and_a_run_can_be_given_up(one_threa
     (again,) = answers(one_thread, rows[1:2])
     assert isinstance(again, Answer)
     assert again.latent.tobytes() == alone(one_thread, rows[1]).tobytes()
+
+
+def test_rows_need_the_runtime_alone() -> None:
+    absent = ("torch", "lightning", "onnx", "safetensors", "PIL", "litserve", "fastapi", "tqdm")
+    script = (
+        f"import sys; sys.modules |= dict.fromkeys({absent}); import export.serving.rows, export.serving.asked, export.serving.client"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_a_run_that_is_refused_is_refused_to_each_of_its_rows(artefact: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from export.runtime.sampler import CachedSampler
 from export.serving.app import PAGE
 from export.serving.client import HOST, Running, running
 
+README = Path(__file__).parents[1] / "README.md"
 SEED = 9_007_199_254_740_993  # no number of JavaScript
 NO_BROWSER = "no chromium on this machine: apt-get install chromium"
 
@@ -34,6 +37,20 @@ def test_the_page_is_one_file(server: Running) -> None:
     assert reply.body == PAGE.read_bytes()
     assert "default-src 'none'" in reply.headers["content-security-policy"]
     assert not re.search(r"""(src|href)=|@import|url\(|https?://""", reply.body.decode())
+
+
+def test_the_lines_of_the_readme(server: Running) -> None:
+    """As curl sends them: a form, by its content type."""
+    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    start, asked, told = next(block for block in blocks if "export/serve.py" in block).strip().splitlines()
+    assert start == "pip install -e '.[serve]' && python export/serve.py artefacts/digits"
+    found = re.fullmatch(r"curl -d '(.*)' http://127.0.0.1:8000(/\S+) --output \S+\.png", asked)
+    assert found
+    body, path = found.groups()
+    with urllib.request.urlopen(f"http://{HOST}:{server.port}{path}", body.encode()) as reply:
+        assert reply.headers["content-type"] == "image/png"
+        assert json.loads(reply.headers["x-receipt"])["labels"] == [json.loads(body)["label"]]
+    assert server.ask(told.removeprefix("curl http://127.0.0.1:8000")).json()["provider"] == "cpu"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)
@@ -68,8 +85,7 @@ def test_errors_and_cancelling_in_a_browser(server: Running) -> None:
         page.run("document.getElementById('guidance').value = ''; document.getElementById('seed').value = '-1'")
         page.run("document.getElementById('form').noValidate = true; document.getElementById('make').click()")
         page.wait("/whole number/.test(document.querySelector('#full .said').textContent)")
-        page.run(
-            "document.getElementById('seed').value = '1'; document.getElementById('make').click(); document.getElementById('cancel').click()"
-        )
+        page.run("document.getElementById('seed').value = '1'")
+        page.run("document.getElementById('make').click(); document.getElementById('cancel').click()")
         page.wait("document.querySelector('#cached .said').textContent === 'cancelled'")
         assert not page.run("document.getElementById('make').disabled")

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import logging
+import multiprocessing
 import os
 import threading
 import time
@@ -91,7 +92,8 @@ class SamplerAPI(ls.LitAPI):
 
     def setup(self, device: str) -> None:
         """In the worker: load the artefact, and run every size of batch once."""
-        end_with_parent()
+        if multiprocessing.parent_process() is not None:
+            end_with_parent()
         try:
             self._sampler = CachedSampler(self._artefact, max_batch=self.max_batch_size, **self._given)
             self._board.say(self._warmed_up())
