@@ -24,7 +24,7 @@ import numpy as np
 from export.command import positive, run
 from export.serving.triton_client import Client
 from export.serving.triton_config import Settings, served_name
-from export.serving.triton_load import Outcome, faults, mixed, send
+from export.serving.triton_load import Alone, Ask, Outcome, faults, mixed, send
 from export.serving.triton_process import free_ports, started
 from export.serving.triton_repository import write_repository
 from export.serving.triton_runtime import CachedSampler
@@ -39,18 +39,19 @@ def main() -> None:
     sampler = CachedSampler(args.artefact, threads=1)
     settings = Settings(threads=1, max_batch=args.max_batch, delay_ms=args.delay_ms)
     kinds = {"batching": settings, "no batching": dataclasses.replace(settings, batching=False)}
-    found = {kind: _loaded(sampler, args, one) for kind, one in kinds.items()}
-    found["killed"] = _killed(sampler, args, settings)
+    made, asks = Alone(sampler), mixed(sampler, args.requests, args.seed)
+    found = {kind: _loaded(made, asks, args, one) for kind, one in kinds.items()}
+    found["killed"] = _killed(made, mixed(sampler, args.requests_killed, args.seed + 1), args, settings)
     print(json.dumps(found, indent=1) if args.json else _in_words(found))
     if any(one["faults"] for one in found.values()):
         raise SystemExit(FELL_SHORT)
 
 
-def _loaded(sampler: CachedSampler, args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+def _loaded(made: Alone, asks: Sequence[Ask], args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """Figures of a load, and what was not as it must be."""
-    asks, name = mixed(sampler, args.requests, args.seed), served_name(sampler.path)
+    name = served_name(args.artefact)
     with tempfile.TemporaryDirectory() as folder:
-        write_repository([sampler.path], Path(folder) / "repository", settings)
+        write_repository([args.artefact], Path(folder) / "repository", settings)
         with started(Path(folder) / "repository") as server:
             memory: dict[int, int] = {}
 
@@ -61,7 +62,8 @@ def _loaded(sampler: CachedSampler, args: argparse.Namespace, settings: Settings
             began = time.perf_counter()
             outcomes = send(server.address, name, asks, args.clients, done)
             seconds = time.perf_counter() - began
-            batches = _batches(Client(server.address).get(f"/v2/models/{name}/stats"))
+            with Client(server.address) as client:
+                batches = _batches(client.get(f"/v2/models/{name}/stats"))
     good = [outcome for outcome in outcomes if outcome.outputs is not None]
     return {
         "requests": len(asks),
@@ -71,7 +73,7 @@ def _loaded(sampler: CachedSampler, args: argparse.Namespace, settings: Settings
         "images_per_second": images / seconds,
         "batches": batches,
         "memory_bytes": memory,
-        "faults": [*faults(sampler, outcomes), *_grown(memory), *(f"request {n} was lost" for n, o in enumerate(outcomes) if o.lost)],
+        "faults": [*faults(made, outcomes), *_grown(memory), *(f"request {n} was lost" for n, o in enumerate(outcomes) if o.lost)],
     }
 
 
@@ -92,13 +94,13 @@ def _grown(memory: dict[int, int]) -> list[str]:
     return [f"memory grew from {memory[EARLY]:,} bytes after request {EARLY} to {memory[max(memory)]:,} after {max(memory)}"]
 
 
-def _killed(sampler: CachedSampler, args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+def _killed(made: Alone, asks: Sequence[Ask], args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     """A server killed in the middle of a load, and another started in its place: what was in flight is lost, and nothing else."""
-    asks, name = mixed(sampler, args.requests_killed, args.seed + 1), served_name(sampler.path)
+    name = served_name(args.artefact)
     ports, outcomes, half = free_ports(), list[Outcome](), threading.Event()
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "repository"
-        write_repository([sampler.path], repository, settings)
+        write_repository([args.artefact], repository, settings)
 
         def load(address: str) -> None:
             outcomes.extend(send(address, name, asks, args.clients, lambda count: half.set() if count >= len(asks) // 2 else None))
@@ -113,7 +115,7 @@ def _killed(sampler: CachedSampler, args: argparse.Namespace, settings: Settings
     lost = sum(outcome.lost for outcome in outcomes)
     wrong = [] if 1 <= lost <= args.clients else [f"{lost} requests were lost, with {args.clients} clients of one request at a time"]
     wrong += [] if len(outcomes) == len(asks) else [f"{len(outcomes)} of {len(asks)} requests had an end"]
-    return {"requests": len(asks), "lost_in_flight": lost, "faults": [*faults(sampler, outcomes), *wrong]}
+    return {"requests": len(asks), "lost_in_flight": lost, "faults": [*faults(made, outcomes), *wrong]}
 
 
 def _in_words(found: dict[str, dict[str, Any]]) -> str:

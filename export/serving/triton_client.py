@@ -44,6 +44,12 @@ class Client:
     def __init__(self, address: str, timeout: float = 120.0) -> None:
         self._connection = http.client.HTTPConnection(address, timeout=timeout)
 
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End the connection; the next request makes another."""
         self._connection.close()
@@ -79,8 +85,11 @@ class Client:
             RequestFailedError: if it is an error.
             OSError: if there is no connection.
         """
-        answer, _ = self._ask("GET", path)
-        return json.loads(answer) if answer else None
+        return _json(self._ask("GET", path)[0])
+
+    def post(self, path: str) -> Any:
+        """The server's JSON at a path that is posted to; raises as `get` does."""
+        return _json(self._ask("POST", path)[0])
 
     def _ask(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
@@ -104,6 +113,10 @@ def _described(name: str, value: np.ndarray) -> dict[str, Any]:
         "shape": list(value.shape),
         "parameters": {"binary_data_size": value.nbytes},
     }
+
+
+def _json(answer: bytes) -> Any:
+    return json.loads(answer) if answer else None
 
 
 def _said(answer: bytes) -> str:

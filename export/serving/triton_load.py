@@ -23,7 +23,7 @@ from tc_lightning.plan.given import NUMPY_TYPES
 
 BAD_SHARE, FULL_SHARE = 0.05, 0.05
 MOST_ROWS = 3
-OVERFLOWING = 1e30  # a guidance scale that can be asked for, and of which latents become NaN
+OVERFLOWING = 3e38  # a guidance scale that can be asked for, and of which latents become NaN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +165,9 @@ def _one(client: Client, address: str, model: str, ask: Ask, patience: float) ->
         except ConnectionRefusedError:
             _wait_for(address, until)
         except (OSError, http.client.HTTPException):
-            return Outcome(ask, 1e3 * (time.perf_counter() - started))
+            lost = Outcome(ask, 1e3 * (time.perf_counter() - started))
+            _wait_for(address, until)  # what is sent to a server that is ending is lost, too
+            return lost
 
 
 def _wait_for(address: str, until: float) -> None:
@@ -175,36 +177,54 @@ def _wait_for(address: str, until: float) -> None:
         time.sleep(0.05)
 
 
-def faults(sampler: CachedSampler, outcomes: Sequence[Outcome]) -> list[str]:
+class Alone:
+    """Rows made by themselves, each once, however often it is asked for.
+
+    Args:
+        sampler: the artefact, on the same provider and with the same number of threads as the server.
+    """
+
+    def __init__(self, sampler: CachedSampler) -> None:
+        self.provider, self._sampler = sampler.provider, sampler
+        self._made: dict[tuple[int, int], tuple[Ask, dict[str, np.ndarray]]] = {}
+
+    def row(self, ask: Ask, row: int) -> dict[str, np.ndarray]:
+        """Outputs of a row of a request by name; of the same object the same."""
+        key = id(ask), row
+        if key not in self._made:
+            self._made[key] = ask, alone(self._sampler, ask, row)  # the request is kept, so that its id stays its own
+        return self._made[key][1]
+
+
+def faults(made: Alone, outcomes: Sequence[Outcome]) -> list[str]:
     """What is not as it must be: an answer that differs from its own rows made alone, in any byte; a good request that failed; a bad
     one that did not, or whose error is not its own. Requests that were lost are not looked at.
 
     Args:
-        sampler: the artefact, on the same provider and with the same number of threads.
+        made: what rows are by themselves.
         outcomes: what became of the requests.
     """
     found = []
     for number, outcome in enumerate(outcomes):
         if outcome.lost:
             continue
-        told = _fault(sampler, outcome)
+        told = _fault(made, outcome)
         found += [f"request {number}: {told}"] if told else []
     return found
 
 
-def _fault(sampler: CachedSampler, outcome: Outcome) -> str | None:
+def _fault(made: Alone, outcome: Outcome) -> str | None:
     ask, outputs = outcome.ask, outcome.outputs
     if ask.wrong:
         return None if ask.wrong in (outcome.error or "") else f"was to fail and say {ask.wrong!r}, and said {outcome.error!r}"
     if outputs is None:
         return f"failed: {outcome.error}"
     for row in range(ask.rows):
-        made = alone(sampler, ask, row)
-        for name, value in made.items():
+        for name, value in made.row(ask, row).items():
             if outputs[name][row].tobytes() != value.tobytes():
                 return f"row {row}: {name} differs from the one made alone"
         receipt: dict[str, Any] = json.loads(str(outputs[RECEIPT][row, 0]))
-        if receipt["provider"] != sampler.provider:
+        if receipt["provider"] != made.provider:
             return f"row {row}: its receipt names the provider {receipt['provider']}"
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 IMAGES, CACHED_STEPS, REFUSED = "tc_images_total", "tc_cached_steps_total", "tc_nan_refusals_total"
@@ -34,17 +34,16 @@ class Metrics:
         for name in (IMAGES, CACHED_STEPS, REFUSED):
             self._add(name, 0)
 
-    def count(self, receipts: Iterable[Mapping[str, Any]], images: int, refused: int) -> None:
-        """Count what ran.
+    def count(self, receipts: Sequence[Mapping[str, Any]], refused: int) -> None:
+        """Count what ran for a batch.
 
         Args:
-            receipts: of the runs, one each.
-            images: that were made.
+            receipts: of the images that were made. Those of the plan, which ran together, tell of one run; so do those of full compute.
             refused: rows that became NaN.
         """
-        self._add(IMAGES, images)
+        self._add(IMAGES, len(receipts))
         self._add(REFUSED, refused)
-        for receipt in receipts:
+        for receipt in {receipt["full_compute"]: receipt for receipt in receipts}.values():
             self._add(CACHED_STEPS, receipt["steps_reading_cache"])
             for program, ms in (receipt["ms_per_program"] or {}).items():
                 self._add(MILLISECONDS, ms, program)
@@ -54,8 +53,3 @@ class Metrics:
         if key not in self._metrics:
             self._metrics[key] = self._families[name].Metric(labels=self._labels | ({"program": program} if program else {}))
         self._metrics[key].increment(value)
-
-
-def runs_of(receipts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """One receipt of each run: rows that ran together share it."""
-    return list({id(receipt): receipt for receipt in receipts}.values())

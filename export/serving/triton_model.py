@@ -15,7 +15,7 @@ import triton_python_backend_utils as pb_utils
 
 from export.serving.rows import Answer, Row, answers, checked
 from export.serving.triton_config import CUDA, EITHER
-from export.serving.triton_metrics import Metrics, runs_of
+from export.serving.triton_metrics import Metrics
 from export.serving.triton_repository import ARTEFACT
 from export.serving.triton_rows import rows_of, tensors_of
 from export.serving.triton_runtime import CachedSampler
@@ -23,7 +23,7 @@ from export.serving.warm_up import warm_up
 from tc_lightning.errors import TokenCacheError
 
 
-class GivenUpError(Exception):
+class GivenUpError(TokenCacheError):
     """Nobody waits for an image of this batch any more."""
 
 
@@ -50,14 +50,9 @@ class TritonPythonModel:
         """The response of each request: images, or the error that one of its rows has."""
         asked = [self._asked(request) for request in requests]
         rows = [row for one in asked if not isinstance(one, TokenCacheError) for row in one]
-        try:
-            made = iter(self._made(rows, requests))
-        except GivenUpError:
-            return [_refusal("the request was given up", pb_utils.TritonError.CANCELLED) for _ in requests]
-        except TokenCacheError as error:
-            return [_refusal(str(error), pb_utils.TritonError.INTERNAL) for _ in requests]
+        made = iter(self._made(rows, requests))
         return [
-            _refusal(str(one), pb_utils.TritonError.INVALID_ARG)
+            _refusal(one)
             if isinstance(one, TokenCacheError)
             else _response([next(made) for _ in one], request.requested_output_names())
             for one, request in zip(asked, requests, strict=True)
@@ -73,7 +68,7 @@ class TritonPythonModel:
         rows = rows_of(self._sampler.conditions, tensors)
         for number, row in enumerate(rows):
             try:
-                checked(self._sampler, row)
+                checked(self._sampler.manifest, row)
             except TokenCacheError as error:
                 return _of_row(number, len(rows), error)
         return rows
@@ -81,13 +76,13 @@ class TritonPythonModel:
     def _made(self, rows: Sequence[Row], requests: Sequence[Any]) -> list[Answer | TokenCacheError]:
         """An answer or an error for each row, and all of it counted."""
 
-        def on_step(*_: int) -> None:
+        def on_step(*_: object) -> None:
             if all(request.is_cancelled() for request in requests):
-                raise GivenUpError
+                raise GivenUpError("the request was given up.")
 
-        found = answers(self._sampler, rows, on_step) if rows else []
-        good = [one for one in found if isinstance(one, Answer)]
-        self._metrics.count(runs_of([one.receipt for one in good]), len(good), len(found) - len(good))
+        found = answers(self._sampler, rows, on_step)
+        good = [one.receipt for one in found if isinstance(one, Answer)]
+        self._metrics.count(good, sum(type(one) is TokenCacheError for one in found))  # errors of other classes are no row's own
         return found
 
 
@@ -112,7 +107,7 @@ def _response(made: Sequence[Answer | TokenCacheError], wanted: Sequence[str]) -
     good = []
     for number, one in enumerate(made):
         if isinstance(one, TokenCacheError):
-            return _refusal(str(_of_row(number, len(made), one)), pb_utils.TritonError.INVALID_ARG)
+            return _refusal(_of_row(number, len(made), one))
         good.append(one)
     tensors = [pb_utils.Tensor(name, value) for name, value in tensors_of(good).items() if name in wanted]
     return pb_utils.InferenceResponse(output_tensors=tensors)
@@ -120,8 +115,9 @@ def _response(made: Sequence[Answer | TokenCacheError], wanted: Sequence[str]) -
 
 def _of_row(number: int, rows: int, error: TokenCacheError) -> TokenCacheError:
     """An error of a request, which says of which of its rows."""
-    return error if rows == 1 else TokenCacheError(f"row {number}: {error}")
+    return error if rows == 1 or isinstance(error, GivenUpError) else TokenCacheError(f"row {number}: {error}")
 
 
-def _refusal(message: str, code: int) -> Any:
-    return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(message, code))
+def _refusal(error: TokenCacheError) -> Any:
+    code = pb_utils.TritonError.CANCELLED if isinstance(error, GivenUpError) else pb_utils.TritonError.INVALID_ARG
+    return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(str(error), code))

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import http.client
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,8 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from export.serving.triton_server import CHECKOUT, Ports, ServerError
-
-LAST_LINES = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Running:
 
     def processes(self) -> list[int]:
         """The server and the processes of its models, by number."""
-        return [pid for pid in _group(self.launcher.pid) if pid != self.launcher.pid]
+        return sorted(pid for pid in _group(self.launcher.pid) if pid != self.launcher.pid)
 
     def memory(self) -> int:
         """Resident bytes of the server and the processes of its models, together."""
@@ -74,7 +73,9 @@ class Running:
             time.sleep(0.05)
 
     def _last(self) -> str:
-        return " / ".join(self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:])
+        """What it says of errors; lines of Triton's begin with E and the date."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return " / ".join([line for line in lines if re.match(r"E\d{4} |error: ", line)] or lines[-1:])
 
 
 def is_ready(address: str) -> bool:

@@ -16,6 +16,10 @@ MARK = "tc-lightning.json"  # says that a repository is ours, and which models o
 ARTEFACT, VERSION = "artefact", "1"
 MODEL = '''"""Serves the artefact beside this file. Written by `python export/to_triton.py`: change nothing here, write it again."""
 
+import os
+import sys
+
+sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # Triton's Python does not read it
 try:
     from export.serving.triton_model import TritonPythonModel  # noqa: F401
 except ModuleNotFoundError as error:
