@@ -81,6 +81,32 @@ def receipt_of(
     }
 
 
+def receipt_of_one(receipt: Mapping[str, Any], m: Mapping[str, Any], place: int) -> dict[str, Any]:
+    """The receipt of one image of a request that others share: what ran is the request's, as are its times; of what was asked for, it
+    holds this image's part alone.
+
+    Args:
+        receipt: the request's.
+        m: the artefact's manifest.
+        place: the image's place among the request's `images`.
+    """
+    scale, fit = _one(receipt["guidance"]["scale"], place), m.get("fit")
+    own: dict[str, Any] = {"seed": _one(receipt["seed"], place), "place": place}
+    own["index"] = receipt["first_index"] + place if "first_index" in receipt else receipt["indices"][place]
+    if "labels" in receipt:
+        own["labels"] = [receipt["labels"][place]]
+    else:
+        classes = {condition["name"] for condition in m["model"]["conditions"] if condition["classes"]}
+        own["conditions"] = {name: [said[place]] if name in classes else [1, *said[1:]] for name, said in receipt["conditions"].items()}
+    own["guidance"] = receipt["guidance"] | {"scale": scale, "as_planned": scale == receipt["guidance"]["planned"]}
+    own["outside_the_fit"] = outside_the_fit(None if receipt["full_compute"] else fit, [scale], own.get("labels", []))
+    return {name: value for name, value in receipt.items() if name not in ("first_index", "indices")} | own
+
+
+def _one(value: T | list[T], place: int) -> T:
+    return value[place] if isinstance(value, list) else value
+
+
 def decoding_of(decoder: Decoder | None, pixels: np.ndarray | None, seconds: float) -> dict[str, Any]:
     """What a receipt says of the decoder: nothing where there is none or it did not run."""
     if decoder is None or pixels is None:

@@ -187,7 +187,7 @@ def _for_each(name: str, value: Any, images: int) -> list[Any]:
 def _usable_scale(planned: float, scale: Any) -> float:
     try:
         number = float(scale)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = np.nan
     if not np.isfinite(number):
         raise TokenCacheError(f"guidance {scale!r} is not a number that can be used.")

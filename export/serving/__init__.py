@@ -1,1 +1,1 @@
-"""Artefacts behind a server: rows of many requests in one batch, for Triton and LitServe."""
+"""Serving: rows of several requests in one batch, and the servers around the runtime."""

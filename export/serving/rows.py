@@ -1,4 +1,8 @@
-"""Rows of requests, computed together: each has conditions, seed, index and guidance of its own, and an answer or error of its own."""
+"""Rows of several requests in one batch: what every serving backend does with the items that it is given.
+
+A backend makes a `Row` of each item, and `answers` gives one answer for each: the image that the row would get alone, or an error of
+its own. Needs the runtime alone. Shape suffixes: C H W latent or image.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,26 @@ from typing import Any
 
 import numpy as np
 
+from export.runtime.receipt import receipt_of_one
 from export.runtime.request import rows_asked_for
 from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.plan.given import checked as checked_conditions
+from tc_lightning.plan import given
+from tc_lightning.plan.conditions import conditions_from_json
 
-OnStep = Callable[[int, int], None]
+OnStep = Callable[[Sequence[int], int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one image is asked for by.
+    """One image that is asked for.
 
     Args:
-        conditions: by name, without a batch dimension.
-        seed: the image's.
-        index: the image's number among those of its seed.
-        guidance: guidance scale; None takes the plan's.
-        full: compute everything at every step, the baseline.
+        conditions: one row of each condition, without the batch axis; a class label is a single number.
+        seed: its seed.
+        index: its index.
+        guidance: its guidance scale; None takes the plan's.
+        full: run the reference instead of the plan.
     """
 
     conditions: Mapping[str, Any]
@@ -37,12 +43,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One image.
+    """What a row gets.
 
     Args:
-        latent: [C, H, W] float32.
-        image: pixels in [-1, 1], [C, H, W] float32; None where there are none.
-        receipt: of the run that it was a part of; rows that ran together share it.
+        latent: the model's own output, [C, H, W] float32.
+        image: pixels in [-1, 1], [C, H, W] float32; None where the artefact makes none.
+        receipt: what ran, in plain JSON values: the batch's, and of what was asked for this row's part alone.
     """
 
     latent: np.ndarray
@@ -50,52 +56,82 @@ class Answer:
     receipt: dict[str, Any]
 
 
-def checked(sampler: CachedSampler, row: Row) -> tuple[dict[str, np.ndarray], float]:
-    """A row's conditions, [1, ...] each, and its guidance scale.
+def checked(manifest: dict[str, Any], row: Row) -> Row:
+    """The row with its conditions as arrays of their own type and its guidance scale as a number, before it joins a batch.
+
+    Args:
+        manifest: the artefact's.
+        row: what is asked for.
 
     Raises:
-        TokenCacheError: if it is not one that the artefact can make.
+        TokenCacheError: if a condition is missing, unknown or not what it can be, seed, index or guidance cannot be used, or `full`
+            is neither true nor false.
     """
-    given = checked_conditions(sampler.conditions, {name: np.asarray(value)[None] for name, value in row.conditions.items()}, 1)
-    (asked,) = rows_asked_for(sampler.manifest, 1, row.seed, row.index, row.guidance)
-    return given, asked.scale
+    if not isinstance(row.full, bool | np.bool_):
+        raise TokenCacheError(f"full {row.full!r} is neither true nor false.")
+    if isinstance(row.guidance, bool | np.bool_ | str | bytes):
+        raise TokenCacheError(f"guidance {row.guidance!r} is not a number that can be used.")
+    conditions = conditions_from_json(manifest["model"]["conditions"], "conditions")
+    rows = given.checked(conditions, {name: [value] for name, value in row.conditions.items()}, 1)
+    scale = manifest["guidance"]["scale"] if row.guidance is None else row.guidance
+    (asked,) = rows_asked_for(manifest, 1, [row.seed], [row.index], [scale])
+    return Row({name: value[0] for name, value in rows.items()}, asked.seed, asked.index, asked.scale, bool(row.full))
 
 
 def answers(sampler: CachedSampler, rows: Sequence[Row], on_step: OnStep | None = None) -> list[Answer | TokenCacheError]:
-    """Compute rows together; an error of one is its own, and the others are what they would be without it."""
+    """Make the images of rows that came together, those that can share a batch in one run.
+
+    Args:
+        sampler: the loaded artefact.
+        rows: what is asked for, in any mixture.
+        on_step: called after each step with the places of the rows that run (counted from 0 in `rows`), the steps done and the steps in
+            all, of this run: the plan's rows come first, those of full compute after them. A TokenCacheError that it raises ends the
+            run of these rows, and is their answer.
+
+    Returns:
+        For each row its answer, or why it has none: a row that is bad, or whose latents or pixels became NaN or infinite, fails alone.
+    """
     found: dict[int, Answer | TokenCacheError] = {}
-    for full in (False, True):
-        places = [place for place, row in enumerate(rows) if row.full == full]
-        given: dict[int, tuple[dict[str, np.ndarray], float]] = {}
-        for place in places:
-            try:
-                given[place] = checked(sampler, rows[place])
-            except TokenCacheError as error:
-                found[place] = error
-        if given:
-            found |= _run(sampler, {place: rows[place] for place in given}, given, full, on_step)
+    runs: dict[bool, dict[int, Row]] = {False: {}, True: {}}
+    for place, row in enumerate(rows):
+        try:
+            usable = checked(sampler.manifest, row)
+        except TokenCacheError as error:
+            found[place] = error
+        else:
+            runs[usable.full][place] = usable
+    for full, together in runs.items():
+        if together:
+            found |= zip(together, _made(sampler, together, full, on_step), strict=True)
     return [found[place] for place in range(len(rows))]
 
 
-def _run(
-    sampler: CachedSampler,
-    rows: Mapping[int, Row],
-    given: Mapping[int, tuple[dict[str, np.ndarray], float]],
-    full: bool,
-    on_step: OnStep | None,
-) -> dict[int, Answer | TokenCacheError]:
-    """Rows that are in order, by their places."""
-    result = sampler.sample(
-        conditions={c.name: np.concatenate([values[c.name] for values, _ in given.values()]) for c in sampler.conditions},
-        seed=[row.seed for row in rows.values()],
-        indices=[row.index for row in rows.values()],
-        guidance=[scale for _, scale in given.values()],
-        full=full,
-        on_step=on_step,
-        strict=False,
-    )
-    images = [None] * len(rows) if result.images is None else list(result.images)
-    return {
-        place: TokenCacheError(result.failed[j]) if j in result.failed else Answer(result.latents[j], images[j], result.receipt)
-        for j, place in enumerate(rows)
-    }
+def _made(
+    sampler: CachedSampler, rows: Mapping[int, Row], full: bool, on_step: OnStep | None
+) -> list[Answer] | list[TokenCacheError] | list[Answer | TokenCacheError]:
+    """Answers of checked rows that can share a batch, by their places."""
+    places, asked = tuple(rows), list(rows.values())
+
+    def done(step: int, steps: int) -> None:
+        if on_step is not None:
+            on_step(places, step, steps)
+
+    try:
+        result = sampler.sample(
+            conditions={name: np.stack([row.conditions[name] for row in asked]) for name in asked[0].conditions},
+            seed=[row.seed for row in asked],
+            indices=[row.index for row in asked],
+            guidance=[row.guidance for row in asked if row.guidance is not None],  # checked rows have one
+            full=full,
+            on_step=done,
+            strict=False,
+        )
+    except TokenCacheError as error:
+        return [error] * len(asked)
+    images = [None] * len(asked) if result.images is None else list(result.images)
+    return [
+        TokenCacheError(result.failed[k])
+        if k in result.failed
+        else Answer(result.latents[k], images[k], receipt_of_one(result.receipt, sampler.manifest, k))
+        for k in range(len(asked))
+    ]
