@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-from conftest import make_plan
+from conftest import FULL, make_plan, make_teacher
+from PIL import Image
 from test_commands import SCRIPTS
 from test_toy_family import EVERY_MODE, GUIDANCE, SIGNATURE, with_examples
 
@@ -28,8 +30,10 @@ from export.runtime.sampler import CachedSampler
 from export.serving.triton_client import Client, RequestFailedError
 from export.serving.triton_config import Settings
 from export.serving.triton_load import OVERFLOWING, Alone, Ask, alone, faults, mixed, send
-from export.serving.triton_process import Running, started
+from export.serving.triton_process import Running, free_ports, started
 from export.serving.triton_repository import write_repository
+from tc_lightning.plan.guidance import Guidance
+from tc_lightning.plan.segments import skip
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the package carries a server for Linux")
 ONE_THREAD = Settings(threads=1, max_batch=8)
@@ -210,6 +214,30 @@ def test_metrics_count_what_ran(server, client):
     assert after["tc_model_info"] == 1
 
 
+# The README
+
+
+def test_the_readmes_commands_make_an_image(python, tmp_path):
+    """As they stand there, with a port of the test's own."""
+    teacher = make_teacher(in_channels=1, num_classes=10, output="pixels")
+    plan = make_plan(teacher, (FULL, (skip(0, 4),)), Guidance())
+    export_artefact(teacher, plan, tmp_path / "artefacts" / "digits", "fp32", "cpu", images=1, report=lambda _: None)
+    (tmp_path / "export").symlink_to(SCRIPTS)
+    section = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8").partition("### Triton\n")[2]
+    (install, write, serve), (curl,) = (
+        block.strip().splitlines() for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[:2]
+    )
+    assert install == "pip install nvidia-pytriton onnxruntime && pip install --no-deps -e ."
+    assert serve == "python export/triton_server.py model_repository"
+    environment = {**os.environ, "PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(SCRIPTS.parent)}
+    subprocess.run(write, shell=True, check=True, cwd=tmp_path, env=environment)
+    with started(tmp_path / "model_repository", python) as running:
+        subprocess.run(curl.replace("localhost:8000", running.address), shell=True, check=True, cwd=tmp_path)
+    made = CachedSampler(tmp_path / "artefacts" / "digits").sample([7], seed=42).images
+    with Image.open(tmp_path / "seven.pgm") as image:
+        assert np.abs(np.asarray(image) - (127.5 * made[0, 0] + 127.5)).max() < 1.0
+
+
 # Not ready
 
 
@@ -217,21 +245,26 @@ def test_metrics_count_what_ran(server, client):
 def unready(python: str, artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server with models that cannot be, and one that refuses to let a second request wait."""
     folder = tmp_path_factory.mktemp("unready")
+    long = folder / "long_steps"
+    export_artefact(make_teacher(), make_plan(make_teacher(), (FULL,) * 400), long, "fp32", "cpu", images=1, report=lambda _: None)
     kinds = {
         "asks_cuda": Settings("cuda"),
         "either": Settings("either", threads=1, max_batch=1),
         "changed": ONE_THREAD,
         "short_queue": Settings(threads=1, queue=1, max_batch=1),
+        "long": ONE_THREAD,
     }
     repository = folder / "repository"
     for name, settings in kinds.items():
-        (folder / name).symlink_to(artefact)
+        (folder / name).symlink_to(long if name == "long" else artefact)
         write_repository([folder / name], folder / "one", settings)
         shutil.copytree(folder / "one" / name, repository / name, symlinks=True)
     config = repository / "changed" / "config.pbtxt"
     digest = CachedSampler(artefact).manifest["plan_digest"]
     config.write_text(config.read_text(encoding="utf-8").replace(digest, "0" * 64), encoding="utf-8")
-    with started(repository, python, more=["--exit-on-error=false", "--strict-readiness=false"]) as running:
+    with started(
+        repository, python, more=["--exit-on-error=false", "--strict-readiness=false", f"--grpc-port={free_ports().http}"]
+    ) as running:
         yield running
 
 
@@ -268,6 +301,29 @@ def test_more_requests_than_may_wait_are_refused_at_once(unready, samplers):
     made = [outcome for outcome in outcomes if outcome.outputs is not None]
     assert made
     assert faults(Alone(samplers["tiny"]), made) == []
+
+
+GIVEN_UP = """
+import sys, threading, numpy as np, tritonclient.grpc as grpc
+client, ended = grpc.InferenceServerClient(sys.argv[1]), threading.Event()
+inputs = [grpc.InferInput(name, [8, 1], "INT64").set_data_from_numpy(np.zeros((8, 1), np.int64)) for name in ("label", "seed")]
+call = client.async_infer("long", inputs, lambda result, error: (print(error.status()), ended.set()))
+ended.wait(0.3)
+call.cancel()
+ended.wait()
+"""
+
+
+def test_a_request_that_is_given_up_ends_at_its_next_step(unready, python):
+    """By gRPC: Triton does not look whether a connection of HTTP has ended. 400 steps would make eight images."""
+    address = next(word.partition("=")[2] for word in unready.options if word.startswith("--grpc-port"))
+    done = subprocess.run([python, "-c", GIVEN_UP, f"127.0.0.1:{address}"], capture_output=True, text=True, check=True)
+    assert "CANCELLED" in done.stdout
+    with Client(unready.address) as client:
+        found = client.infer("long", {"label": np.array([[1]]), "seed": np.array([[2]])})
+    assert json.loads(found["receipt"][0, 0])["images"] == 1
+    assert counters(unready, "long")["tc_images_total"] == 1
+    assert counters(unready, "long")["tc_nan_refusals_total"] == 0
 
 
 def test_without_the_package_a_model_says_what_to_install(python, artefact, tmp_path):

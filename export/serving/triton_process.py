@@ -27,11 +27,13 @@ class Running:
         launcher: the process that has started it, and that clears up behind it.
         ports: where it listens.
         log: file of what it says.
+        options: further ones of tritonserver that it was given.
     """
 
     launcher: subprocess.Popen[bytes]
     ports: Ports
     log: Path
+    options: tuple[str, ...] = ()
 
     @property
     def address(self) -> str:
@@ -121,7 +123,7 @@ def started(
         log = Path(folder) / "server.log"
         with log.open("wb") as file:
             launcher = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        running = Running(launcher, ports, log)
+        running = Running(launcher, ports, log, tuple(more))
         try:
             if ready:
                 running.wait_until_ready()
