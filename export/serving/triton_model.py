@@ -13,6 +13,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from export.serving.heap import trim
 from export.serving.rows import Answer, Row, answers, checked
 from export.serving.triton_config import CUDA, EITHER
 from export.serving.triton_metrics import Metrics
@@ -21,6 +22,8 @@ from export.serving.triton_rows import rows_of, tensors_of
 from export.serving.triton_runtime import CachedSampler
 from export.serving.warm_up import warm_up
 from tc_lightning.errors import TokenCacheError
+
+BATCHES_A_TRIM = 32
 
 
 class GivenUpError(TokenCacheError):
@@ -44,6 +47,7 @@ class TritonPythonModel:
         except TokenCacheError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         place = {"provider": self._sampler.provider, "device": str(self._sampler.device), "plan": told["plan_digest"]}
+        self._batches = 0
         self._metrics = Metrics(pb_utils, {"model": args["model_name"], "version": args["model_version"]}, place)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -51,6 +55,9 @@ class TritonPythonModel:
         asked = [self._asked(request) for request in requests]
         rows = [row for one in asked if not isinstance(one, TokenCacheError) for row in one]
         made = iter(self._made(rows, requests))
+        self._batches += 1
+        if self._batches % BATCHES_A_TRIM == 0:
+            trim()
         return [
             _refusal(one)
             if isinstance(one, TokenCacheError)
