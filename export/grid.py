@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,13 @@ def save_images(rows: dict[str, np.ndarray], folder: Path) -> None:
         for number, image in enumerate(images):
             with replacing(folder / f"{number:04d}-{name}.png") as temporary:
                 Image.fromarray(image).save(temporary, format="PNG")
+
+
+def png_of(pixels_HWC: np.ndarray) -> bytes:
+    """An image [H, W, 3] uint8 as the bytes of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(file, format="PNG")
+    return file.getvalue()
 
 
 @contextlib.contextmanager

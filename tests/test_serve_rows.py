@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from test_pixart_export import PIXART, PLANS
 
 from export.compiler.compile import export_artefact
 from export.runtime.sampler import CachedSampler
-from export.serving.rows import Answer, Row, answers, checked
+from export.serving.rows import Answer, Row, RowError, answers, checked
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.rollout.sampling import given_for
 
@@ -112,7 +114,7 @@ def test_texts_of_a_batch_are_their_own(text: CachedSampler) -> None:
 def test_a_row_that_became_nan_fails_alone(one_thread: CachedSampler) -> None:
     rows = [Row({"label": 0}, 7), Row({"label": 3}, 7, 1, guidance=1e38), Row({"label": 1}, 7, 2)]
     first, failed, last = answers(one_thread, rows)
-    assert isinstance(failed, TokenCacheError)
+    assert isinstance(failed, RowError)
     assert "latents became NaN or infinite at step" in str(failed)
     for row, answer in ((rows[0], first), (rows[2], last)):
         assert isinstance(answer, Answer)
@@ -151,6 +153,14 @@ def test_steps_are_told_to_the_rows_that_run_and_a_run_can_be_given_up(one_threa
     (again,) = answers(one_thread, rows[1:2])
     assert isinstance(again, Answer)
     assert again.latent.tobytes() == alone(one_thread, rows[1]).tobytes()
+
+
+def test_rows_need_the_runtime_alone() -> None:
+    absent = ("torch", "lightning", "onnx", "safetensors", "PIL", "litserve", "fastapi", "tqdm")
+    script = (
+        f"import sys; sys.modules |= dict.fromkeys({absent}); import export.serving.rows, export.serving.asked, export.serving.client"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_a_run_that_is_refused_is_refused_to_each_of_its_rows(artefact: Path) -> None:

@@ -224,9 +224,7 @@ def test_the_readmes_commands_make_an_image(python, tmp_path):
     export_artefact(teacher, plan, tmp_path / "artefacts" / "digits", "fp32", "cpu", images=1, report=lambda _: None)
     (tmp_path / "export").symlink_to(SCRIPTS)
     section = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8").partition("### Triton\n")[2]
-    (install, write, serve), (curl,) = (
-        block.strip().splitlines() for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[:2]
-    )
+    (install, write, serve), (curl,) = (block.strip().splitlines() for block in re.findall(r"```sh\n(.*?)```", section, re.DOTALL)[:2])
     assert install == "pip install nvidia-pytriton onnxruntime && pip install --no-deps -e ."
     assert serve == "python export/triton_server.py model_repository"
     environment = {**os.environ, "PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(SCRIPTS.parent)}

@@ -22,6 +22,10 @@ from tc_lightning.plan.conditions import conditions_from_json
 OnStep = Callable[[Sequence[int], int, int], None]
 
 
+class RowError(TokenCacheError):
+    """Latents or pixels of one row became NaN or infinite; the others of its batch are whole."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One image that is asked for.
@@ -106,9 +110,7 @@ def answers(sampler: CachedSampler, rows: Sequence[Row], on_step: OnStep | None 
     return [found[place] for place in range(len(rows))]
 
 
-def _made(
-    sampler: CachedSampler, rows: Mapping[int, Row], full: bool, on_step: OnStep | None
-) -> list[Answer] | list[TokenCacheError] | list[Answer | TokenCacheError]:
+def _made(sampler: CachedSampler, rows: Mapping[int, Row], full: bool, on_step: OnStep | None) -> list[Answer | TokenCacheError]:
     """Answers of checked rows that can share a batch, by their places."""
     places, asked = tuple(rows), list(rows.values())
 
@@ -127,10 +129,10 @@ def _made(
             strict=False,
         )
     except TokenCacheError as error:
-        return [error] * len(asked)
+        return [error for _ in asked]
     images = [None] * len(asked) if result.images is None else list(result.images)
     return [
-        TokenCacheError(result.failed[k])
+        RowError(result.failed[k])
         if k in result.failed
         else Answer(result.latents[k], images[k], receipt_of_one(result.receipt, sampler.manifest, k))
         for k in range(len(asked))

@@ -14,7 +14,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from export.serving.heap import trim
-from export.serving.rows import Answer, Row, answers, checked
+from export.serving.rows import Answer, Row, RowError, answers, checked
 from export.serving.triton_config import CUDA, EITHER
 from export.serving.triton_metrics import Metrics
 from export.serving.triton_repository import ARTEFACT
@@ -89,7 +89,7 @@ class TritonPythonModel:
 
         found = answers(self._sampler, rows, on_step)
         good = [one.receipt for one in found if isinstance(one, Answer)]
-        self._metrics.count(good, sum(type(one) is TokenCacheError for one in found))  # errors of other classes are no row's own
+        self._metrics.count(good, sum(isinstance(one, RowError) for one in found))
         return found
 
 

@@ -1,0 +1,207 @@
+"""The one process that holds the loaded artefact: LitServe's API and its loop of batches.
+
+LitServe reads the annotations of `decode_request` and `encode_response` as objects, so that this file keeps annotations as they are.
+"""
+
+import base64
+import io
+import json
+import logging
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Annotated, Any, NamedTuple
+
+import litserve as ls
+import numpy as np
+from fastapi import Depends, Response
+from fastapi.responses import JSONResponse
+from litserve.loops.base import _SENTINEL_VALUE, _StopLoopError
+from litserve.loops.simple_loops import BatchedLoop
+
+from export.grid import png_of, to_pixels
+from export.runtime.sampler import CachedSampler
+from export.serving.asked import Asked
+from export.serving.board import Board
+from export.serving.front import taken
+from export.serving.rows import Answer, Row, RowError, answers
+from tc_lightning.errors import TokenCacheError
+from tc_lightning.plan.conditions import Conditions
+from tc_lightning.plan.given import NUMPY_TYPES
+
+GIVEN_UP, BAD_ROW = 499, 422  # HTTP status of a row that nobody waits for, and of one that cannot be made
+RECEIPT = "x-receipt"
+_IDLE_S = 1.0
+
+
+class GivenUpError(TokenCacheError):
+    """Nobody waits for any row of a run: it stops at the next step."""
+
+
+class Made(NamedTuple):
+    """A request with its answer, on the way to be encoded."""
+
+    asked: Asked
+    answer: Answer | TokenCacheError
+
+
+class WaitingLoop(BatchedLoop):
+    """LitServe's loop of batches; it waits for the first request of a batch rather than asking for one all the time, and from then on
+    for others, `batch_timeout` at most."""
+
+    def get_batch_requests(self, lit_api: ls.LitAPI, request_queue: Queue, transport: Any) -> tuple[list, list]:
+        """Requests of a batch, and those that waited longer than they may."""
+        items: list[Any] = []
+        until = time.monotonic() + _IDLE_S
+        try:
+            while len(items) < lit_api.max_batch_size:
+                items.append(request_queue.get(timeout=max(0.0, until - time.monotonic())))
+                if len(items) == 1:
+                    until = time.monotonic() + lit_api.batch_timeout
+        except Empty:
+            pass
+        except (KeyboardInterrupt, EOFError, OSError) as error:  # the server ends
+            raise _StopLoopError from error
+        if _SENTINEL_VALUE in items:
+            raise _StopLoopError
+        limit = lit_api.request_timeout or float("inf")
+        late = [time.monotonic() - since > limit for _, _, since, _ in items]
+        kept = [(queue, uid, x) for (queue, uid, _, x), is_late in zip(items, late, strict=True) if not is_late]
+        return kept, [(queue, uid) for (queue, uid, _, _), is_late in zip(items, late, strict=True) if is_late]
+
+
+class SamplerAPI(ls.LitAPI):
+    """An artefact behind LitServe: a batch is rows of several requests, each with its own answer.
+
+    Args:
+        artefact: its folder.
+        board: what the worker and the front tell each other.
+        max_batch: rows of the largest batch.
+        batch_timeout: seconds that the first row of a batch waits for others.
+        ready: what the worker prints when it is.
+        given: further arguments of `CachedSampler`.
+    """
+
+    def __init__(self, artefact: Path, board: Board, max_batch: int, batch_timeout: float, ready: str, **given: Any) -> None:
+        super().__init__(max_batch_size=max_batch, batch_timeout=batch_timeout, loop=WaitingLoop())
+        self._artefact, self._board, self._given, self._ready = artefact, board, given, ready
+
+    def setup(self, device: str) -> None:
+        """In the worker: load the artefact, and run every size of batch once."""
+        if multiprocessing.parent_process() is not None:
+            end_with_parent()
+        try:
+            self._sampler = CachedSampler(self._artefact, max_batch=self.max_batch_size, **self._given)
+            self._board.say(self._warmed_up())
+        except TokenCacheError as error:
+            self._board.say({"error": str(error)})
+            logging.getLogger("litserve").disabled = True  # the paragraph is enough
+            logging.getLogger("litserve.loops.loops").disabled = True
+            raise
+        print(self._ready, flush=True)
+
+    def _warmed_up(self) -> dict[str, Any]:
+        row = Row(some_conditions(self._sampler.conditions))
+        for size in range(1, self.max_batch_size + 1):
+            found = answers(self._sampler, [row] * size)
+        found = found[:1] + answers(self._sampler, [Row(row.conditions, full=True)])
+        for answer in found:
+            if isinstance(answer, TokenCacheError) and not isinstance(answer, RowError):
+                raise answer
+        nodes = {name: found for answer in found if isinstance(answer, Answer) for name, found in _nodes(answer).items()}
+        return {"provider": self._sampler.provider, "device": self._sampler.device, "nodes_per_provider": nodes, "process": os.getpid()}
+
+    def decode_request(self, request: Annotated[Asked, Depends(taken)]) -> Asked:
+        """What the front read, as it is."""
+        return request
+
+    def predict(self, x: Sequence[Asked]) -> list[Made]:
+        """Answers of a batch; rows that nobody waits for any more are left out of it."""
+        wanted = [asked for asked in x if not self._board.given_up(asked.slot)]
+
+        def on_step(places: Sequence[int], done: int, steps: int) -> None:
+            if done == 1:
+                self._board.ran_together(len(places))
+            for place in places:
+                self._board.step(wanted[place].slot, done, steps)
+            if all(self._board.given_up(wanted[place].slot) for place in places):
+                raise GivenUpError("nobody waits for it any more.")
+
+        found = dict(
+            zip((asked.slot for asked in wanted), answers(self._sampler, [asked.row for asked in wanted], on_step), strict=True)
+        )
+        made = [Made(asked, found.get(asked.slot, GivenUpError("nobody waits for it any more."))) for asked in x]
+        for one in made:
+            self._note(one.answer)
+        return made
+
+    def _note(self, answer: Answer | TokenCacheError) -> None:
+        match answer:
+            case GivenUpError():
+                self._board.count("given_up")
+            case RowError():
+                self._board.count("nan")
+            case TokenCacheError():
+                self._board.count("failed")
+            case _:
+                receipt = answer.receipt
+                self._board.count("full_images" if receipt["full_compute"] else "images")
+                self._board.count("cached_steps", receipt["steps_reading_cache"] // receipt["parts"])
+                self._board.count("steps", sum(receipt["steps_per_program"].values()) // receipt["parts"])
+
+    def encode_response(self, output: Made) -> Response:
+        """PNG or NPY with the receipt in a header, JSON with all three, or an error of this row alone."""
+        asked, answer = output
+        if isinstance(answer, TokenCacheError):
+            return JSONResponse({"detail": str(answer)}, GIVEN_UP if isinstance(answer, GivenUpError) else BAD_ROW)
+        return encoded(answer, asked.form)
+
+
+def encoded(answer: Answer, form: str) -> Response:
+    """An answer as a client wants it: pixels where the artefact makes some, else its latents; the PNG shows their first channels."""
+    seen_CHW = answer.latent if answer.image is None else answer.image
+    kind = "latent" if answer.image is None else "pixels"
+    receipt = {RECEIPT: json.dumps(answer.receipt), "x-shows": kind}
+    match form:
+        case "png":
+            return Response(_png(seen_CHW), media_type="image/png", headers=receipt)
+        case "npy":
+            return Response(_npy(seen_CHW), media_type="application/x-npy", headers=receipt)
+        case _:
+            images = {name: base64.b64encode(data).decode() for name, data in (("png", _png(seen_CHW)), ("npy", _npy(seen_CHW)))}
+            return JSONResponse({**images, "shows": kind, "receipt": answer.receipt})
+
+
+def some_conditions(conditions: Conditions) -> dict[str, np.ndarray]:
+    """Values that any model can take: class 0, all of a text, zeros."""
+    return {c.name: np.full(c.shape, 1 if c.mask else 0, NUMPY_TYPES[c.dtype]) for c in conditions}
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone, however it went: an orphan would hold on to the port."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_IDLE_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
+
+
+def _nodes(answer: Answer) -> dict[str, Any]:
+    return answer.receipt["nodes_per_provider"]
+
+
+def _png(seen_CHW: np.ndarray) -> bytes:
+    return png_of(to_pixels(seen_CHW[None])[0])
+
+
+def _npy(seen_CHW: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, seen_CHW)
+    return file.getvalue()
