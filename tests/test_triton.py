@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,8 +16,10 @@ from toy import make_toy
 
 from export.runtime.manifest import ArtefactError, read_manifest
 from export.runtime.sampler import CachedSampler
+from export.serving.heap import trim
 from export.serving.triton_config import Settings, config_of, inputs_of, outputs_of, served_name
 from export.serving.triton_repository import ARTEFACT, MARK, write_repository
+from export.serving.warm_up import warm_up
 from tc_lightning.errors import TokenCacheError
 
 
@@ -213,6 +217,34 @@ def test_the_command_needs_no_torch(artefact, tmp_path):
     again = call(tmp_path, "to_triton.py", tmp_path, "--out", tmp_path / "other", deployed=True)
     is_one_paragraph(again, "lie one in the other")
     is_one_paragraph(call(tmp_path, "to_triton.py", tmp_path / "nothing", deployed=True), "does not exist")
+
+
+# Within a server
+
+
+def test_warming_up_runs_every_program_at_every_size(artefact, monkeypatch):
+    """The sizes that come first are those whose CUDA graphs are kept."""
+    sampler, sizes = CachedSampler(artefact, preload=False, max_batch=4), []
+    take = sampler._pool.take
+    monkeypatch.setattr(sampler._pool, "take", lambda key, layout: (sizes.append(key[0]), take(key, layout))[1])
+    warm_up(sampler, [2, 4])
+    assert sizes == [4, 2, 1, 3]
+    programs = {sampler.graph_of(bound["program"]) for bound in sampler.manifest["schedule"]}
+    assert programs <= set(sampler._sessions)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_free_memory_between_blocks_in_use_is_given_back():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    blocks = [bytes(8000) for _ in range(8000)]  # 64 MB, of which every 50th stays
+    kept = blocks[::50]
+    del blocks
+    before = resident()
+    trim()
+    assert before - resident() > 30e6
+    assert len(kept) == 160
 
 
 def test_a_server_that_is_not_there_is_said(tmp_path):

@@ -1,8 +1,4 @@
-"""A real Triton server, of the nvidia-pytriton package, on this machine alone: what it answers is what a sampler makes of the same row.
-
-It needs numpy < 2, so it lives in an environment of its own, made here from the registries' packages. TRITON_PYTHON names the Python of
-one that is there already.
-"""
+"""A real Triton server, of the nvidia-pytriton package, on this machine alone: it answers what a sampler makes of each row alone."""
 
 from __future__ import annotations
 
@@ -18,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from conftest import FULL, make_plan, make_teacher
 from PIL import Image
 from test_commands import SCRIPTS
 from test_toy_family import EVERY_MODE, GUIDANCE, SIGNATURE, with_examples
+from triton_environment import counters, python_with_server
 
 from export.compiler.compile import export_artefact
 from export.runtime.sampler import CachedSampler
@@ -41,18 +37,8 @@ ONE_THREAD = Settings(threads=1, max_batch=8)
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Python that has the server, and numpy < 2; without the network, there is none."""
-    if known := os.environ.get("TRITON_PYTHON"):
-        return known
-    folder = tmp_path_factory.mktemp("triton")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    # onnxruntime as it is here, with which rows are made alone.
-    install = [folder / "bin" / "pip", "install", "--quiet", "nvidia-pytriton", f"onnxruntime=={ort.__version__}"]
-    done = subprocess.run(install, capture_output=True, text=True, check=False)
-    if done.returncode != 0 and not os.environ.get("CI"):
-        pytest.skip(f"nvidia-pytriton cannot be installed: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
-    return str(folder / "bin" / "python")
+    """A Python that has the server, and numpy < 2."""
+    return python_with_server(tmp_path_factory.mktemp("triton"))
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +68,6 @@ def samplers(artefact: Path, unguided: Path, toy: Path) -> dict[str, CachedSampl
 def client(server: Running) -> Iterator[Client]:
     with Client(server.address) as connected:
         yield connected
-
-
-def counters(server: Running, model: str) -> dict[str, float]:
-    """Our metrics of a model; milliseconds summed over its programs."""
-    with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=60) as answer:
-        lines = [line for line in answer.read().decode().splitlines() if line.startswith("tc_") and f'model="{model}"' in line]
-    found: dict[str, float] = {}
-    for line in lines:
-        name, value = line.partition("{")[0], float(line.rpartition(" ")[2])
-        found[name] = found.get(name, 0.0) + value
-    return found
 
 
 def test_triton_reads_the_config_as_it_was_meant(client):
