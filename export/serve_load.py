@@ -20,6 +20,7 @@ from export.serving.client import Running, running
 from tc_lightning.errors import TokenCacheError
 
 COLUMNS = ("largest batch", "clients", "requests", "p50 ms", "p95 ms", "images a second", "batches that formed (rows x times)")
+PATIENCE_S = 1800.0  # until a server is ready: it runs every size of batch first
 
 
 class Load(NamedTuple):
@@ -35,7 +36,8 @@ def main() -> None:
     args = _arguments()
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     for max_batch in args.max_batch:
-        with running(args.artefact, "--max-batch", max_batch, *(("--threads", args.threads) if args.threads else ())) as server:
+        limits = ("--max-batch", max_batch, *(("--threads", args.threads) if args.threads else ()))
+        with running(args.artefact, *limits, patience=PATIENCE_S) as server:
             load = measured(server, bodies(server, args.requests, args.seed), args.clients)
         print(line(max_batch, args.clients, load), flush=True)
 

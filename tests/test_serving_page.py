@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from browser import CHROMIUM, opened
+from test_pixart_export import PIXART, PLANS
 
 pytest.importorskip("litserve", reason="litserve is not installed: pip install -e '.[serve]'")
 
+from export.compiler.compile import export_artefact
 from export.grid import png_of, to_pixels
 from export.runtime.sampler import CachedSampler
 from export.serving.app import PAGE
 from export.serving.client import HOST, Running, running
+from tc_lightning.rollout.sampling import given_for
 
 README = Path(__file__).parents[1] / "README.md"
 SEED = 9_007_199_254_740_993  # no number of JavaScript
@@ -29,6 +34,51 @@ NO_BROWSER = "no chromium on this machine: apt-get install chromium"
 def server(artefact: Path) -> Iterator[Running]:
     with running(artefact, "--threads", 1, "--max-batch", 2) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, np.ndarray]:
+    """Rows of conditions, as a file of them has."""
+    return {name: value.numpy() for name, value in given_for(3, range(3), PIXART).items()}
+
+
+@pytest.fixture(scope="module")
+def text_artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("pixart") / "artefact"
+    export_artefact(PIXART, PLANS["by hand"](), out, "fp32", "cpu", 2, lambda _: None)
+    return out
+
+
+@pytest.fixture(scope="module")
+def text_server(text_artefact: Path, texts: dict[str, Any]) -> Iterator[Running]:
+    """A model whose conditions are a text and its mask, and examples of them."""
+    np.savez(text_artefact.with_name("texts.npz"), **texts)
+    with running(text_artefact, "--threads", 1, "--max-batch", 2, "--conditions", text_artefact.with_name("texts.npz")) as started:
+        yield started
+
+
+def test_a_text_is_an_example_a_file_or_lists(text_server: Running, text_artefact: Path, texts: dict[str, Any]) -> None:
+    file, row = io.BytesIO(), {name: value[1:2] for name, value in texts.items()}
+    np.savez(file, **row)
+    lists = {name: value[0].tolist() for name, value in row.items()}
+    expected = CachedSampler(text_artefact, threads=1).sample(seed=4, conditions=row).latents[0]
+    assert text_server.ask("/health").json()["examples"] == 3
+    for way in ({"example": 1}, {"npz": base64.b64encode(file.getvalue()).decode()}, {"conditions": lists}):
+        reply = text_server.ask("/predict", {**way, "seed": 4, "format": "npy"})
+        assert reply.status == 200, reply.body
+        assert np.load(io.BytesIO(reply.body)).tobytes() == expected.tobytes()
+    assert text_server.ask("/predict", {"example": 3}).status == 400
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)
+def test_an_example_of_a_text_in_a_browser(text_server: Running, text_artefact: Path, texts: dict[str, Any]) -> None:
+    expected = CachedSampler(text_artefact, threads=1).sample(seed=7, conditions={name: value[2:] for name, value in texts.items()})
+    with opened(f"http://{HOST}:{text_server.port}/") as page:
+        page.wait("document.getElementById('example') !== null && document.getElementById('npz') !== null")
+        page.run("document.getElementById('example').value = '2'; document.getElementById('make').click()")
+        page.wait("[...document.querySelectorAll('img')].every((one) => !one.hidden)")
+        shown = page.run("document.querySelector('#cached img').src").removeprefix("data:image/png;base64,")
+    assert base64.b64decode(shown) == png_of(to_pixels(expected.latents)[0])
 
 
 def test_the_page_is_one_file(server: Running) -> None:
