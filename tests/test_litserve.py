@@ -30,6 +30,7 @@ from fastapi import HTTPException, Request
 from export.grid import png_of, to_pixels
 from export.runtime.manifest import NAME, sha256_of
 from export.runtime.sampler import CachedSampler
+from export.serve_load import bodies, line, measured
 from export.serving.asked import Asked
 from export.serving.board import Board
 from export.serving.client import HOST, SCRIPT, Reply, Running, free_port, running
@@ -296,3 +297,16 @@ def test_a_desk_without_a_free_slot_refuses(alone: CachedSampler) -> None:
     assert (refused.value.status_code, desk.metrics()["refused"]["busy"]) == (503, 1)
     desk.free(first.slot)
     assert asyncio.run(take(desk, b'{"label": 1}')).slot == first.slot
+
+
+def test_a_load_is_measured(server: Running) -> None:
+    asked = bodies(server, 12, seed=0)
+    assert asked == bodies(server, 12, seed=0)
+    load = measured(server, asked, clients=4)
+    assert len(load.ms) == 12
+    assert sum(int(size) * count for size, count in load.batches.items()) == 12
+    cells = line(4, 4, load).strip("| ").split(" | ")
+    assert cells[:3] == ["4", "4", "12"]
+    assert float(cells[3]) <= float(cells[4])
+    with pytest.raises(TokenCacheError, match=r"a request failed: .*label 9 is out of range"):
+        measured(server, [{"label": 9}], clients=1)
