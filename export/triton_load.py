@@ -24,7 +24,7 @@ import numpy as np
 from export.command import positive, run
 from export.serving.triton_client import Client
 from export.serving.triton_config import Settings, served_name
-from export.serving.triton_load import Alone, Ask, Outcome, faults, mixed, send
+from export.serving.triton_load import Alone, Ask, Outcome, complete, faults, mixed, send
 from export.serving.triton_process import free_ports, started
 from export.serving.triton_repository import write_repository
 from export.serving.triton_runtime import CachedSampler
@@ -40,6 +40,7 @@ def main() -> None:
     settings = Settings(threads=1, max_batch=args.max_batch, delay_ms=args.delay_ms)
     kinds = {"batching": settings, "no batching": dataclasses.replace(settings, batching=False)}
     made, asks = Alone(sampler), mixed(sampler, args.requests, args.seed)
+    asks = [complete(sampler, ask) for ask in asks] if args.complete else asks
     found = {kind: _loaded(made, asks, args, one) for kind, one in kinds.items()}
     found["killed"] = _killed(made, mixed(sampler, args.requests_killed, args.seed + 1), args, settings)
     print(json.dumps(found, indent=1) if args.json else _in_words(found))
@@ -130,6 +131,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--clients", type=positive, default=16, help="threads that ask, one request at a time each")
     parser.add_argument("--max-batch", type=positive, default=16)
     parser.add_argument("--delay-ms", type=float, default=Settings().delay_ms)
+    parser.add_argument("--complete", action="store_true", help="requests leave nothing out, so that all of them can share batches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser.parse_args()

@@ -73,6 +73,17 @@ def mixed(sampler: CachedSampler, count: int, seed: int) -> list[Ask]:
     return asks
 
 
+def complete(sampler: CachedSampler, ask: Ask) -> Ask:
+    """The same request with nothing left out: Triton puts requests into one batch only if they bring the same inputs."""
+    R, scale = ask.rows, sampler.manifest["guidance"]["scale"]
+    usual: dict[str, np.ndarray] = {
+        INDEX: np.arange(R)[:, None],
+        GUIDANCE: np.full((R, 1), scale, np.float32),
+        FULL: np.zeros((R, 1), bool),
+    }
+    return Ask(usual | ask.inputs, ask.wrong)
+
+
 def _good(conditions: Sequence[Condition], guided: bool, rng: np.random.Generator) -> Ask:
     R = int(rng.integers(1, MOST_ROWS + 1))
     inputs = {c.name: _drawn(c, R, rng) for c in conditions} | {SEED: rng.integers(0, 2**62, (R, 1))}
