@@ -67,15 +67,22 @@ def budgets(folder: Path) -> list[Budget]:
         RunError: if there are none, or the front is damaged.
         PlanError: if one of its plans is.
     """
-    found = []
-    for row in front_rows(folder):
+    rows, found = front_rows(folder), []
+    own = {(row["target"], budget): folder / row["plan"] for row in rows if row["role"] == "fewer steps" for budget in _budgets(row)}
+    for row in rows:
         if row["role"] == "planned":
             plan = CachePlan.load(folder / row["plan"])
-            fewer = None if plan.fewer_steps is None else full_plan(plan.model, plan.fewer_steps, plan.guidance)
-            found += [Budget(float(speedup), row["target"], plan, fewer) for speedup in row.get("budgets", [])]
+            named = None if plan.fewer_steps is None else full_plan(plan.model, plan.fewer_steps, plan.guidance)
+            for budget in _budgets(row):  # one plan may end several, which pay for different numbers of full steps
+                rival = own.get((row["target"], budget)) if plan.caches else None
+                found.append(Budget(budget, row["target"], plan, named if rival is None else CachePlan.load(rival)))
     if not found:
         raise RunError(f"{folder} has no front: plan with `python -m tc_lightning plan --run {folder}` first.")
     return sorted(found, key=lambda one: (one.planned_for, one.speedup))
+
+
+def _budgets(row: Mapping[str, Any]) -> list[float]:
+    return [float(speedup) for speedup in row.get("budgets", [])]
 
 
 def measured(loaded: LoadedRun, found: Iterable[Budget], targets: Targets) -> list[dict[str, Any]]:

@@ -23,23 +23,19 @@ from tc_lightning.rollout.targets import TargetKey, compute_targets
 
 
 def planned_run(folder: Path) -> tuple[Path, CachePlan, CachePlan]:
-    """A run whose front has one cached plan for 1.5x and 2x, which names five full steps as its rival, and full compute for 4x."""
+    """A run whose front has one cached plan for 1.5x and 2x, which names five full steps as its rival, where 1.5x pays for six; and
+    full compute for 4x."""
     run = finished_run(folder)
     own = CachePlan.load(run / "plan.json")
     cached = dataclasses.replace(own, fewer_steps=vp_sampler("dpmpp_2m", 5, "logsnr"))
     full = dataclasses.replace(full_plan(own.model, vp_sampler("ddim", 2), own.guidance), reference=own.reference)
+    fewer = {
+        budget: full_plan(own.model, vp_sampler("dpmpp_2m", steps, "logsnr"), own.guidance) for budget, steps in ((1.5, 6), (2.0, 5))
+    }
     points = (
         FrontPoint(cached, "reference", 1.0, 0.1, True, "planned", (1.5, 2.0)),
         FrontPoint(full, "reference", 1.0, 0.1, False, "planned", (4.0,)),
-        FrontPoint(
-            full_plan(own.model, vp_sampler("dpmpp_2m", 5, "logsnr"), own.guidance),
-            "reference",
-            1.0,
-            0.1,
-            False,
-            "fewer steps",
-            (2.0,),
-        ),
+        *(FrontPoint(plan, "reference", 1.0, 0.1, False, "fewer steps", (budget,)) for budget, plan in fewer.items()),
     )
     write_front(points, run)
     return run, cached, full
@@ -59,7 +55,7 @@ def test_images_that_are_hard_for_both_tell_nothing_about_the_ratio() -> None:
 
 
 def test_budgets_of_a_front(tmp_path: Path) -> None:
-    """A plan stands beside the run of fewer steps that it names, once for each budget that ended on it."""
+    """A plan stands beside the run of fewer steps that the budget pays for, once for each budget that ended on it."""
     run, cached, full = planned_run(tmp_path)
     found = budgets(run)
     assert [(one.speedup, one.plan, one.planned_for) for one in found] == [
@@ -67,9 +63,9 @@ def test_budgets_of_a_front(tmp_path: Path) -> None:
         (2.0, cached, "reference"),
         (4.0, full, "reference"),
     ]
-    assert [one.fewer_steps and one.fewer_steps.sampler for one in found] == [cached.fewer_steps, cached.fewer_steps, None]
-    assert found[0].fewer_steps is not None
-    assert found[0].fewer_steps.steps == (FULL,) * 5
+    assert [one.fewer_steps and one.fewer_steps.steps for one in found] == [(FULL,) * 6, (FULL,) * 5, None]
+    assert found[1].fewer_steps is not None
+    assert found[1].fewer_steps.sampler == cached.fewer_steps
 
 
 def test_without_a_front_one_is_told_how_to_make_it(tmp_path: Path) -> None:
