@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from export.grid import replacing
-from export.runtime.manifest import AGAIN, NAME, ArtefactError
+from export.runtime.manifest import AGAIN, NAME, SIGNATURE, ArtefactError
 from tc_lightning.errors import TokenCacheError, first_line
 
-SIGNATURE = f"{NAME}.sig"
 _MAKE = (
     "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem` makes one, and `openssl ec -in key.pem -pubout -out key.pub` "
     "its public "

@@ -67,7 +67,8 @@ def main() -> None:
     print(f"conditioning  {conditioning_in_words(manifest)}")
     if args.sign is not None:
         print(f"signed        by the owner of the key {sign_manifest(out, args.sign)}")
-    print(f"wrote {out}\nnext: python export/sample.py {out} --labels 0 1 2 3 --out grid.png --compare")
+    asked = "--labels 0 1 2 3" if len(plan.model.conditions) == 1 and plan.model.conditions[0].classes else "--conditions FILE"
+    print(f"wrote {out}\nnext: python export/sample.py {out} {asked} --out grid.png --compare")
 
 
 def _decoder_in_words(manifest: dict[str, Any], out: Path) -> str:

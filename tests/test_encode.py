@@ -143,6 +143,7 @@ def garbled(folder: Path) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no name of a class": (lambda f: change_json(f / "model_index.json", _class_name={}), r"is of a \{\}: prompts can be encoded"),
     "class": (lambda f: change_json(f / "model_index.json", _class_name="DiTPipeline"), "is of a DiTPipeline: prompts can be encoded"),
     "no index": (lambda f: (f / "model_index.json").unlink(), "holds no model_index.json"),
     "no encoder": (lambda f: change_json(f / "model_index.json", text_encoder=[None, None]), "names no text_encoder"),

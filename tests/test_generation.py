@@ -153,7 +153,15 @@ def test_what_an_artefact_cannot_give_is_refused(artefact, unguided, tmp_path):
         job_for(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(TokenCacheError, match="these are not kept: ask for `--keep image`"):
         require_npz(job_for(artefact, tmp_path / "out"), tmp_path / "a.npz")
+    with pytest.raises(TokenCacheError, match="guidance nan is not a number that can be used"):
+        job_for(artefact, tmp_path / "out", guidance=float("nan"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_for_evaluators_stays_out_of_the_shards_folder(unguided, tmp_path):
+    """`datasets` reads all that is there."""
+    with pytest.raises(TokenCacheError, match="all files beside the shards are read as shards"):
+        require_npz(job_for(unguided, tmp_path / "out", keep=("image",)), tmp_path / "out" / "images.npz")
 
 
 def test_more_workers_than_cores_are_refused():

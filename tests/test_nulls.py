@@ -203,6 +203,23 @@ def test_an_artefact_whose_null_values_are_gone_or_changed_is_refused(artefact: 
         CachedSampler(copy)
 
 
+def test_a_text_to_lead_away_from_has_to_bring_its_mask(artefact: Path) -> None:
+    """With the mask of the stored null text all tokens but its own would be left out without a word."""
+    given = given_for(3, range(2), PIXART)
+    alone = {"text": NEGATIVE["text"]}
+    with pytest.raises(TokenCacheError, match="a null value of text was given, and none of text_mask: they belong together"):
+        CachedSampler(artefact).sample(conditions=arrays(given), negative=alone)
+    with pytest.raises(TokenCacheError, match="belong together"):
+        torch_latents(Given(given, {name: torch.from_numpy(value) for name, value in alone.items()}))
+
+
+def test_a_file_of_rows_has_all_of_the_null_values_that_are_stored_or_none(tmp_path: Path) -> None:
+    save_teacher(PIXART, tmp_path / "teacher.safetensors")
+    np.savez(tmp_path / "rows.npz", **PIXART.examples, **{"null.text": NEGATIVE["text"][:1]})  # type: ignore[arg-type]
+    with pytest.raises(TokenCacheError, match="none of text_mask: they belong together"):
+        load_teacher(TeacherSpec(str(tmp_path / "teacher.safetensors"), conditions=str(tmp_path / "rows.npz")), lambda _: None)
+
+
 def test_verify_rebuilds_a_teacher_with_the_artefacts_null_values(artefact: Path) -> None:
     model = rebuild_teacher(CachedSampler(artefact, preload=False))
     given = given_for(3, range(2), PIXART)

@@ -140,6 +140,7 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no index": (lambda p: (p / "model_index.json").unlink(), "pipeline without its model_index.json"),
     "no JSON": (lambda p: (p / "model_index.json").write_text("[", encoding="utf-8"), "not valid JSON"),
     "another pipeline": (lambda p: change_json(p / "model_index.json", _class_name="FluxPipeline"), "is of a FluxPipeline"),
+    "no name of a class": (lambda p: change_json(p / "model_index.json", _class_name=["DiTPipeline"]), "is of a ['DiTPipeline']"),
     "no class": (lambda p: change_json(p / "model_index.json", _class_name=None), "is of a None"),
     "own code": (lambda p: change_json(p / "model_index.json", transformer=["mine", "DiT"]), "its transformer is ['mine', 'DiT']"),
     "no transformer": (lambda p: shutil.rmtree(p / "transformer"), "holds no transformer/config.json"),

@@ -124,6 +124,13 @@ def test_a_repository_links_to_artefacts_or_holds_copies(artefact, unguided, tmp
         assert sampler.sample([1]).images.tobytes() == CachedSampler(unguided).sample([1]).images.tobytes()
 
 
+def test_a_copy_keeps_its_signature(artefact, tmp_path):
+    shutil.copytree(artefact, tmp_path / "signed")
+    (tmp_path / "signed" / "manifest.json.sig").write_text("{}", encoding="utf-8")
+    write_repository([tmp_path / "signed"], tmp_path / "copied", Settings(), copy=True)
+    assert (tmp_path / "copied" / "signed" / "1" / ARTEFACT / "manifest.json.sig").read_text(encoding="utf-8") == "{}"
+
+
 def test_an_older_repository_is_replaced_whole(artefact, unguided, tmp_path):
     out = tmp_path / "repository"
     write_repository([artefact, unguided], out, Settings())

@@ -54,7 +54,7 @@ def encode(source: Source, work: Work) -> Encoded:
         TeacherError: if the pipeline is of a class that is not supported, or an encoder is missing, damaged, or not the transformer's.
     """
     name = source.index.get(CLASS)
-    if name not in PIPELINES:
+    if not isinstance(name, str) or name not in PIPELINES:
         raise TeacherError(f"{source.folder / INDEX} is of a {name}: prompts can be encoded for {', '.join(PIPELINES)}.")
     found = PIPELINES[name](source, work)
     for condition, rows in found.rows.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,8 @@ def completed(job: Job) -> Job:
             "latent`, or "
             "export it with a decoder (`python export/to_onnx.py --vae FOLDER`)."
         )
+    if job.guidance is not None and not math.isfinite(job.guidance):
+        raise TokenCacheError(f"guidance {job.guidance} is not a number that can be used.")
     if job.guidance not in (None, 1.0) and manifest["guidance"]["scale"] == 1.0:
         raise TokenCacheError(
             f"guidance {job.guidance:g} was asked for, but {job.artefact} was planned at scale 1 and holds no unconditional half: "

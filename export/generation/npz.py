@@ -26,6 +26,8 @@ def require_npz(job: Job, path: Path) -> None:
         raise TokenCacheError("`--npz` is of images, and these are not kept: ask for `--keep image` or `--keep image latent`.")
     if not path.resolve().parent.is_dir() or path.is_dir():
         raise TokenCacheError(f"cannot write {path}: it is a folder, or the one that it is to be made in does not exist.")
+    if path.resolve().parent == Path(job.out).resolve():
+        raise TokenCacheError(f"cannot write {path}: all files beside the shards are read as shards. Name a file elsewhere.")
     if path.resolve().parent == Path(job.artefact).resolve():
         raise TokenCacheError(f"cannot write {path}: nothing may be added to an artefact. Name a file outside it.")
 

@@ -16,6 +16,7 @@ from tc_lightning.plan.atomic import write_atomically
 
 FORMAT_VERSION = 7  # 5: how many terms the condition graph writes; 6: conditions, any family; 7: constants of a request
 NAME, WEIGHTS, PLAN, NULLS = "manifest.json", "weights.data", "plan.json", "nulls.npz"
+SIGNATURE = f"{NAME}.sig"  # beside it, where somebody signed it
 AGAIN = "Export it again with `python export/to_onnx.py`."
 _KEYS = (
     "format_version",

@@ -122,7 +122,9 @@ def started(
     with tempfile.TemporaryDirectory(prefix="tc-lightning-log-") as folder:
         log = Path(folder) / "server.log"
         with log.open("wb") as file:
-            launcher = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            found = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])  # where it is not installed
+            environment = {**os.environ, "PYTHONPATH": found}
+            launcher = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
         running = Running(launcher, ports, log, tuple(more))
         try:
             if ready:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from export.folders import replacing_folder
+from export.runtime.manifest import SIGNATURE
 from export.serving.triton_config import Settings, config_of, served_name
 from export.serving.triton_runtime import artefact_manifest
 from tc_lightning.errors import TokenCacheError
@@ -77,8 +78,10 @@ def _named(artefacts: Sequence[Path]) -> dict[str, Path]:
 
 
 def _copy(artefact: Path, files: Sequence[str], to: Path) -> None:
-    """What the manifest lists, and the manifest, which is what makes it an artefact, last."""
+    """What the manifest lists, its signature if there is one, and the manifest, which is what makes it an artefact, last."""
     to.mkdir()
+    if (artefact / SIGNATURE).is_file():
+        shutil.copyfile(artefact / SIGNATURE, to / SIGNATURE)
     for name in (*files, "manifest.json"):
         shutil.copyfile(artefact / name, to / name)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -76,14 +76,30 @@ def checked_negative(conditions: Conditions, negative: Mapping[str, Any], images
         images: B, how many there are.
 
     Raises:
-        TokenCacheError: if one is of no condition that has a null value of its own, or is not what the condition can be.
+        TokenCacheError: if one is of no condition that has a null value of its own, or is not what the condition can be; or if some of
+            those that the model stores are there and others are not.
     """
     able = [c.name for c in conditions if c.null not in (None, SAME)]
     if other := [name for name in negative if name not in able]:
         raise TokenCacheError(
             f"negative names {', '.join(other)}, of which the model has no null value: it has those of {', '.join(able) or 'none'}."
         )
+    require_together(conditions, negative)
     return {c.name: _checked(c, negative[c.name], images) for c in conditions if c.name in negative}
+
+
+def require_together(conditions: Conditions, named: Collection[str]) -> None:
+    """Refuse some stored null values without the others: a text of one prompt and the mask of another are neither's.
+
+    Raises:
+        TokenCacheError: naming those that are missing.
+    """
+    names = stored(conditions)
+    there, missing = [name for name in names if name in named], [name for name in names if name not in named]
+    if there and missing:
+        raise TokenCacheError(
+            f"a null value of {', '.join(there)} was given, and none of {', '.join(missing)}: they belong together, give all of them."
+        )
 
 
 def _checked(condition: Condition, value: Any, images: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from tc_lightning.models.families import build, family_of
 from tc_lightning.models.mdt import MDT
 from tc_lightning.models.network import Network
 from tc_lightning.plan.given import Arrays
-from tc_lightning.plan.nulls import checked_stored
+from tc_lightning.plan.nulls import checked_stored, require_together
 from tc_lightning.plan.rows_file import read_rows
 
 _OWN = "Write it again with `save_teacher`."
@@ -50,6 +50,7 @@ def load_teacher(spec: TeacherSpec, tell: Callable[[str], None] = print) -> Netw
     if spec.conditions is not None:
         rows = read_rows(locate_conditions(spec.conditions), model.conditions)
         model.examples = rows.examples
+        require_together(model.conditions, rows.nulls)
         model.nulls = {**(model.nulls or {}), **checked_stored(model.conditions, rows.nulls)} or None
     if notes:
         tell(f"{path}: {'; '.join(notes)}")

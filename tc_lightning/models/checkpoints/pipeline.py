@@ -87,7 +87,7 @@ def read_pipeline(folder: Path) -> Pipeline:
     path = folder / INDEX
     index = read_config(path)
     name = index.get(CLASS)
-    if name not in PIPELINES:
+    if not isinstance(name, str) or name not in PIPELINES:
         raise TeacherError(
             f"{path} is of a {name}: pipelines of {', '.join(PIPELINES)} can be read. If its transformer is of a class that can, set "
             f"`weights` to {folder / TRANSFORMER}."
