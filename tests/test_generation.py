@@ -160,6 +160,7 @@ def test_what_an_artefact_cannot_give_is_refused(artefact, unguided, tmp_path):
 
 def test_a_file_for_evaluators_stays_out_of_the_shards_folder(unguided, tmp_path):
     """`datasets` reads all that is there."""
+    (tmp_path / "out").mkdir()
     with pytest.raises(TokenCacheError, match="all files beside the shards are read as shards"):
         require_npz(job_for(unguided, tmp_path / "out", keep=("image",)), tmp_path / "out" / "images.npz")
 

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("data", "export", "tc_lightning")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-TOOLS = {"pytest-xdist", "ruff", "mypy", "ray", "model-signing", "pyopenssl"}  # run, not imported
+TOOLS = {"pytest-xdist", "ruff", "mypy", "ray", "model-signing", "pyopenssl", "litserve"}  # run, not imported
 OF_OTHERS = {"jsonargparse"}  # Lightning's command line imports it, and does not ask for it
 OF_TRITON = {"triton_python_backend_utils"}  # in the process of a model alone
 SERVERS = {f"export/serving/{name}.py" for name in ("app", "front", "worker")}  # which serve.py imports, and says what to install

@@ -13,7 +13,7 @@ from export.runtime.request import Row
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.conditions import Conditions
 from tc_lightning.plan.guidance import Guidance
-from tc_lightning.plan.nulls import checked_negative, nulls_needed
+from tc_lightning.plan.nulls import checked_negative, nulls_needed, require_together
 from tc_lightning.plan.rows_file import read_nulls
 
 
@@ -43,8 +43,11 @@ def nulls_of(
         rows: what else is asked for.
 
     Raises:
-        TokenCacheError: if it has some, and no image is guided; or if they are not what the conditions can have.
+        TokenCacheError: if it has some, and no image is guided; or if they are not what the conditions can have, or not all
+            of those that the model stores.
     """
     if negative is not None and all(row.scale == 1.0 for row in rows):
         raise TokenCacheError("negative was given, and guidance is 1, which leads away from nothing: leave it out, or set guidance.")
-    return {**stored, **checked_negative(conditions, negative or {}, len(rows))}
+    own = checked_negative(conditions, negative or {}, len(rows))
+    require_together(conditions, own)
+    return {**stored, **own}

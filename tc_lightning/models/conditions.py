@@ -12,7 +12,7 @@ from tc_lightning.errors import TeacherError, TokenCacheError
 from tc_lightning.plan.conditions import SAME, STORED, Condition, Conditions, class_label
 from tc_lightning.plan.given import NUMPY_TYPES, Arrays, checked, drawn
 from tc_lightning.plan.guidance import Guidance
-from tc_lightning.plan.nulls import checked_negative, missing_in_words
+from tc_lightning.plan.nulls import checked_negative, missing_in_words, require_together
 
 
 class Given(Mapping[str, Tensor]):
@@ -101,6 +101,7 @@ def require_given(conditions: Conditions, given: Given) -> None:
     for name, rows in checked_negative(conditions, negative, given.images).items():
         if len(rows) != given.images:
             raise TokenCacheError(f"negative has {len(rows)} row of {name} for {given.images} images: give one for each.")
+    require_together(conditions, negative)
 
 
 def require_null(conditions: Conditions, guidance: Guidance, nulls: Arrays | None, negative: Collection[str] = ()) -> None:

@@ -76,15 +76,13 @@ def checked_negative(conditions: Conditions, negative: Mapping[str, Any], images
         images: B, how many there are.
 
     Raises:
-        TokenCacheError: if one is of no condition that has a null value of its own, or is not what the condition can be; or if some of
-            those that the model stores are there and others are not.
+        TokenCacheError: if one is of no condition that has a null value of its own, or is not what the condition can be.
     """
     able = [c.name for c in conditions if c.null not in (None, SAME)]
     if other := [name for name in negative if name not in able]:
         raise TokenCacheError(
             f"negative names {', '.join(other)}, of which the model has no null value: it has those of {', '.join(able) or 'none'}."
         )
-    require_together(conditions, negative)
     return {c.name: _checked(c, negative[c.name], images) for c in conditions if c.name in negative}
 
 
