@@ -50,9 +50,9 @@ def test_so_do_cached_and_full_rows_that_come_mixed():
 def test_batches_worked_by_hand():
     """Batches of two at most take 2 s and 1 s for each row; a row waits half a second for others; two kinds.
 
-    At 0 a comes, at 0.5 it starts alone, and ends at 3.5; meanwhile a, b, a, a come. At 3.5 a has two rows and is first; it ends at 7.5.
-    Then b, which came before the last a, starts alone, of twice the work: it ends at 13.5. The last a starts then, for it waited long
-    enough. At 20 nothing runs, and two rows of b that come 0.4 s after each other start when the second is there.
+    At 0 a comes, at 0.5 it starts alone, and ends at 3.5; meanwhile a, b, a, a come. At 3.5 two of a are first, and end at 7.5. Then b,
+    which came before the last a, starts alone, of twice the work: it ends at 13.5. The last a starts then, for it waited long enough.
+    At 20 nothing runs, and two rows of b that come 0.4 s after each other start when the second is there.
     """
     arrivals, kinds = [0.0, 1.0, 1.5, 2.0, 3.0, 20.0, 20.4], [0, 0, 1, 0, 0, 1, 1]
     served = serve_rows(Server(2.0, 1.0, 2, 0.5), arrivals, kinds, [1.0, 2.0])
