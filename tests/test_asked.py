@@ -126,6 +126,17 @@ def test_damage_inside_of_an_archive(manifest: dict[str, Any]) -> None:
         asked({"npz": base64.b64encode(file.getvalue()).decode()}, manifest)
 
 
+@pytest.mark.parametrize(("descr", "shape"), [("|V0", (1, 10**12)), ("|S0", (1, 10**12)), ("<U0", (1, 10**12)), ("|V8", (1,))])
+def test_arrays_of_no_numbers_are_refused_before_they_are_looked_at(manifest: dict[str, Any], descr: str, shape: Any) -> None:
+    """An element without bytes passes every limit of size: whoever walks the array never returns."""
+    member, file = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(member, {"descr": descr, "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("label.npy", member.getvalue() + bytes(8 if descr == "|V8" else 0))
+    with pytest.raises(TokenCacheError, match=r"npz: label has the type .*: give numbers, label .classes 0 to 4"):
+        asked({"npz": base64.b64encode(file.getvalue()).decode()}, manifest)
+
+
 def test_any_row_of_a_model_fits_into_a_body() -> None:
     widest = {"text": np.full((2, 3), -1.2345678901234567e-300).tolist(), "heard": [1, 1]}
     assert len(json.dumps({"conditions": widest})) < body_limit(TEXT)

@@ -21,6 +21,7 @@ FORMATS = ("png", "npy", "json")
 _WAYS = ("label", "conditions", "npz", "example")
 FIELDS = (*_WAYS, "seed", "index", "guidance", "full", "format")
 _NUMBER, _HEADERS = 8, 4096  # bytes of the widest number in an .npz file, and room for the headers of an array
+_KINDS = "biuf"  # of numbers; other types may take no bytes at all, whatever their shape
 _TEXT, _LEAST = 32, 1 << 20  # characters of a number in JSON, and what any request may take
 
 
@@ -121,6 +122,8 @@ def _unpacked(value: Any, conditions: Conditions) -> dict[str, np.ndarray]:
     except Exception as error:  # whatever the readers of zip and npy files make of damage
         raise TokenCacheError(f"npz cannot be read ({first_line(error)}): give the bytes of a .npz file in base64.") from error
     for name, array in rows.items():
+        if array.dtype.kind not in _KINDS:
+            raise TokenCacheError(f"npz: {name} has the type {array.dtype}: give numbers, {_in_words(conditions)}.")
         if array.ndim == 0 or len(array) != 1:
             raise TokenCacheError(f"npz: {name} has the shape {list(array.shape)}: give one row, [1, ...], of each condition.")
     return {name: array[0] for name, array in rows.items()}
