@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def build_server(served: Served, manifest: dict[str, Any], board: Board) -> ls.L
         return Events(desk, desk.started(dataclasses.replace(asked, form="json"), handle), asked.slot)
 
     async def health() -> Response:
-        return JSONResponse({**what, **desk.health()})
+        return JSONResponse({**what, **desk.health()}, HTTPStatus.OK if board.fault is None else HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def metrics() -> Response:
         return JSONResponse(desk.metrics())

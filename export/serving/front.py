@@ -113,10 +113,11 @@ class Desk:
         yield _last_event(task)
 
     def health(self) -> dict[str, Any]:
-        """What is served, and where it really runs."""
+        """What is served, and where it really runs; once no image can be made any more its status is `failed`, with a detail."""
         model, said = self.manifest["model"], self.board.said
+        fault = self.board.fault
         return {
-            "status": "ready",
+            **({"status": "ready"} if fault is None else {"status": "failed", "detail": fault}),
             **said,
             "plan_digest": self.manifest["plan_digest"],
             "plan": self.manifest["plan_summary"],
