@@ -28,13 +28,13 @@ from export.runtime.manifest import ArtefactError
 from export.runtime.sampler import CachedSampler
 from export.serving.asked import Asked
 from export.serving.board import Board
-from export.serving.front import BAD_REQUEST, taken
+from export.serving.front import BAD_REQUEST, GIVEN_UP, encodable, taken
 from export.serving.rows import Answer, BadRowError, Row, RowError, answers
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.conditions import Conditions
 from tc_lightning.plan.given import NUMPY_TYPES
 
-GIVEN_UP, BECAME_NAN, FAILED = 499, 422, 500  # HTTP status of a row that nobody waits for, of one that is NaN, and of a run that failed
+BECAME_NAN, FAILED = 422, 500  # HTTP status of a row that is NaN, and of a run that failed
 RECEIPT = "x-receipt"
 _IDLE_S = 1.0
 
@@ -164,7 +164,7 @@ class SamplerAPI(ls.LitAPI):
         """PNG or NPY with the receipt in a header, JSON with all three, or an error of this row alone."""
         asked, answer = output
         if isinstance(answer, TokenCacheError):
-            return JSONResponse({"detail": str(answer)}, status_of(answer))
+            return JSONResponse({"detail": encodable(str(answer))}, status_of(answer))
         return encoded(answer, asked.form)
 
 
