@@ -35,10 +35,18 @@ class Desk:
         board: what the worker and the front tell each other; its slots bound the requests that wait or run.
         examples: rows of conditions that requests may name by number.
         max_body: bytes that the body of a request may have; None: as many as the artefact's conditions need.
+        nulls: null values that the artefact stores.
     """
 
-    def __init__(self, manifest: dict[str, Any], board: Board, examples: Arrays | None = None, max_body: int | None = None) -> None:
-        self.manifest, self.board, self.examples = manifest, board, examples
+    def __init__(
+        self,
+        manifest: dict[str, Any],
+        board: Board,
+        examples: Arrays | None = None,
+        max_body: int | None = None,
+        nulls: Arrays | None = None,
+    ) -> None:
+        self.manifest, self.board, self.examples, self.nulls = manifest, board, examples, nulls
         self.max_body = max_body or body_limit(conditions_from_json(manifest["model"]["conditions"], "conditions"))
         self._slots, self._refused = Slots(board), Counter[str]()
         self._running: set[asyncio.Task[Response]] = set()
@@ -56,7 +64,7 @@ class Desk:
         slot = self._slot()
         try:
             body = await self._body(request)
-            asked = await asyncio.to_thread(read_asked, body, self.manifest, self.examples)
+            asked = await asyncio.to_thread(read_asked, body, self.manifest, self.examples, self.nulls)
         except BaseException as error:
             self.free(slot)
             if not isinstance(error, TokenCacheError):
