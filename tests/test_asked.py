@@ -126,6 +126,54 @@ def test_damage_inside_of_an_archive(manifest: dict[str, Any]) -> None:
         asked({"npz": base64.b64encode(file.getvalue()).decode()}, manifest)
 
 
+@pytest.mark.parametrize(("descr", "shape"), [("|V0", (1, 10**12)), ("|S0", (1, 10**12)), ("<U0", (1, 10**12)), ("|V8", (1,))])
+def test_arrays_of_no_numbers_are_refused_before_they_are_looked_at(manifest: dict[str, Any], descr: str, shape: Any) -> None:
+    """An element without bytes passes every limit of size: whoever walks the array never returns."""
+    member, file = io.BytesIO(), io.BytesIO()
+    np.lib.format.write_array_header_1_0(member, {"descr": descr, "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("label.npy", member.getvalue() + bytes(8 if descr == "|V8" else 0))
+    with pytest.raises(TokenCacheError, match=r"npz: label has the type .*: give numbers, label .classes 0 to 4"):
+        asked({"npz": base64.b64encode(file.getvalue()).decode()}, manifest)
+
+
+NULLS = {"text": np.full((1, 2, 3), 0.5, np.float32)}
+
+
+def test_an_npz_may_bring_the_artefacts_own_null_values_and_no_others() -> None:
+    """`export/encode.py` writes them into every file."""
+    row, wide = {name: value[None] for name, value in GIVEN.items()}, (Condition("text", "fp32", (2, 3), 0.5), TEXT[1])
+    numbered = {**TEXT_MANIFEST, "model": {"conditions": [c.to_json() for c in wide]}}
+    for manifest, held in ((TEXT_MANIFEST, NULLS), (numbered, {})):
+        body = {"npz": packed(**row, **{"null.text": NULLS["text"].astype(np.float64)})}
+        found = read_asked(json.dumps(body).encode(), manifest, None, held).row.conditions
+        assert {*found} == {*GIVEN}
+        assert np.array_equal(found["text"], GIVEN["text"])
+        for value, message in (
+            (NULLS["text"] + 1, "null.text is another null value than the artefact's own"),
+            (NULLS["text"][:, :1], r"the null value: text has the shape \[1, 1, 3\]"),
+        ):
+            with pytest.raises(TokenCacheError, match=message):
+                read_asked(json.dumps({"npz": packed(**row, **{"null.text": value})}).encode(), manifest, None, held)
+        with pytest.raises(TokenCacheError, match="negative names heard, of which the model has no null value"):
+            read_asked(json.dumps({"npz": packed(**row, **{"null.heard": row["heard"]})}).encode(), manifest, None, held)
+
+
+def test_null_values_that_nothing_is_led_away_from_are_let_be() -> None:
+    unguided = {**TEXT_MANIFEST, "guidance": {"scale": 1.0}}
+    body = {"npz": packed(**{name: value[None] for name, value in GIVEN.items()}, **{"null.text": NULLS["text"]})}
+    assert np.array_equal(asked(body, unguided).row.conditions["text"], GIVEN["text"])
+
+
+def test_an_npz_with_null_values_fits_into_a_body() -> None:
+    large = (Condition("text", "fp32", (300, 4096), STORED),)
+    value = np.ones((1, 300, 4096))
+    body = json.dumps({"npz": packed(**{"text": value, "null.text": value})}).encode()
+    assert len(body) < body_limit(large)
+    manifest = {"model": {"conditions": [c.to_json() for c in large]}, "guidance": {"scale": 2.0}}
+    assert read_asked(body, manifest, None, {"text": value.astype(np.float32)}).row.conditions["text"].shape == (300, 4096)
+
+
 def test_any_row_of_a_model_fits_into_a_body() -> None:
     widest = {"text": np.full((2, 3), -1.2345678901234567e-300).tolist(), "heard": [1, 1]}
     assert len(json.dumps({"conditions": widest})) < body_limit(TEXT)

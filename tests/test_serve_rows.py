@@ -15,7 +15,7 @@ from test_pixart_export import PIXART, PLANS
 
 from export.compiler.compile import export_artefact
 from export.runtime.sampler import CachedSampler
-from export.serving.rows import Answer, Row, RowError, answers, checked
+from export.serving.rows import Answer, BadRowError, Row, RowError, answers, checked
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.rollout.sampling import given_for
 
@@ -87,7 +87,7 @@ def test_bad_rows_among_good_ones(one_thread: CachedSampler) -> None:
     for row, answer in zip(good, found[::2], strict=True):
         assert isinstance(answer, Answer)
         assert np.array_equal(answer.latent, alone(one_thread, row))
-    assert [type(answer) for answer in found[1::2]] == [TokenCacheError] * 4
+    assert [type(answer) for answer in found[1::2]] == [BadRowError] * 4
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16])

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from litserve.server import RegularRequestHandler
 
 from export.runtime.manifest import NAME, read_manifest, sha256_of
-from export.serving.asked import Asked
+from export.runtime.negatives import stored_nulls
+from export.serving.asked import Asked, require_own_nulls
 from export.serving.board import Board
 from export.serving.front import Desk, Events
 from export.serving.worker import SamplerAPI, end_with_parent
 from tc_lightning.errors import TokenCacheError, first_line
-from tc_lightning.plan.conditions import conditions_from_json
+from tc_lightning.plan.conditions import Conditions, conditions_from_json
+from tc_lightning.plan.given import Arrays
 from tc_lightning.plan.rows_file import read_rows
 
 PAGE = Path(__file__).with_name("page.html")
@@ -78,7 +81,11 @@ def serve(served: Served) -> None:
 
 
 def build_server(served: Served, manifest: dict[str, Any], board: Board) -> ls.LitServer:
-    """LitServe with the routes of this package."""
+    """LitServe with the routes of this package.
+
+    Raises:
+        TokenCacheError: if the file of conditions, or what the artefact stores of them, cannot be used.
+    """
     address = f"http://{served.host}:{served.port}/"
     ready = f"ready: {address} is a page to try it, POST {address}predict is for programs; Ctrl+C ends it"
     api = SamplerAPI(served.artefact, board, served.max_batch, served.batch_timeout, ready, **served.runtime)
@@ -95,7 +102,9 @@ def build_server(served: Served, manifest: dict[str, Any], board: Board) -> ls.L
         "manifest_sha256": sha256_of(served.artefact / NAME),
         "max_batch": served.max_batch,
     }
-    desk = Desk(manifest, board, _examples(served, manifest), served.max_body)
+    conditions = conditions_from_json(manifest["model"]["conditions"], "conditions")
+    nulls = stored_nulls(served.artefact, manifest, conditions)
+    desk = Desk(manifest, board, _examples(served, manifest, conditions, nulls), served.max_body, nulls)
     server.app.state.desk = desk
     handler = RegularRequestHandler(api, server)
 
@@ -107,7 +116,7 @@ def build_server(served: Served, manifest: dict[str, Any], board: Board) -> ls.L
         return Events(desk, desk.started(dataclasses.replace(asked, form="json"), handle), asked.slot)
 
     async def health() -> Response:
-        return JSONResponse({**what, **desk.health()})
+        return JSONResponse({**what, **desk.health()}, HTTPStatus.OK if board.fault is None else HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def metrics() -> Response:
         return JSONResponse(desk.metrics())
@@ -128,10 +137,20 @@ def _add(server: ls.LitServer, path: str, method: str, route: Callable[..., Awai
     server.app.add_api_route(path, route, methods=[method], dependencies=[Depends(server.setup_auth())], response_model=None)
 
 
-def _examples(served: Served, manifest: dict[str, Any]) -> dict[str, Any] | None:
+def _examples(served: Served, manifest: dict[str, Any], conditions: Conditions, nulls: Arrays) -> dict[str, Any] | None:
+    """Rows of the file of conditions, whose null values must be the artefact's.
+
+    Raises:
+        TokenCacheError: if they are others, or the file cannot be used.
+    """
     if served.conditions is None:
         return None
-    return read_rows(served.conditions, conditions_from_json(manifest["model"]["conditions"], "conditions")).examples
+    rows = read_rows(served.conditions, conditions)
+    try:
+        require_own_nulls(manifest, conditions, rows.nulls, nulls)
+    except TokenCacheError as error:
+        raise TokenCacheError(f"{served.conditions}: {error}") from error
+    return rows.examples
 
 
 def _require_free(host: str, port: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 COUNTS = ("images", "full_images", "steps", "cached_steps", "nan", "failed", "given_up")
 _STEP, _STEPS, _GIVEN_UP, _WORDS = 0, 1, 2, 3  # of a slot; how many there are
 _MOST_SAID = 1 << 18
+_MOST_FAULT = 1 << 12
 
 
 class Board:
@@ -27,6 +28,7 @@ class Board:
         memory = multiprocessing.get_context("spawn")
         self.slots = slots
         self._said = memory.RawArray("c", _MOST_SAID)
+        self._fault, self._at_fault = memory.RawArray("c", _MOST_FAULT), memory.RawValue("b", 0)
         self._counts = memory.RawArray("q", len(COUNTS))
         self._sizes = memory.RawArray("q", max_batch + 1)
         self._slots = memory.RawArray("q", _WORDS * slots)
@@ -39,6 +41,17 @@ class Board:
     def said(self) -> dict[str, Any]:
         """What the worker said; nothing before it did."""
         return json.loads(self._said.value or b"{}")
+
+    def fail(self, words: str) -> None:
+        """By the worker: why it can make no image any more, until the server is started again. The first reason stays."""
+        if not self._at_fault.value:
+            self._fault.value = words.encode(errors="backslashreplace")[: _MOST_FAULT - 1]
+            self._at_fault.value = 1  # from now on the words are read
+
+    @property
+    def fault(self) -> str | None:
+        """Why the worker can make no image any more; None if it can."""
+        return self._fault.value.decode(errors="replace") if self._at_fault.value else None
 
     def count(self, name: str, more: int = 1) -> None:
         """By the worker: so many more of `COUNTS`."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import HTTPException, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from export.serving.asked import Asked, body_limit, read_asked
 from export.serving.board import Board, Slots
@@ -19,7 +20,8 @@ from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.conditions import conditions_from_json
 from tc_lightning.plan.given import Arrays
 
-BAD_REQUEST, TOO_LARGE, BUSY = 400, 413, 503
+BAD_REQUEST, TOO_SLOW, TOO_LARGE, GIVEN_UP, BUSY = 400, 408, 413, 499, 503
+BODY_S = 30.0  # seconds in which the body of a request must have come: it holds a slot meanwhile
 _POLL_S, _PING_S, _MOST_WORDS = 0.03, 10.0, 500
 
 Handle = Callable[[Asked], Awaitable[Response]]
@@ -33,10 +35,18 @@ class Desk:
         board: what the worker and the front tell each other; its slots bound the requests that wait or run.
         examples: rows of conditions that requests may name by number.
         max_body: bytes that the body of a request may have; None: as many as the artefact's conditions need.
+        nulls: null values that the artefact stores.
     """
 
-    def __init__(self, manifest: dict[str, Any], board: Board, examples: Arrays | None = None, max_body: int | None = None) -> None:
-        self.manifest, self.board, self.examples = manifest, board, examples
+    def __init__(
+        self,
+        manifest: dict[str, Any],
+        board: Board,
+        examples: Arrays | None = None,
+        max_body: int | None = None,
+        nulls: Arrays | None = None,
+    ) -> None:
+        self.manifest, self.board, self.examples, self.nulls = manifest, board, examples, nulls
         self.max_body = max_body or body_limit(conditions_from_json(manifest["model"]["conditions"], "conditions"))
         self._slots, self._refused = Slots(board), Counter[str]()
         self._running: set[asyncio.Task[Response]] = set()
@@ -44,23 +54,46 @@ class Desk:
     async def take(self, request: Request) -> Asked:
         """The request as a row with a slot of its own, which `free` gives back.
 
+        The slot is taken before anything of the body is read, so that no more bodies than slots are held at a time; it is parsed in a
+        thread, so that others are heard meanwhile.
+
         Raises:
-            HTTPException: 413 for a body that is too large, 400 for one that cannot be used, 503 if too many wait already.
+            HTTPException: 503 if too many wait already, 413 for a body that is too large, 408 for one that does not come, 499 if the
+                client goes away before it has, 400 for one that cannot be used.
         """
-        body = await self._body(request)
+        slot = self._slot()
         try:
-            asked = read_asked(body, self.manifest, self.examples)
-        except TokenCacheError as error:
+            body = await self._body(request)
+            asked = await asyncio.to_thread(read_asked, body, self.manifest, self.examples, self.nulls)
+        except BaseException as error:
+            self.free(slot)
+            if not isinstance(error, TokenCacheError):
+                raise
             self._refused["bad"] += 1
-            raise HTTPException(BAD_REQUEST, _short(str(error))) from error
+            raise HTTPException(BAD_REQUEST, _short(encodable(str(error)))) from error
+        return Asked(asked.row, asked.form, slot)
+
+    def _slot(self) -> int:
         slot = self._slots.take()
         if slot is None:
             self._refused["busy"] += 1
             words = f"{self.board.slots} requests wait or run already, as many as this server takes (--queue): try again later."
             raise HTTPException(BUSY, words, {"Retry-After": "1"})
-        return Asked(asked.row, asked.form, slot)
+        return slot
 
     async def _body(self, request: Request) -> bytes:
+        try:
+            async with asyncio.timeout(BODY_S):
+                return await self._parts(request)
+        except TimeoutError as error:
+            self._refused["too_slow"] += 1
+            words = f"the body did not come within {BODY_S:g} seconds: send it again."
+            raise HTTPException(TOO_SLOW, words, {"Connection": "close"}) from error
+        except ClientDisconnect as error:
+            self._refused["gone"] += 1
+            raise HTTPException(GIVEN_UP, "the client went away before its request had come.") from error
+
+    async def _parts(self, request: Request) -> bytes:
         parts, size = [], 0
         async for part in request.stream():
             size += len(part)
@@ -113,10 +146,11 @@ class Desk:
         yield _last_event(task)
 
     def health(self) -> dict[str, Any]:
-        """What is served, and where it really runs."""
+        """What is served, and where it really runs; once no image can be made any more its status is `failed`, with a detail."""
         model, said = self.manifest["model"], self.board.said
+        fault = self.board.fault
         return {
-            "status": "ready",
+            **({"status": "ready"} if fault is None else {"status": "failed", "detail": fault}),
             **said,
             "plan_digest": self.manifest["plan_digest"],
             "plan": self.manifest["plan_summary"],
@@ -133,7 +167,7 @@ class Desk:
 
     def metrics(self) -> dict[str, Any]:
         """What was counted since the server began."""
-        refused = {name: self._refused[name] for name in ("bad", "too_large", "busy")}
+        refused = {name: self._refused[name] for name in ("bad", "too_large", "too_slow", "gone", "busy")}
         return self.board.counts | {"refused": refused, "waiting_or_running": self._slots.taken}
 
 
@@ -165,6 +199,11 @@ class Events(StreamingResponse):
         finally:
             if not self._task.done():
                 self._desk.board.give_up(self._slot)
+
+
+def encodable(words: str) -> str:
+    """The words as text that every answer can hold: half a pair of surrogates, which JSON can bring in, is written as its escape."""
+    return words.encode(errors="backslashreplace").decode()
 
 
 def _short(words: str) -> str:

@@ -26,6 +26,10 @@ class RowError(TokenCacheError):
     """Latents or pixels of one row became NaN or infinite; the others of its batch are whole."""
 
 
+class BadRowError(TokenCacheError):
+    """A row asks for what the artefact cannot make; it joins no batch."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One image that is asked for.
@@ -93,7 +97,8 @@ def answers(sampler: CachedSampler, rows: Sequence[Row], on_step: OnStep | None 
             run of these rows, and is their answer.
 
     Returns:
-        For each row its answer, or why it has none: a row that is bad, or whose latents or pixels became NaN or infinite, fails alone.
+        For each row its answer, or why it has none. A row that is bad fails alone with a BadRowError, one whose latents or pixels
+        became NaN or infinite with a RowError. Any other error is none of the rows': the run of all of them failed, or was ended.
     """
     found: dict[int, Answer | TokenCacheError] = {}
     runs: dict[bool, dict[int, Row]] = {False: {}, True: {}}
@@ -101,7 +106,7 @@ def answers(sampler: CachedSampler, rows: Sequence[Row], on_step: OnStep | None 
         try:
             usable = checked(sampler.manifest, row)
         except TokenCacheError as error:
-            found[place] = error
+            found[place] = BadRowError(str(error))
         else:
             runs[usable.full][place] = usable
     for full, together in runs.items():

@@ -14,7 +14,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from export.serving.heap import trim
-from export.serving.rows import Answer, Row, RowError, answers, checked
+from export.serving.rows import Answer, BadRowError, Row, RowError, answers, checked
 from export.serving.triton_config import CUDA, EITHER
 from export.serving.triton_metrics import Metrics
 from export.serving.triton_repository import ARTEFACT
@@ -53,14 +53,14 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """The response of each request: images, or the error that one of its rows has."""
         asked = [self._asked(request) for request in requests]
-        rows = [row for one in asked if not isinstance(one, TokenCacheError) for row in one]
+        rows = [row for one in asked if isinstance(one, list) for row in one]
         made = iter(self._made(rows, requests))
         self._batches += 1
         if self._batches % BATCHES_A_TRIM == 0:
             trim()
         return [
-            _refusal(one)
-            if isinstance(one, TokenCacheError)
+            one
+            if isinstance(one, pb_utils.InferenceResponse)
             else _response([next(made) for _ in one], request.requested_output_names())
             for one, request in zip(asked, requests, strict=True)
         ]
@@ -69,15 +69,15 @@ class TritonPythonModel:
         """Give back what the sampler holds."""
         self._sampler.release()
 
-    def _asked(self, request: Any) -> list[Row] | TokenCacheError:
-        """The rows of a request, checked; or what is wrong with it."""
+    def _asked(self, request: Any) -> Any:
+        """The rows of a request, a list of them, checked; or the response that says what is wrong with one."""
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         rows = rows_of(self._sampler.conditions, tensors)
         for number, row in enumerate(rows):
             try:
                 checked(self._sampler.manifest, row)
             except TokenCacheError as error:
-                return _of_row(number, len(rows), error)
+                return _refusal(number, len(rows), BadRowError(str(error)))
         return rows
 
     def _made(self, rows: Sequence[Row], requests: Sequence[Any]) -> list[Answer | TokenCacheError]:
@@ -114,17 +114,19 @@ def _response(made: Sequence[Answer | TokenCacheError], wanted: Sequence[str]) -
     good = []
     for number, one in enumerate(made):
         if isinstance(one, TokenCacheError):
-            return _refusal(_of_row(number, len(made), one))
+            return _refusal(number, len(made), one)
         good.append(one)
     tensors = [pb_utils.Tensor(name, value) for name, value in tensors_of(good).items() if name in wanted]
     return pb_utils.InferenceResponse(output_tensors=tensors)
 
 
-def _of_row(number: int, rows: int, error: TokenCacheError) -> TokenCacheError:
-    """An error of a request, which says of which of its rows."""
-    return error if rows == 1 or isinstance(error, GivenUpError) else TokenCacheError(f"row {number}: {error}")
-
-
-def _refusal(error: TokenCacheError) -> Any:
-    code = pb_utils.TritonError.CANCELLED if isinstance(error, GivenUpError) else pb_utils.TritonError.INVALID_ARG
-    return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(str(error), code))
+def _refusal(number: int, rows: int, error: TokenCacheError) -> Any:
+    """The response to a request of so many rows, of which one has an error: only what the row itself brought about is the request's."""
+    match error:
+        case GivenUpError():
+            words, code = str(error), pb_utils.TritonError.CANCELLED
+        case BadRowError() | RowError():
+            words, code = str(error) if rows == 1 else f"row {number}: {error}", pb_utils.TritonError.INVALID_ARG
+        case _:
+            words, code = str(error), pb_utils.TritonError.INTERNAL
+    return pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(words, code))

@@ -24,16 +24,17 @@ from litserve.loops.base import _SENTINEL_VALUE, _StopLoopError
 from litserve.loops.simple_loops import BatchedLoop
 
 from export.grid import png_of, to_pixels
+from export.runtime.manifest import ArtefactError
 from export.runtime.sampler import CachedSampler
 from export.serving.asked import Asked
 from export.serving.board import Board
-from export.serving.front import taken
-from export.serving.rows import Answer, Row, RowError, answers
+from export.serving.front import BAD_REQUEST, GIVEN_UP, encodable, taken
+from export.serving.rows import Answer, BadRowError, Row, RowError, answers
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.conditions import Conditions
 from tc_lightning.plan.given import NUMPY_TYPES
 
-GIVEN_UP, BAD_ROW = 499, 422  # HTTP status of a row that nobody waits for, and of one that cannot be made
+BECAME_NAN, FAILED = 422, 500  # HTTP status of a row that is NaN, and of a run that failed
 RECEIPT = "x-receipt"
 _IDLE_S = 1.0
 
@@ -115,6 +116,10 @@ class SamplerAPI(ls.LitAPI):
         nodes = {name: found for answer in found if isinstance(answer, Answer) for name, found in _nodes(answer).items()}
         return {"provider": self._sampler.provider, "device": self._sampler.device, "nodes_per_provider": nodes, "process": os.getpid()}
 
+    def health(self) -> bool:
+        """What LitServe's own `/ready` asks: whether images can be made still."""
+        return self._board.fault is None
+
     def decode_request(self, request: Annotated[Asked, Depends(taken)]) -> Asked:
         """What the front read, as it is."""
         return request
@@ -147,6 +152,8 @@ class SamplerAPI(ls.LitAPI):
                 self._board.count("nan")
             case TokenCacheError():
                 self._board.count("failed")
+                if isinstance(answer, ArtefactError):  # it stays so
+                    self._board.fail(str(answer))
             case _:
                 receipt = answer.receipt
                 self._board.count("full_images" if receipt["full_compute"] else "images")
@@ -157,8 +164,21 @@ class SamplerAPI(ls.LitAPI):
         """PNG or NPY with the receipt in a header, JSON with all three, or an error of this row alone."""
         asked, answer = output
         if isinstance(answer, TokenCacheError):
-            return JSONResponse({"detail": str(answer)}, GIVEN_UP if isinstance(answer, GivenUpError) else BAD_ROW)
+            return JSONResponse({"detail": encodable(str(answer))}, status_of(answer))
         return encoded(answer, asked.form)
+
+
+def status_of(error: TokenCacheError) -> int:
+    """HTTP status of a row that has no image: only what the row itself brought about is a fault of the request."""
+    match error:
+        case GivenUpError():
+            return GIVEN_UP
+        case BadRowError():
+            return BAD_REQUEST
+        case RowError():
+            return BECAME_NAN
+        case _:
+            return FAILED
 
 
 def encoded(answer: Answer, form: str) -> Response:

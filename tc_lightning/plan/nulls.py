@@ -100,6 +100,28 @@ def require_together(conditions: Conditions, named: Collection[str]) -> None:
         )
 
 
+def require_the_same(conditions: Conditions, nulls: Arrays, held: Arrays) -> None:
+    """Refuse null values that are others than those which guidance leads away from where nobody brings any.
+
+    Args:
+        conditions: of the model.
+        nulls: as `checked_negative` gives them, a row of each.
+        held: the stored ones, [1, ...] each.
+
+    Raises:
+        TokenCacheError: naming the first that differs.
+    """
+    for c in conditions:
+        if c.name not in nulls:
+            continue
+        own = held[c.name] if c.null == STORED else np.full_like(nulls[c.name], c.null)
+        if not np.array_equal(nulls[c.name], own):
+            raise TokenCacheError(
+                f"{PREFIX}{c.name} is another null value than the artefact's own, which all images here are led away from: leave "
+                f"{PREFIX}{c.name} out, export the artefact with it, or give it to `sample` as `negative`."
+            )
+
+
 def _checked(condition: Condition, value: Any, images: int) -> np.ndarray:
     try:
         rows = checked_value(condition, value)
