@@ -99,7 +99,7 @@ def test_a_body_is_parsed_where_others_need_not_wait_for_it(desk: Desk, monkeypa
 
 
 @pytest.mark.parametrize("path", ["/predict", "/events"])
-@pytest.mark.parametrize("body", [rb'{"conditions": {"label": 1, "\ud800": 1}}', rb'{"label": 1, "\udfff": 1}', rb'{"label": "\ud800"}'])
+@pytest.mark.parametrize("body", [rb'{"conditions": {"label": 1, "\ud800": 1}}', rb'{"label": "\ud800"}'])
 def test_words_of_half_a_surrogate_pair_can_be_sent(artefact: Path, path: str, body: bytes) -> None:
     board = Board(1, 1)
     client = TestClient(build_server(Served(artefact), read_manifest(artefact, check_files=False), board).app)
