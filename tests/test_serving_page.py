@@ -126,9 +126,22 @@ def test_cached_beside_full_compute_in_a_browser(server: Running, artefact: Path
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)
+def test_a_key_in_a_browser(artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_SERVER_API_KEY", "opens")
+    with running(artefact, "--threads", 1, "--max-batch", 1) as keyed, opened(f"http://{HOST}:{keyed.port}/") as page:
+        page.wait("document.getElementById('label') !== null && document.getElementById('key').offsetParent !== null")
+        page.run("document.getElementById('key').value = 'closes'; document.getElementById('make').click()")
+        page.wait("document.querySelector('#full .said').classList.contains('error')")
+        assert "Invalid API Key" in page.run("document.querySelector('#full .said').textContent")
+        page.run("document.getElementById('key').value = 'opens'; document.getElementById('make').click()")
+        page.wait("[...document.querySelectorAll('img')].every((one) => !one.hidden)")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason=NO_BROWSER)
 def test_errors_and_cancelling_in_a_browser(server: Running) -> None:
     with opened(f"http://{HOST}:{server.port}/") as page:
         page.wait("document.getElementById('label') !== null")
+        assert page.run("document.getElementById('key').offsetParent === null")
         page.run("document.getElementById('guidance').value = '1e38'; document.getElementById('make').click()")
         page.wait("document.querySelector('#full .said').classList.contains('error')")
         assert "NaN or infinite" in page.run("document.querySelector('#cached .said').textContent")

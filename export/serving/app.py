@@ -12,7 +12,7 @@ from typing import Any
 import litserve as ls
 from fastapi import Depends, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
-from litserve.server import RegularRequestHandler
+from litserve.server import RegularRequestHandler, api_key_auth
 
 from export.runtime.manifest import NAME, read_manifest, sha256_of
 from export.runtime.negatives import stored_nulls
@@ -101,6 +101,7 @@ def build_server(served: Served, manifest: dict[str, Any], board: Board) -> ls.L
         "artefact": served.artefact.resolve().name,
         "manifest_sha256": sha256_of(served.artefact / NAME),
         "max_batch": served.max_batch,
+        "api_key": server.setup_auth() is api_key_auth,  # whether requests must bring one
     }
     conditions = conditions_from_json(manifest["model"]["conditions"], "conditions")
     nulls = stored_nulls(served.artefact, manifest, conditions)
@@ -126,15 +127,17 @@ def build_server(served: Served, manifest: dict[str, Any], board: Board) -> ls.L
 
     routes = server.app.router.routes
     routes[:] = [route for route in routes if getattr(route, "path", "") != "/"]  # LitServe's own says that it runs
-    _add(server, "/", "GET", page)
-    _add(server, "/health", "GET", health)
+    _add(server, "/", "GET", page, is_open=True)
+    _add(server, "/health", "GET", health, is_open=True)
     _add(server, "/metrics", "GET", metrics)
     _add(server, "/events", "POST", events)
     return server
 
 
-def _add(server: ls.LitServer, path: str, method: str, route: Callable[..., Awaitable[Response]]) -> None:
-    server.app.add_api_route(path, route, methods=[method], dependencies=[Depends(server.setup_auth())], response_model=None)
+def _add(server: ls.LitServer, path: str, method: str, route: Callable[..., Awaitable[Response]], is_open: bool = False) -> None:
+    """A route, which asks for the server's key where there is one; an open one does not."""
+    needed = [] if is_open else [Depends(server.setup_auth())]
+    server.app.add_api_route(path, route, methods=[method], dependencies=needed, response_model=None)
 
 
 def _examples(served: Served, manifest: dict[str, Any], conditions: Conditions, nulls: Arrays) -> dict[str, Any] | None:
