@@ -71,7 +71,7 @@ def opened(url: str) -> Iterator[Page]:
     """A page of a browser of its own, which ends with it."""
     commands, answers = os.pipe(), os.pipe()
     redirect = f'exec "$@" 3<&{commands[0]} 4>&{answers[1]}'
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # processes of the browser may still write there
         arguments = ["bash", "-c", redirect, "browser", str(CHROMIUM), *_FLAGS, "--window-size=1000,1100", f"--user-data-dir={profile}"]
         browser = subprocess.Popen(arguments, pass_fds=(commands[0], answers[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(commands[0])

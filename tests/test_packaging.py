@@ -65,7 +65,7 @@ def test_what_is_imported_is_declared_and_the_other_way_round():
 def test_what_an_extra_brings_is_imported_late():
     """Whoever does not need it need not have it."""
     extra = {name for name, found in distributions(imported(SOURCES)).items() if found & (extras() - requirements())}
-    assert extra == {"diffusers", "transformers", "ray", "model_signing", "cryptography", "litserve", "fastapi"}
+    assert extra == {"diffusers", "transformers", "ray", "model_signing", "cryptography", "litserve", "fastapi", "starlette"}
     for path in SOURCES:
         if path.parent.name != "tests" and path.relative_to(ROOT).as_posix() not in SERVERS:
             at_once = [
