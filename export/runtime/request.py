@@ -205,9 +205,10 @@ def distinct_rows(
     """Place of each batch entry among the distinct rows of conditions [M], and these rows [U, ...]; equal null ones are one."""
     rows = with_nulls(conditions, given, nulls) if doubled else dict(given)
     first, *others = rows.values()
-    if others or first.ndim > 1:  # rows are equal if their bytes are
-        bytes_MF = np.concatenate([np.ascontiguousarray(value).reshape(len(value), -1).view(np.uint8) for value in rows.values()], 1)
-        _, first_U, rows_M = np.unique(bytes_MF, axis=0, return_index=True, return_inverse=True)
+    if others or first.ndim > 1:  # rows are equal if their bytes are; numpy would make a field of each of a text's millions of bytes
+        bytes_M = [b"".join(np.ascontiguousarray(value[m]).tobytes() for value in rows.values()) for m in range(len(first))]
+        places = {row: u for u, row in enumerate(sorted(set(bytes_M)))}
+        rows_M, first_U = np.array([places[row] for row in bytes_M]), np.array([bytes_M.index(row) for row in places])
     else:
         _, first_U, rows_M = np.unique(first, return_index=True, return_inverse=True)
     return rows_M.reshape(-1), {name: value[first_U] for name, value in rows.items()}
