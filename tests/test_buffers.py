@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+from conftest import SIGNATURE
 
 from export.compiler.parity import to_numpy
 from export.runtime.buffers import MOST_SIZES, Pool, ProgramError, Workspace, place
 from export.runtime.cuda_provider import Lane
 from export.runtime.layout import graphed, lay_out, read_first
-from export.runtime.request import Part, Row, fill, run_part
+from export.runtime.request import DistinctRows, Part, Row, distinct_rows, fill, run_part
 from export.runtime.sampler import CachedSampler
 from export.runtime.sessions import on_device
 from tc_lightning.errors import TokenCacheError
@@ -38,10 +39,15 @@ def keeping(artefact: Path) -> CachedSampler:
     return kept
 
 
+def distinct(part: Part) -> DistinctRows:
+    """Of labels that differ, guided: theirs and the null one."""
+    return distinct_rows(SIGNATURE.conditions, True, part.given, part.nulls)
+
+
 def workspace_of(sampler: CachedSampler, part: Part = PART) -> Workspace:
     layout = lay_out(sampler.manifest, part.images, 3, part.full)
     workspace = Workspace(layout, sampler.session, "cpu")
-    fill(workspace, sampler.manifest, part)
+    fill(workspace, sampler.manifest, part, distinct(part))
     return workspace
 
 
@@ -256,4 +262,4 @@ def test_what_is_filled_in_is_what_is_read_first(sampler):
     for full in (False, True):
         layout = lay_out(sampler.manifest, 2, 3, full)
         assert {"x.0", "step.0", "first_bad.0"} <= read_first(layout.runs)
-        fill(Workspace(layout, sampler.session, "cpu"), sampler.manifest, dataclasses.replace(PART, full=full))
+        fill(Workspace(layout, sampler.session, "cpu"), sampler.manifest, dataclasses.replace(PART, full=full), distinct(PART))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from tc_lightning.models.conditions import Given
 from tc_lightning.models.dit import DiTConfig
 from tc_lightning.models.families import FAMILIES, Family
 from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.conditions import Condition
 from tc_lightning.plan.costs import block_macs, segment_macs
 from tc_lightning.plan.dataflow import Entry, entries_read
 from tc_lightning.plan.given import TRAINING
@@ -231,6 +233,20 @@ def test_rows_of_conditions_are_computed_once() -> None:
     assert [distinct["kind"][row] for row in rows] == [3, 0, 3, 4, 4, 4]
     for name, value in with_nulls(TOY.conditions, given).items():
         assert np.array_equal(distinct[name][rows], value)
+
+
+def test_rows_of_texts_are_compared_without_taking_much_memory() -> None:
+    """By way of numpy.unique each byte of them would be a field of a type, hundreds of bytes each, and a request take half a minute."""
+    conditions = (Condition("text", "fp32", (16, 512), "stored"), Condition("text_mask", "int64", (16,), "stored"))
+    text = np.random.default_rng(0).normal(size=(3, 16, 512)).astype(np.float32)[[0, 1, 0, 2]]
+    given = {"text": text, "text_mask": np.ones((4, 16), np.int64)}
+    tracemalloc.start()
+    places, rows = distinct_rows(conditions, True, given, {name: value[3:] for name, value in given.items()})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(rows["text"]) == 3
+    assert np.array_equal(rows["text"][places], np.concatenate([text, text[[3] * 4]]))
+    assert peak < 8 * text.nbytes
 
 
 def test_conditions_that_cannot_be_drawn_are_asked_for() -> None:

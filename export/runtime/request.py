@@ -9,7 +9,7 @@ import dataclasses
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from export.runtime.buffers import Workspace
 from export.runtime.layout import BYTES, CONSTANT, GIVEN, SLOT, Layout, ProgramRun, read_first
 from export.runtime.sessions import arena_is_ours, is_int
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.plan.conditions import Conditions, class_label, conditions_from_json
+from tc_lightning.plan.conditions import Conditions, class_label
 from tc_lightning.plan.given import Arrays, checked
 from tc_lightning.plan.nulls import with_nulls
 from tc_lightning.rollout.noise import initial_noise
@@ -199,26 +199,35 @@ def _usable_scale(planned: float, scale: Any) -> float:
     return number
 
 
-def distinct_rows(
-    conditions: Conditions, doubled: bool, given: Arrays, nulls: Arrays | None = None
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Place of each batch entry among the distinct rows of conditions [M], and these rows [U, ...]; equal null ones are one."""
+class DistinctRows(NamedTuple):
+    """Conditions without repetition: place of each batch entry among the distinct rows [M], and these rows by name, [U, ...] each."""
+
+    places_M: np.ndarray
+    rows: dict[str, np.ndarray]
+
+
+def distinct_rows(conditions: Conditions, doubled: bool, given: Arrays, nulls: Arrays | None = None) -> DistinctRows:
+    """The distinct rows of conditions of a batch, both halves of guidance if it is `doubled`; equal null ones are one."""
     rows = with_nulls(conditions, given, nulls) if doubled else dict(given)
-    first, *others = rows.values()
-    if others or first.ndim > 1:  # rows are equal if their bytes are; numpy would make a field of each of a text's millions of bytes
-        bytes_M = [b"".join(np.ascontiguousarray(value[m]).tobytes() for value in rows.values()) for m in range(len(first))]
-        places = {row: u for u, row in enumerate(sorted(set(bytes_M)))}
-        rows_M, first_U = np.array([places[row] for row in bytes_M]), np.array([bytes_M.index(row) for row in places])
-    else:
-        _, first_U, rows_M = np.unique(first, return_index=True, return_inverse=True)
-    return rows_M.reshape(-1), {name: value[first_U] for name, value in rows.items()}
+    first_of: dict[bytes, int] = {}  # by the bytes of a row: numpy.unique would make a field of each byte of a text
+    firsts_M = []
+    for m in range(rows_in(rows)):
+        row = b"".join(np.ascontiguousarray(value[m]).tobytes() for value in rows.values())
+        firsts_M.append(first_of.setdefault(row, m))
+    first_U = list(first_of.values())
+    return DistinctRows(np.searchsorted(first_U, firsts_M), {name: value[first_U] for name, value in rows.items()})
 
 
-def fill(workspace: Workspace, manifest: dict[str, Any], part: Part) -> None:
-    """Write everything that the layout reads before it writes it: of what was in these buffers, nothing is left to read."""
-    layout = workspace.layout
-    conditions = conditions_from_json(manifest["model"]["conditions"], "conditions")
-    rows_M, distinct = distinct_rows(conditions, manifest["guidance"]["scale"] != 1.0, part.given, part.nulls)
+def fill(workspace: Workspace, manifest: dict[str, Any], part: Part, distinct: DistinctRows) -> None:
+    """Write everything that the layout reads before it writes it: of what was in these buffers, nothing is left to read.
+
+    Args:
+        workspace: the buffers.
+        manifest: the artefact's.
+        part: what is asked for.
+        distinct: its conditions without repetition.
+    """
+    layout, rows_M = workspace.layout, distinct.places_M
     x = layout.buffers["x.0"].shape
     half_B = rows_M[: part.images]  # the conditional half, which is all that some programs compute
     values: dict[str, Any] = {
@@ -232,7 +241,7 @@ def fill(workspace: Workspace, manifest: dict[str, Any], part: Part) -> None:
         "offset": np.int64(manifest["full_offset"] if part.full else 0),
         "guidance": np.array([row.scale for row in part.rows]),
     }
-    for name, rows_U in distinct.items():
+    for name, rows_U in distinct.rows.items():
         padding = layout.buffers[GIVEN + name].shape[0] - len(rows_U)
         values[GIVEN + name] = np.concatenate([rows_U, np.repeat(rows_U[-1:], padding, axis=0)])
     values |= {f"steps.{j}": np.arange(chunk.start, chunk.stop) for j, chunk in enumerate(layout.chunks)}

@@ -288,13 +288,12 @@ class CachedSampler(OfOneProcess):
         """Run a part of a request in buffers that nobody else uses meanwhile."""
         self._weights.require_unchanged()
         images, on_cpu = part.images, self.provider == "cpu"
-        doubled = self.manifest["guidance"]["scale"] != 1.0
-        most = most_rows(self.manifest, images, part.own_nulls)
-        rows = rows_in(distinct_rows(self.conditions, doubled, part.given, part.nulls)[1]) if on_cpu else most
+        distinct = distinct_rows(self.conditions, self.manifest["guidance"]["scale"] != 1.0, part.given, part.nulls)
+        rows = rows_in(distinct.rows) if on_cpu else most_rows(self.manifest, images, part.own_nulls)
         key = (images, rows, part.full)
         workspace = self._pool.take(key, lay_out(self.manifest, images, rows, part.full))
         try:
-            fill(workspace, self.manifest, part)
+            fill(workspace, self.manifest, part, distinct)
             return run_part(workspace, self.manifest, on_cpu, timing, on_step)
         finally:
             workspace.wait()  # what is in the queue uses these buffers
