@@ -12,8 +12,9 @@ from conftest import SIGNATURE
 from export.compiler.parity import to_numpy
 from export.runtime.buffers import MOST_SIZES, Pool, ProgramError, Workspace, place
 from export.runtime.cuda_provider import Lane
+from export.runtime.distinct import DistinctRows, distinct_rows
 from export.runtime.layout import graphed, lay_out, read_first
-from export.runtime.request import DistinctRows, Part, Row, distinct_rows, fill, run_part
+from export.runtime.request import Part, Row, fill, run_part
 from export.runtime.sampler import CachedSampler
 from export.runtime.sessions import on_device
 from tc_lightning.errors import TokenCacheError

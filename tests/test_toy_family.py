@@ -20,8 +20,8 @@ from data.trajectory_module import TrajectoryDataModule
 from export.compiler.compile import export_artefact
 from export.compiler.parity import relative_l2
 from export.runtime.admission import predicted_bytes
+from export.runtime.distinct import distinct_rows
 from export.runtime.manifest import read_manifest
-from export.runtime.request import distinct_rows
 from export.runtime.sampler import CachedSampler
 from export.verify import verify
 from tc_lightning.cache.soft_network import full_eps, mixed_branches_eps, mixed_eps

@@ -9,17 +9,17 @@ import dataclasses
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from export.runtime.buffers import Workspace
+from export.runtime.distinct import DistinctRows
 from export.runtime.layout import BYTES, CONSTANT, GIVEN, SLOT, Layout, ProgramRun, read_first
 from export.runtime.sessions import arena_is_ours, is_int
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.conditions import Conditions, class_label
 from tc_lightning.plan.given import Arrays, checked
-from tc_lightning.plan.nulls import with_nulls
 from tc_lightning.rollout.noise import initial_noise
 
 
@@ -197,25 +197,6 @@ def _usable_scale(planned: float, scale: Any) -> float:
             "Fit with model.guidance_scale set, and export again."
         )
     return number
-
-
-class DistinctRows(NamedTuple):
-    """Conditions without repetition: place of each batch entry among the distinct rows [M], and these rows by name, [U, ...] each."""
-
-    places_M: np.ndarray
-    rows: dict[str, np.ndarray]
-
-
-def distinct_rows(conditions: Conditions, doubled: bool, given: Arrays, nulls: Arrays | None = None) -> DistinctRows:
-    """The distinct rows of conditions of a batch, both halves of guidance if it is `doubled`; equal null ones are one."""
-    rows = with_nulls(conditions, given, nulls) if doubled else dict(given)
-    first_of: dict[bytes, int] = {}  # by the bytes of a row: numpy.unique would make a field of each byte of a text
-    firsts_M = []
-    for m in range(rows_in(rows)):
-        row = b"".join(np.ascontiguousarray(value[m]).tobytes() for value in rows.values())
-        firsts_M.append(first_of.setdefault(row, m))
-    first_U = list(first_of.values())
-    return DistinctRows(np.searchsorted(first_U, firsts_M), {name: value[first_U] for name, value in rows.items()})
 
 
 def fill(workspace: Workspace, manifest: dict[str, Any], part: Part, distinct: DistinctRows) -> None:

@@ -25,6 +25,7 @@ from export.runtime.buffers import Pool, ProgramError
 from export.runtime.contract import graph_file, read_artefact
 from export.runtime.cuda_provider import lane, why_no_graphs
 from export.runtime.decoder import Decoder
+from export.runtime.distinct import distinct_rows
 from export.runtime.layout import CONDITION, DECODER, lay_out
 from export.runtime.negatives import nulls_of, stored_nulls
 from export.runtime.one_process import OfOneProcess
@@ -33,7 +34,6 @@ from export.runtime.request import (
     Part,
     Tally,
     asked_for,
-    distinct_rows,
     echoed,
     fill,
     rows_asked_for,
