@@ -16,9 +16,8 @@ from export.runtime.manifest import AGAIN, NAME, SIGNATURE, ArtefactError
 from tc_lightning.errors import TokenCacheError, first_line
 
 _MAKE = (
-    "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem` makes one, and `openssl ec -in key.pem -pubout -out key.pub` "
-    "its public "
-    "half."
+    "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem` makes one, and `openssl ec -in key.pem -pubout -out key.pub` its "
+    "public half."
 )
 
 
@@ -104,9 +103,8 @@ def fingerprint_of(key: Path) -> str:
         _library().verifying.Config().use_elliptic_key_verifier(public_key=key)  # which curves it takes, it knows itself
     except Exception as error:
         raise TokenCacheError(
-            f"{key} is no public key that can be used ({first_line(error)}): a file in PEM was expected, of a key on the curve "
-            "P-256, P-384 or "
-            f"P-521. {_MAKE}"
+            f"{key} is no public key that can be used ({first_line(error)}): a file in PEM was expected, of a key on the curve P-256, "
+            f"P-384 or P-521. {_MAKE}"
         ) from error
     form = serialization.PublicFormat.SubjectPublicKeyInfo
     return hashlib.sha256(public.public_bytes(serialization.Encoding.PEM, form)).hexdigest()
@@ -129,9 +127,8 @@ def _signer(key: Path) -> Any:
         return library.signing.Config().use_elliptic_key_signer(private_key=key)
     except Exception as error:
         raise TokenCacheError(
-            f"{key} is no private key that can be used ({first_line(error)}): a file in PEM was expected, without a password, of "
-            "a key on the "
-            f"curve P-256, P-384 or P-521. {_MAKE}"
+            f"{key} is no private key that can be used ({first_line(error)}): a file in PEM was expected, without a password, of a "
+            f"key on the curve P-256, P-384 or P-521. {_MAKE}"
         ) from error
 
 

@@ -97,8 +97,7 @@ def require_flat(found: Soaked) -> None:
     if last > first * (1 + GROWTH):
         raise SoakError(
             f"resident memory grew from {first:.1f} MB after {min(found.resident_mb)} requests to {last:.1f} MB after "
-            f"{found.requests}: "
-            f"more than {GROWTH:.0%}."
+            f"{found.requests}: more than {GROWTH:.0%}."
         )
     if found.changed:
         raise SoakError(f"in {found.changed} of {found.requests} requests an image was not what it was at first.")

@@ -96,7 +96,6 @@ def _cores() -> int:
 def _require_at_most(workers: int | None, known: int, unit: str) -> None:
     if workers is not None and workers > known:
         raise TokenCacheError(
-            f"{workers} workers were asked for, and there {'is' if known == 1 else 'are'} {known} "
-            f"{unit}{'' if known == 1 else 's'}: ask for "
-            f"{known} at most, or leave `--workers` out."
+            f"{workers} workers were asked for, and there {'is' if known == 1 else 'are'} {known} {unit}{'' if known == 1 else 's'}: "
+            f"ask for {known} at most, or leave `--workers` out."
         )

@@ -136,17 +136,15 @@ def completed(job: Job) -> Job:
     keep = job.keep or ((IMAGE,) if shows_images(manifest) else (LATENT,))
     if IMAGE in keep and not shows_images(manifest):
         raise TokenCacheError(
-            f"the artefact {job.artefact} makes latents and has no decoder, so there are no images to store: ask for `--keep "
-            "latent`, or "
-            "export it with a decoder (`python export/to_onnx.py --vae FOLDER`)."
+            f"the artefact {job.artefact} makes latents and has no decoder, so there are no images to store: ask for `--keep latent`, "
+            "or export it with a decoder (`python export/to_onnx.py --vae FOLDER`)."
         )
     if job.guidance is not None and not math.isfinite(job.guidance):
         raise TokenCacheError(f"guidance {job.guidance} is not a number that can be used.")
     if job.guidance not in (None, 1.0) and manifest["guidance"]["scale"] == 1.0:
         raise TokenCacheError(
             f"guidance {job.guidance:g} was asked for, but {job.artefact} was planned at scale 1 and holds no unconditional half: "
-            "leave "
-            "`--guidance` out, or fit with model.guidance_scale set."
+            "leave `--guidance` out, or fit with model.guidance_scale set."
         )
     return dataclasses.replace(
         job,

@@ -126,9 +126,8 @@ class Ledger:
         own = {name_of(shard) for shard in range(self._job.shards)}
         if foreign := [name for name in seen if name.endswith(".parquet") and name not in own]:
             raise TokenCacheError(
-                f"{self.folder} holds {foreign[0]}, which is none of the {self._job.shards} shards of {self._job.images} images, "
-                "and would be "
-                "read as one: ask for as many images as before or more, or choose another folder."
+                f"{self.folder} holds {foreign[0]}, which is none of the {self._job.shards} shards of {self._job.images} images, and "
+                "would be read as one: ask for as many images as before or more, or choose another folder."
             )
 
     def _is_whole(self, line: Any) -> bool:

@@ -54,9 +54,8 @@ def _write(job: Job, archive: zipfile.ZipFile, on_images: Callable[[int], object
             for missing, pictures in read_pictures(Path(job.out) / name_of(shard)):
                 if missing:
                     raise TokenCacheError(
-                        f"there is no image {missing[0]} ({name_of(shard)} says in its column `failed` why), and an evaluator "
-                        "takes every "
-                        "one: make them anew with another seed or guidance, or evaluate what the shards hold."
+                        f"there is no image {missing[0]} ({name_of(shard)} says in its column `failed` why), and an evaluator takes "
+                        "every one: make them anew with another seed or guidance, or evaluate what the shards hold."
                     )
                 if not begun:
                     header = {"descr": "|u1", "fortran_order": False, "shape": (job.images, *pictures[0].shape)}

@@ -86,8 +86,7 @@ class ShardMaker:
         self._sampler = CachedSampler(job.artefact, provider=job.provider, threads=threads, max_batch=job.batch)
         if digest_of(self._sampler.manifest) != job.artefact_digest:
             raise TokenCacheError(
-                f"the artefact {job.artefact} is not the one that this run began with: put the same one at the same place on "
-                "every machine, "
-                "and do not export it anew while a run goes on."
+                f"the artefact {job.artefact} is not the one that this run began with: put the same one at the same place on every "
+                "machine, and do not export it anew while a run goes on."
             )
         self._rows, self._job = rows_of(job, self._sampler.conditions), job
