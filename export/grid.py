@@ -54,10 +54,10 @@ def save_images(rows: dict[str, np.ndarray], folder: Path) -> None:
                 Image.fromarray(image).save(temporary, format="PNG")
 
 
-def png_of(pixels_HWC: np.ndarray) -> bytes:
-    """An image [H, W, 3] uint8 as the bytes of a PNG file."""
+def png_of(image_CHW: np.ndarray) -> bytes:
+    """An image in [-1, 1] as the bytes of a PNG file, in colour; of more than three channels the first three."""
     file = io.BytesIO()
-    Image.fromarray(pixels_HWC).save(file, format="PNG")
+    Image.fromarray(to_pixels(image_CHW[None])[0]).save(file, format="PNG")
     return file.getvalue()
 
 

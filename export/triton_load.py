@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 from export.command import positive, run
+from export.runtime.sampler import CachedSampler
 from export.serving.triton_client import Client
 from export.serving.triton_config import Settings, served_name
 from export.serving.triton_load import Alone, Ask, Outcome, complete, faults, mixed, send
 from export.serving.triton_process import free_ports, started
 from export.serving.triton_repository import write_repository
-from export.serving.triton_runtime import CachedSampler
 
 FELL_SHORT = 3
 EARLY, GROWTH = 100, 0.02  # memory after so many requests, and by how much of it that may grow until the end

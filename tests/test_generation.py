@@ -18,9 +18,9 @@ from export.generation.engine import require_workers
 from export.generation.job import Job, name_of
 from export.generation.labels import given_for, require_labels
 from export.generation.npz import require_npz, write_npz
-from export.generation.shard import as_parquet, encoded, table_of
+from export.generation.shard import as_parquet, table_of
 from export.generation.worker import ShardMaker
-from export.grid import to_pixels
+from export.grid import png_of, to_pixels
 from export.runtime.manifest import sha256_of
 from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError
@@ -219,7 +219,7 @@ def fake_shard(job: Job, pictures: list[bytes | None]) -> None:
 def test_npz_is_never_in_memory_whole(unguided, tmp_path):
     noise = np.random.default_rng(0).uniform(-1, 1, (3, 64, 64)).astype(np.float32)
     job = job_for(unguided, tmp_path / "out", images=640, shard=640)
-    fake_shard(job, [encoded(noise)] * 640)
+    fake_shard(job, [png_of(noise)] * 640)
     tracemalloc.start()
     try:
         write_npz(job, tmp_path / "all.npz", lambda _: None)
@@ -232,7 +232,7 @@ def test_npz_is_never_in_memory_whole(unguided, tmp_path):
 
 def test_npz_lacks_no_image(unguided, tmp_path):
     job = job_for(unguided, tmp_path / "out", images=2, shard=2)
-    fake_shard(job, [encoded(np.zeros((1, 4, 4), np.float32)), None])
+    fake_shard(job, [png_of(np.zeros((1, 4, 4), np.float32)), None])
     with pytest.raises(TokenCacheError, match=r"there is no image 1 \(images-00000\.parquet says .* why\)"):
         write_npz(job, tmp_path / "all.npz", lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

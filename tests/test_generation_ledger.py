@@ -50,6 +50,12 @@ def test_shards_that_are_gone_cut_short_or_not_recorded_are_made_again(whole, tm
     assert {path.name for path in out.iterdir()} == {*before, LEDGER, ".lock"}
 
 
+def test_a_run_that_was_stopped_before_its_first_shard_leaves_the_folder_to_another(artefact, tmp_path):
+    with Ledger(job_for(artefact, tmp_path / "out", seed=1)):
+        pass
+    assert make(job_for(artefact, tmp_path / "out", seed=2)) == [0, 1, 2]
+
+
 def test_what_was_half_written_goes_when_a_run_is_interrupted(artefact, tmp_path):
     def interrupted() -> None:
         with Ledger(job_for(artefact, tmp_path / "out")) as ledger:

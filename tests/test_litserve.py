@@ -27,7 +27,7 @@ pytest.importorskip("litserve", reason="litserve is not installed: pip install -
 
 from fastapi import HTTPException, Request
 
-from export.grid import png_of, to_pixels
+from export.grid import png_of
 from export.runtime.manifest import NAME, sha256_of
 from export.runtime.sampler import CachedSampler
 from export.serve_load import bodies, line, measured
@@ -112,7 +112,7 @@ def test_200_requests_of_8_clients(server: Running, alone: CachedSampler) -> Non
         assert reply.status == 200, reply.body
         expected = latent_alone(alone, body)
         if body["format"] == "png":
-            assert reply.body == png_of(to_pixels(expected[None])[0])
+            assert reply.body == png_of(expected)
         else:
             assert latent_in(reply).tobytes() == expected.tobytes()
         receipt = reply.json()["receipt"] if body["format"] == "json" else json.loads(reply.headers["x-receipt"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import onnxruntime as ort
 from export.generation.labels import given_for, require_labels
 from export.runtime.contract import read_artefact
 from export.runtime.manifest import sha256_of
+from export.runtime.request import rows_asked_for
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.conditions import Conditions, conditions_from_json
 from tc_lightning.plan.rows_file import Rows, read_rows
@@ -126,7 +126,7 @@ def completed(job: Job) -> Job:
     """A job with the digests of what it names, checked as far as it can be before anything runs.
 
     Raises:
-        TokenCacheError: if artefact, conditions, labels, guidance or what is to be kept cannot be used.
+        TokenCacheError: if artefact, conditions, labels, seed, guidance or what is to be kept cannot be used.
     """
     manifest = manifest_of(job)
     conditions = conditions_from_json(manifest["model"]["conditions"], "conditions")
@@ -139,17 +139,12 @@ def completed(job: Job) -> Job:
             f"the artefact {job.artefact} makes latents and has no decoder, so there are no images to store: ask for `--keep latent`, "
             "or export it with a decoder (`python export/to_onnx.py --vae FOLDER`)."
         )
-    if job.guidance is not None and not math.isfinite(job.guidance):
-        raise TokenCacheError(f"guidance {job.guidance} is not a number that can be used.")
-    if job.guidance not in (None, 1.0) and manifest["guidance"]["scale"] == 1.0:
-        raise TokenCacheError(
-            f"guidance {job.guidance:g} was asked for, but {job.artefact} was planned at scale 1 and holds no unconditional half: "
-            "leave `--guidance` out, or fit with model.guidance_scale set."
-        )
+    scale = manifest["guidance"]["scale"] if job.guidance is None else job.guidance
+    (first,) = rows_asked_for(manifest, 1, [job.seed], [0], [scale])
     return dataclasses.replace(
         job,
         keep=keep,
-        guidance=float(manifest["guidance"]["scale"] if job.guidance is None else job.guidance),
+        guidance=first.scale,
         artefact_digest=digest_of(manifest),
         plan_digest=manifest["plan_digest"],
         conditions_digest=None if job.conditions is None else sha256_of(Path(job.conditions)),

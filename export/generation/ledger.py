@@ -109,6 +109,8 @@ class Ledger:
                 break
         if not lines or not isinstance(lines[0], dict) or "format" not in lines[0]:
             raise TokenCacheError(f"{path} is damaged: it does not say which run made the shards beside it. Choose another folder.")
+        if len(lines) == 1 and not any(self.folder.glob("*.parquet")):
+            return []  # of a run that was stopped before its first shard
         if differing := [name for name in {**lines[0], **self._job.identity} if lines[0].get(name) != self._job.identity.get(name)]:
             told = [_difference(name, lines[0].get(name), self._job.identity.get(name)) for name in sorted(differing)]
             raise TokenCacheError(

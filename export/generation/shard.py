@@ -18,20 +18,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from export.generation.job import IMAGE, LATENT, Job
-from export.grid import to_pixels
 from tc_lightning.plan.conditions import Conditions
 from tc_lightning.plan.given import Arrays
 
 NUMBERS = {"int64": pa.int64(), "fp32": pa.float32()}
 PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])  # as `datasets` stores images
 LATENTS = pa.list_(pa.list_(pa.list_(pa.float32())))
-
-
-def encoded(image_CHW: np.ndarray) -> bytes:
-    """PNG of pixels in [-1, 1], one channel or three; always in colour."""
-    file = io.BytesIO()
-    Image.fromarray(to_pixels(image_CHW[None])[0]).save(file, format="PNG")
-    return file.getvalue()
 
 
 def table_of(

@@ -12,7 +12,8 @@ import numpy as np
 
 from export.generation.job import IMAGE, Job, digest_of, name_of, rows_of
 from export.generation.labels import given_for
-from export.generation.shard import as_parquet, encoded, table_of
+from export.generation.shard import as_parquet, table_of
+from export.grid import png_of
 from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.atomic import write_atomically
@@ -63,7 +64,7 @@ class ShardMaker:
             latents.append(made.latents)
             failed |= {start + place: why for place, why in made.failed.items()}
             if made.images is not None and IMAGE in job.keep:
-                pictures += [None if place in made.failed else encoded(image) for place, image in enumerate(made.images)]
+                pictures += [None if place in made.failed else png_of(image) for place, image in enumerate(made.images)]
         rows = len(next(iter(self._rows.examples.values()), ()))
         table = table_of(job, self._sampler.conditions, indices, given, rows, pictures, np.concatenate(latents), failed)
         content = as_parquet(table)

@@ -134,7 +134,7 @@ class SharedWeights:
         if self._read_from_files and (now := self._now()) != self._at_first:
             changed = next(name for name, file in self._files.items() if now[name] != self._at_first[name])
             raise ArtefactError(
-                f"{self._files[changed].name} was changed while a sampler was using it: it is not what its manifest says any more. "
+                f"{changed} was changed while a sampler was using it: it is not what its manifest says any more. "
                 "Put an artefact in the place of another by renaming its folder, never by writing into it; export it again, and make "
                 "a new sampler."
             )

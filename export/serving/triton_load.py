@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from export.runtime.sampler import CachedSampler
 from export.serving.triton_client import Client, RequestFailedError
 from export.serving.triton_config import FULL, GUIDANCE, IMAGE, INDEX, LATENT, RECEIPT, SEED
 from export.serving.triton_process import is_ready
-from export.serving.triton_runtime import CachedSampler
 from tc_lightning.plan.conditions import Condition
 from tc_lightning.plan.given import NUMPY_TYPES
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from export.runtime.sampler import CachedSampler
 from export.serving.heap import trim
 from export.serving.rows import Answer, BadRowError, Row, RowError, answers, checked
 from export.serving.triton_config import CUDA, EITHER
 from export.serving.triton_metrics import Metrics
 from export.serving.triton_repository import ARTEFACT
 from export.serving.triton_rows import rows_of, tensors_of
-from export.serving.triton_runtime import CachedSampler
 from export.serving.warm_up import warm_up
 from tc_lightning.errors import TokenCacheError
 

@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import onnxruntime as ort
+
 from export.folders import replacing_folder
+from export.runtime.contract import read_artefact
 from export.runtime.manifest import SIGNATURE
 from export.serving.triton_config import Settings, config_of, served_name
-from export.serving.triton_runtime import artefact_manifest
 from tc_lightning.errors import TokenCacheError
 
 MARK = "tc-lightning.json"  # says that a repository is ours, and which models of it are
@@ -48,7 +50,7 @@ def write_repository(artefacts: Sequence[Path], out: Path, settings: Settings, c
     """
     named = _named(artefacts)
     _require_ours(out, list(named.values()))
-    manifests = {name: artefact_manifest(path) for name, path in named.items()}
+    manifests = {name: read_artefact(path, ort.__version__) for name, path in named.items()}
     with replacing_folder(out) as folder:
         for name, path in named.items():
             version = folder / name / VERSION

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from export.serving.triton_runtime import CachedSampler
+from export.runtime.sampler import CachedSampler
+from tc_lightning.plan.conditions import Conditions
 from tc_lightning.plan.given import NUMPY_TYPES
 
 
@@ -36,9 +37,13 @@ def warm_up(sampler: CachedSampler, first: Sequence[int] = ()) -> None:
             raise _EnoughError
 
     for size in sizes:
-        given = {c.name: np.ones((size, *c.shape), NUMPY_TYPES[c.dtype]) for c in sampler.conditions}
-        labels = {c.name: np.arange(size) % c.classes for c in sampler.conditions if c.classes}
         try:
-            sampler.sample(conditions=given | labels, on_step=on_step, strict=False)
+            sampler.sample(conditions=some_conditions(sampler.conditions, size), on_step=on_step, strict=False)
         except _EnoughError:
             continue
+
+
+def some_conditions(conditions: Conditions, rows: int) -> dict[str, np.ndarray]:
+    """Values that any model can take, [rows, ...] each: classes in turn, all of a text, ones."""
+    given = {c.name: np.ones((rows, *c.shape), NUMPY_TYPES[c.dtype]) for c in conditions}
+    return given | {c.name: np.arange(rows) % c.classes for c in conditions if c.classes}

@@ -23,16 +23,15 @@ from fastapi.responses import JSONResponse
 from litserve.loops.base import _SENTINEL_VALUE, _StopLoopError
 from litserve.loops.simple_loops import BatchedLoop
 
-from export.grid import png_of, to_pixels
+from export.grid import png_of
 from export.runtime.manifest import ArtefactError
 from export.runtime.sampler import CachedSampler
 from export.serving.asked import Asked
 from export.serving.board import Board
 from export.serving.front import BAD_REQUEST, GIVEN_UP, encodable, taken
-from export.serving.rows import Answer, BadRowError, Row, RowError, answers
+from export.serving.rows import Answer, BadRowError, RowError, answers
+from export.serving.warm_up import some_conditions, warm_up
 from tc_lightning.errors import TokenCacheError
-from tc_lightning.plan.conditions import Conditions
-from tc_lightning.plan.given import NUMPY_TYPES
 
 BECAME_NAN, FAILED = 422, 500  # HTTP status of a row that is NaN, and of a run that failed
 RECEIPT = "x-receipt"
@@ -106,15 +105,13 @@ class SamplerAPI(ls.LitAPI):
         print(self._ready, flush=True)
 
     def _warmed_up(self) -> dict[str, Any]:
-        row = Row(some_conditions(self._sampler.conditions))
-        for size in range(1, self.max_batch_size + 1):
-            found = answers(self._sampler, [row] * size)
-        found = found[:1] + answers(self._sampler, [Row(row.conditions, full=True)])
-        for answer in found:
-            if isinstance(answer, TokenCacheError) and not isinstance(answer, RowError):
-                raise answer
-        nodes = {name: found for answer in found if isinstance(answer, Answer) for name, found in _nodes(answer).items()}
-        return {"provider": self._sampler.provider, "device": self._sampler.device, "nodes_per_provider": nodes, "process": os.getpid()}
+        """What the sampler really runs on, once every size of batch has run."""
+        sampler = self._sampler
+        warm_up(sampler)
+        given = some_conditions(sampler.conditions, 1)
+        ran = [sampler.sample(conditions=given, full=full, strict=False).receipt["nodes_per_provider"] for full in (False, True)]
+        nodes = {name: found for one in ran for name, found in one.items()}
+        return {"provider": sampler.provider, "device": sampler.device, "nodes_per_provider": nodes, "process": os.getpid()}
 
     def health(self) -> bool:
         """What LitServe's own `/ready` asks: whether images can be made still."""
@@ -188,17 +185,12 @@ def encoded(answer: Answer, form: str) -> Response:
     receipt = {RECEIPT: json.dumps(answer.receipt), "x-shows": kind}
     match form:
         case "png":
-            return Response(_png(seen_CHW), media_type="image/png", headers=receipt)
+            return Response(png_of(seen_CHW), media_type="image/png", headers=receipt)
         case "npy":
             return Response(_npy(seen_CHW), media_type="application/x-npy", headers=receipt)
         case _:
-            images = {name: base64.b64encode(data).decode() for name, data in (("png", _png(seen_CHW)), ("npy", _npy(seen_CHW)))}
+            images = {name: base64.b64encode(data).decode() for name, data in (("png", png_of(seen_CHW)), ("npy", _npy(seen_CHW)))}
             return JSONResponse({**images, "shows": kind, "receipt": answer.receipt})
-
-
-def some_conditions(conditions: Conditions) -> dict[str, np.ndarray]:
-    """Values that any model can take: class 0, all of a text, zeros."""
-    return {c.name: np.full(c.shape, 1 if c.mask else 0, NUMPY_TYPES[c.dtype]) for c in conditions}
 
 
 def end_with_parent() -> None:
@@ -211,14 +203,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
-
-
-def _nodes(answer: Answer) -> dict[str, Any]:
-    return answer.receipt["nodes_per_provider"]
-
-
-def _png(seen_CHW: np.ndarray) -> bytes:
-    return png_of(to_pixels(seen_CHW[None])[0])
 
 
 def _npy(seen_CHW: np.ndarray) -> bytes:
