@@ -11,10 +11,10 @@ import torch
 from conftest import FULL, make_plan, make_teacher
 from test_commands import call, is_one_paragraph
 
+from export.bench.benchmark_report import BenchmarkRow
 from export.bench.fleet.measured import measured_line
 from export.bench.fleet.paper import RELEASED, Gpu, Shape, images_an_hour, paper_table, rounded
 from export.benchmark import FULL as FULL_COMPUTE
-from export.benchmark import BenchmarkRow
 from export.command import run
 from export.fleet import main
 from tc_lightning.errors import TokenCacheError

@@ -44,7 +44,7 @@ class Yielding(dict):
 
 def test_sessions_may_be_released_while_others_look_them_up(artefact):
     sampler, faults, done = CachedSampler(artefact, preload=False), [], threading.Event()
-    sampler._sessions = Yielding()
+    sampler._loaded._sessions = Yielding()
 
     def look_up() -> None:
         try:
@@ -93,9 +93,9 @@ def test_bindings_run_in_the_session_that_they_were_made_for(artefact, monkeypat
 def test_sessions_are_opened_in_the_thread_of_the_gpu_alone(artefact, monkeypatch):
     """Even if others release them at the very end of a request: on CUDA no other thread may allocate memory."""
     sampler, lane, opened = CachedSampler(artefact, preload=False), Lane(), []
-    open_session = sampler._open
+    open_session = sampler._loaded._open
     monkeypatch.setattr(sampler, "_exclusively", lane.run)
-    monkeypatch.setattr(sampler, "_open", lambda name: (opened.append(threading.get_ident()), open_session(name))[1])
+    monkeypatch.setattr(sampler._loaded, "_open", lambda name: (opened.append(threading.get_ident()), open_session(name))[1])
     run = sampler._run
 
     def release_afterwards(*given):
@@ -111,7 +111,7 @@ def test_sessions_are_opened_in_the_thread_of_the_gpu_alone(artefact, monkeypatc
 def test_profiles_are_asked_for_while_sessions_load(artefact, tmp_path):
     sampler = CachedSampler(artefact, preload=False, profile=tmp_path / "profile")
     sampler.session(CONDITION)
-    with sampler._loading:
+    with sampler._loaded._changing:
         asking = threading.Thread(target=sampler.end_profiling)
         asking.start()
         asking.join(0.2)
@@ -177,7 +177,7 @@ def in_child(call) -> str:
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 def test_a_sampler_is_not_used_after_a_fork(sampler):
     uses = (lambda: sampler.sample([0]), lambda: sampler.session(CONDITION), sampler.release, sampler.end_profiling)
-    with sampler._loading:  # a lock that was held at the time of the fork
+    with sampler._loaded._changing:  # a lock that was held at the time of the fork
         for use in uses:
             told = in_child(use)
             assert told.startswith("RuntimeUnavailableError: this CachedSampler was made in process")

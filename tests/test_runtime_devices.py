@@ -67,7 +67,7 @@ def test_everything_is_put_on_the_device_that_was_asked_for(artefact, monkeypatc
         return ort.InferenceSession(str(path), plain, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", on_the_cpu_after_all)
-    monkeypatch.setattr("export.runtime.sampler.open_session", open_on_the_cpu)
+    monkeypatch.setattr("export.runtime.loaded_graphs.open_session", open_on_the_cpu)
     monkeypatch.setattr("export.runtime.sampler.prepare", lambda *given: asked.append((given[0], given[2])))
     manifest = read_manifest(artefact)
     assert all(program["graph"] == name for name, program in manifest["programs"].items())  # as if exported for CUDA

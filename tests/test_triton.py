@@ -237,7 +237,7 @@ def test_warming_up_runs_every_program_at_every_size(artefact, monkeypatch):
     warm_up(sampler, [2, 4])
     assert sizes == [4, 2, 1, 3]
     programs = {sampler.graph_of(bound["program"]) for bound in sampler.manifest["schedule"]}
-    assert programs <= set(sampler._sessions)
+    assert programs <= set(sampler._loaded._sessions)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")

@@ -8,9 +8,9 @@ from tc_lightning.plan.conditions import Condition, Conditions
 from tc_lightning.plan.given import NUMPY_TYPES
 
 
-def random_values(conditions: Conditions, rows: int, seed: int = 0) -> dict[str, np.ndarray]:
+def random_values(conditions: Conditions, rows: int, seed: int | np.random.Generator = 0) -> dict[str, np.ndarray]:
     """Conditions by name, [rows, ...] each: labels drawn evenly, masks that mark the first half, and numbers of a standard normal
-    distribution."""
+    distribution. A generator in place of a seed is drawn from."""
     chooser = np.random.default_rng(seed)
     return {condition.name: _values(condition, rows, chooser) for condition in conditions}
 

@@ -10,7 +10,6 @@ Shape suffixes: B images, C H W latent.
 from __future__ import annotations
 
 import functools
-import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +21,12 @@ import onnxruntime as ort
 
 from export.runtime.admission import batch_within, most_rows, predicted_bytes
 from export.runtime.buffers import Pool, ProgramError
-from export.runtime.contract import graph_file, read_artefact
+from export.runtime.contract import read_artefact
 from export.runtime.cuda_provider import lane, why_no_graphs
 from export.runtime.decoder import Decoder
 from export.runtime.distinct import distinct_rows
 from export.runtime.layout import CONDITION, DECODER, lay_out
+from export.runtime.loaded_graphs import LoadedGraphs
 from export.runtime.negatives import nulls_of, stored_nulls
 from export.runtime.one_process import OfOneProcess
 from export.runtime.receipt import decoding_of, receipt_of, said_of
@@ -44,13 +44,9 @@ from export.runtime.result import Result
 from export.runtime.sessions import (
     PROVIDERS,
     RuntimeUnavailableError,
-    SharedWeights,
     is_int,
     nodes_per_provider,
-    open_session,
-    packed_graphs,
     prepare,
-    session_options,
 )
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.plan.conditions import Conditions, conditions_from_json
@@ -124,13 +120,13 @@ class CachedSampler(OfOneProcess):
         self._decoding = self.decoder.working_bytes if self.decoder else 0
         batch_within(self.manifest, max_batch, max_bytes)  # refused now rather than at the first request
         prepare(provider, threads, device)
-        self._packed = packed_graphs(self.manifest, memory) if provider == "cpu" else set()
-        self._profile, self._threads = profile, threads
-        self._sessions: dict[str, ort.InferenceSession] = {}
-        self._loading = threading.Lock()
         self._no_graphs = self._graphs_off(cuda_graphs)
-        self._pool = Pool(self.session, provider, keep=self._no_graphs is None, device=device)
-        self._exclusively(lambda _: self._load(preload))
+        captured = self._no_graphs is None
+        self._loaded = LoadedGraphs(self.path, self.manifest, provider, device, threads, memory, profile, captured)
+        self._pool = Pool(self.session, provider, keep=captured, device=device)
+        decoder = {DECODER} if self.decoder else set()
+        programs = {CONDITION, *decoder, *(bound["program"] for bound in self.manifest["schedule"])} if preload else set()
+        self._exclusively(lambda _: self._loaded.load(sorted(programs)))
 
     @functools.cached_property
     def conditions(self) -> Conditions:
@@ -140,15 +136,11 @@ class CachedSampler(OfOneProcess):
     def session(self, name: str) -> ort.InferenceSession:
         """The session of `condition`, `decoder` or a step program's graph, loaded on first use, and kept until `release`."""
         self._require_own_process()
-        name = self.graph_of(name)
-        with self._loading:
-            if name not in self._sessions:
-                self._sessions[name] = self._open(name)
-            return self._sessions[name]
+        return self._loaded.session(name)
 
     def graph_of(self, name: str) -> str:
         """The graph of `condition`, `decoder` or a step program."""
-        return name if name in (CONDITION, DECODER) else self.manifest["programs"][name]["graph"]
+        return self._loaded.graph_of(name)
 
     def predicted_bytes(self, images: int, full: bool = False) -> int:
         """What the buffers of so many images at a time take, at most, and decoding them: known before a request runs."""
@@ -157,8 +149,7 @@ class CachedSampler(OfOneProcess):
     def end_profiling(self) -> dict[str, str]:
         """The profile of each program that was loaded; see `profile`."""
         self._require_own_process()
-        with self._loading:
-            return {name: session.end_profiling() for name, session in self._sessions.items()}
+        return self._loaded.end_profiling()
 
     def release(self) -> None:
         """Drop all sessions, buffers and CUDA graphs; they are made again when needed. Requests that run meanwhile keep theirs."""
@@ -166,8 +157,7 @@ class CachedSampler(OfOneProcess):
 
         def drop(_: Callable[[], None]) -> None:
             self._pool.clear(keep=self._no_graphs is None)
-            with self._loading:
-                self._sessions.clear()
+            self._loaded.drop()
 
         self._exclusively(drop)
 
@@ -279,14 +269,14 @@ class CachedSampler(OfOneProcess):
         except ProgramError as error:
             if not error.graph:
                 raise
-            self._no_graphs = f"they failed: {error}"
+            self._no_graphs, self._loaded.cuda_graphs = f"they failed: {error}", False
             warnings.warn(f"CUDA graphs are not used any more: {error}", stacklevel=2)
         self.release()
         return self._run_once(part, timing, on_step)
 
     def _run_once(self, part: Part, timing: bool, on_step: Callable[[int], None]) -> tuple[np.ndarray, dict[int, str], Tally]:
         """Run a part of a request in buffers that nobody else uses meanwhile."""
-        self._weights.require_unchanged()
+        self._loaded.weights.require_unchanged()
         images, on_cpu = part.images, self.provider == "cpu"
         distinct = distinct_rows(self.conditions, self.manifest["guidance"]["scale"] != 1.0, part.given, part.nulls)
         rows = rows_in(distinct.rows) if on_cpu else most_rows(self.manifest, images, part.own_nulls)
@@ -297,24 +287,8 @@ class CachedSampler(OfOneProcess):
             return run_part(workspace, self.manifest, on_cpu, timing, on_step)
         finally:
             workspace.wait()  # what is in the queue uses these buffers
-            self._weights.forget()  # a third of the weights is conditioning, which the steps did not read
+            self._loaded.weights.forget()  # a third of the weights is conditioning, which the steps did not read
             self._pool.put_back(key, workspace)
-
-    def _open(self, name: str) -> ort.InferenceSession:
-        profile = None if self._profile is None else f"{self._profile}-{name}"
-        options = session_options(self.provider, self._threads, name in {*self._packed, DECODER}, profile)
-        graphs = self._no_graphs is None and name not in (CONDITION, DECODER)
-        self._weights.give(options)
-        session = open_session(graph_file(self.path, self.manifest, name), self.provider, options, graphs, self.device)
-        self._weights.forget()
-        return session
-
-    def _load(self, preload: bool) -> None:
-        self._weights = SharedWeights(self.path, self.manifest, self.provider, self.device)
-        if preload:
-            decoder = {DECODER} if self.decoder else set()
-            for name in sorted({CONDITION, *decoder, *(bound["program"] for bound in self.manifest["schedule"])}):
-                self.session(name)
 
     def _exclusively(self, call: Callable[[Callable[[], None]], T]) -> T:
         """Run a call; on CUDA in the thread of the GPU, one at a time."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from export.bench.random_values import random_values
 from export.runtime.sampler import CachedSampler
 from export.serving.triton_client import Client, RequestFailedError
 from export.serving.triton_config import FULL, GUIDANCE, IMAGE, INDEX, LATENT, RECEIPT, SEED
@@ -86,7 +87,8 @@ def complete(sampler: CachedSampler, ask: Ask) -> Ask:
 
 def _good(conditions: Sequence[Condition], guided: bool, rng: np.random.Generator) -> Ask:
     R = int(rng.integers(1, MOST_ROWS + 1))
-    inputs = {c.name: _drawn(c, R, rng) for c in conditions} | {SEED: rng.integers(0, 2**62, (R, 1))}
+    drawn = random_values(tuple(conditions), R, rng).items()
+    inputs = {name: value.reshape(R, *(value.shape[1:] or (1,))) for name, value in drawn} | {SEED: rng.integers(0, 2**62, (R, 1))}
     if rng.random() < 0.5:
         inputs[INDEX] = rng.integers(0, 2**40, (R, 1))
     if guided and rng.random() < 0.5:
@@ -94,13 +96,6 @@ def _good(conditions: Sequence[Condition], guided: bool, rng: np.random.Generato
     if rng.random() < FULL_SHARE:
         inputs[FULL] = rng.random((R, 1)) < 0.5
     return Ask(inputs)
-
-
-def _drawn(c: Condition, R: int, rng: np.random.Generator) -> np.ndarray:
-    shape = (R, *(c.shape or (1,)))
-    if c.dtype == "fp32":
-        return rng.standard_normal(shape, np.float32)
-    return np.ones(shape, np.int64) if c.mask else rng.integers(0, c.classes or 2, shape)
 
 
 def _spoilers(conditions: Sequence[Condition], guided: bool) -> list[Callable[[Ask, int], Ask]]:
