@@ -6,8 +6,16 @@ import math
 
 import numpy as np
 import pytest
+from recipes import XL, published, xl_context
 
-from tc_lightning.policies.published_forecasts import foca_weights, hermite_weights, spectrum_weights
+from tc_lightning.measure.residuals import Residuals
+from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.costs import macs_speedup
+from tc_lightning.policies.foca import FoCaPolicy
+from tc_lightning.policies.hicache import HiCachePolicy
+from tc_lightning.policies.published_forecasts import foca_weights, hermite_weights, spectrum_weights, taylor_weights
+from tc_lightning.policies.spectrum import SpectrumPolicy, growing_steps
+from tc_lightning.policies.weighed_steps import weighed_steps
 
 EVEN, UNEVEN = (9, 6, 3, 0), (9, 7, 2, 0)  # full steps, latest first
 
@@ -15,6 +23,20 @@ EVEN, UNEVEN = (9, 6, 3, 0), (9, 7, 2, 0)  # full steps, latest first
 def linear(weights: tuple[float, ...], sources: tuple[int, ...]) -> float:
     """What weights make of the series F_s = s."""
     return float(np.dot(weights, sources[: len(weights)]))
+
+
+# TaylorSeer, as DPCache has it
+
+
+def test_taylor_by_hand() -> None:
+    """2 steps on: F_9 + 2 (F_9 - F_6) / 3; at order 2 and (F_9 - 2 F_6 + F_3) / 9 * 4 / 2."""
+    assert taylor_weights(EVEN, 11, 1) == pytest.approx([5 / 3, -2 / 3])
+    assert taylor_weights(EVEN, 11, 2) == pytest.approx([5 / 3 + 2 / 9, -2 / 3 - 4 / 9, 2 / 9])
+    assert taylor_weights((9,), 11, 2) == (1.0,)
+    for sources in (EVEN, UNEVEN):
+        for order in (1, 2):
+            assert sum(taylor_weights(sources, 11, order)) == pytest.approx(1.0)
+            assert linear(taylor_weights(sources, 11, order), sources) == pytest.approx(11)
 
 
 # HiCache
@@ -94,3 +116,57 @@ def test_spectrum_shrinks_what_it_keeps(sources: tuple[int, ...]) -> None:
         assert ridged == sorted(ridged, reverse=True)
         assert ridged[0] < 1.0
     assert linear(spectrum_weights(sources, 11, 20, 1, 0.001), sources) > 9  # forwards
+
+
+# Plans
+
+
+def reads_of(plan: CachePlan) -> dict[int, tuple[tuple[int, ...], tuple[float, ...]]]:
+    """Sources and weights of each step that forecasts."""
+    return {i: (read.sources, read.weights) for i, flow in enumerate(plan.flows) for read in flow.reads}
+
+
+def test_plans_weigh_the_steps_that_they_read() -> None:
+    plan = published(FoCaPolicy())
+    reads = reads_of(plan)
+    assert plan.full_steps == [0, *range(1, 50, 5)]
+    assert sorted([*reads, *plan.full_steps]) == list(range(50))
+    assert reads[3][0] == (1, 0)
+    assert reads[20][0] == (16, 11, 6, 1)
+    for step, (sources, weights) in reads.items():
+        assert weights == pytest.approx(foca_weights(sources, step))
+        assert linear(weights, sources) == pytest.approx(step)
+    assert CachePlan.from_json(plan.to_json()) == plan
+
+
+def test_costs_are_those_that_papers_state() -> None:
+    assert macs_speedup(published(FoCaPolicy(interval=5))) == pytest.approx(4.53, rel=5e-3)
+    assert macs_speedup(published(HiCachePolicy(orders=(2,)))) == pytest.approx(5.55, rel=5e-3)
+    assert len(published(SpectrumPolicy()).full_steps) == 14
+    assert len(published(SpectrumPolicy(growth=3.0)).full_steps) == 10
+
+
+def test_windows_by_hand() -> None:
+    """Windows of 2, 2.75, 3.5: 2, 2 and 3 steps."""
+    assert growing_steps(12, 2, 2.0, 0.75) == [0, 1, 3, 5, 8, 11]
+    assert growing_steps(6, 1, 1.0, 0.0) == list(range(6))
+    assert growing_steps(3, 5, 2.0, 0.0) == [0, 1, 2]
+
+
+def test_a_spectrum_of_a_target_grows_no_more_than_it_must() -> None:
+    context = xl_context()
+    for target in (1.5, 2.0, 3.0, 4.0, 5.0):
+        plan = SpectrumPolicy(target).plan(context).plan
+        assert target <= macs_speedup(plan) < target * 1.12
+        assert len({len(weights) for _, weights in reads_of(plan).values()}) <= 4
+
+
+def test_least_squares_are_exact_where_a_residual_is_a_sum_of_those_before() -> None:
+    """(1, 1) = (0, 1) + (1, 0); (2, 3) = 2 (1, 2) - (0, 1); (3, 5) = 3 (1, 2) - (0, 1)."""
+    r = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 2.0], [2.0, 3.0], [3.0, 5.0]])
+    residuals = Residuals(r @ r.T / 2, np.ones(6), np.zeros((6, 1)))
+    steps = weighed_steps(XL, xl_context(6).sampler, [0, 1, 3], lambda sources, at: residuals.least_squares(sources[:2], at).tolist())
+    assert [steps[i][0].mode for i in range(6)] == ["compute", "compute", "skip", "compute", "skip", "skip"]
+    assert steps[2][0].weights == pytest.approx([1.0, 1.0])
+    assert steps[4][0].weights == pytest.approx([2.0, -1.0])
+    assert steps[5][0].weights == pytest.approx([3.0, -1.0])

@@ -10,11 +10,11 @@ import torch
 
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.residuals import Residuals
-from tc_lightning.plan.dataflow import lagrange_weights
 from tc_lightning.policies.budcache import Placement, search
 from tc_lightning.policies.dpcache import cheapest_path, path_costs
 from tc_lightning.policies.ertacache import nearness_schedule
 from tc_lightning.policies.magcache import magnitude_schedule, row_errors
+from tc_lightning.policies.published_forecasts import taylor_weights
 from tc_lightning.policies.residual_steps import threshold_for
 
 # MagCache
@@ -67,10 +67,10 @@ def test_costs_are_errors_of_forecasts_summed_up_to_the_next_full_step(order: in
     residuals, r = random_residuals(0)
     T, costs = len(r), path_costs(residuals, order, 4)
     last = list(range(T - 1, T - 2 - order, -1))
-    known = np.vstack([r, np.dot(lagrange_weights(last, T), r[last])])  # and the end, which the last steps forecast
+    known = np.vstack([r, np.dot(taylor_weights(last, T, order), r[last])])  # and the end, which the last steps forecast
     for a, i, j in ((2, 4, 6), (0, 1, 3), (5, 8, 9), (3, 4, 5)):
         sources = [i, a, a - 1][: min(order, a + 1) + 1]
-        forecasts = {at: np.dot(lagrange_weights(sources, at), r[sources]) for at in range(i + 1, j + 1)}
+        forecasts = {at: np.dot(taylor_weights(sources, at, order), r[sources]) for at in range(i + 1, j + 1)}
         expected = sum(np.sqrt(np.mean((value - known[at]) ** 2)) for at, value in forecasts.items())
         assert costs[a, i, j] == pytest.approx(expected)
     assert costs[T - 2, T - 1, T] == pytest.approx(0.0, abs=1e-6)  # the end follows from the last steps

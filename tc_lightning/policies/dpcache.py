@@ -19,28 +19,27 @@ import numpy as np
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.residuals import Residuals
 from tc_lightning.plan.costs import full_step_macs, step_macs
-from tc_lightning.plan.dataflow import lagrange_weights
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
-from tc_lightning.policies.residual_steps import affordable
+from tc_lightning.policies.published_forecasts import taylor_weights
+from tc_lightning.policies.residual_steps import affordable, repeated_step
 from tc_lightning.policies.targeted import Offer, TargetedPolicy
 from tc_lightning.policies.taylorseer import check_orders
-from tc_lightning.policies.whole_steps import reused_step, whole_steps
+from tc_lightning.policies.weighed_steps import weighed_steps
 
 
 class DPCachePolicy(TargetedPolicy):
     """The placement of least summed cost for as many full steps as the target allows; the other steps forecast.
 
-    The order is the one of least error on held-out trajectories; forecasts are the plan's own polynomials, which at order 1 are the
-    authors' differences and at order 2 are more exact where distances change.
+    The order is the one of least error on held-out trajectories. Forecasts are TaylorSeer's series, as the authors' are.
 
     Args:
         target_speedup: in MACs, at least; None takes the number of full steps as it is given.
         full_steps: how many steps compute everything.
         orders: forecast orders to choose from, 1 and 2 (the authors' is 2).
         warmup: full steps at the start.
-        longest: largest distance of full steps, as a share of all steps.
+        longest: largest distance of full steps, as a share of all steps; raised where the target needs it.
         images: held-out images on which orders are compared.
 
     Raises:
@@ -69,34 +68,29 @@ class DPCachePolicy(TargetedPolicy):
         self.full_steps, self.orders, self.warmup, self.longest = full_steps, tuple(orders), warmup, longest
 
     def least_macs(self, signature: ModelSignature, sampler: SamplerTable) -> float:
-        """The warm-up, and full steps as far apart as they may be."""
-        T = len(sampler)
-        full = self._fewest(T)
-        return full * full_step_macs(signature) + (T - full) * step_macs(signature, reused_step(signature, 1))
+        """The warm-up alone."""
+        full = min(self.warmup, len(sampler))
+        return full * full_step_macs(signature) + (len(sampler) - full) * step_macs(signature, repeated_step(signature))
 
     def published(self, context: PlanningContext) -> list[Offer]:
         """See `TargetedPolicy`."""
-        T = len(context.sampler)
-        return self._offers(context, min(T, max(self.full_steps, self._fewest(T))))
+        return self._offers(context, min(self.full_steps, len(context.sampler)))
 
     def within(self, context: PlanningContext, budget: float) -> list[Offer]:
         """See `TargetedPolicy`."""
         return self._offers(context, affordable(context.signature, context.sampler, budget))
 
-    def _jump(self, num_steps: int) -> int:
-        return max(1, int(self.longest * num_steps))
-
-    def _fewest(self, num_steps: int) -> int:
-        warmup = min(self.warmup, num_steps)
-        return warmup + math.ceil((num_steps - warmup + 1) / self._jump(num_steps)) - 1
-
     def _offers(self, context: PlanningContext, count: int) -> list[Offer]:
         T, offers = len(context.sampler), []
+        warmup = min(self.warmup, T)
+        longest = max(int(self.longest * T), math.ceil((T - warmup + 1) / (count - warmup + 1)))
         for order in self.orders:
-            costs = path_costs(context.residuals, order, self._jump(T))
-            placed = cheapest_path(costs, count, min(self.warmup, T), self._jump(T))
-            arguments = {"order": order, "placed": count, "warmup": self.warmup, "calibration": context.calibration.digest}
-            offers.append(Offer(whole_steps(context.signature, context.sampler, placed, order), arguments))
+            placed = cheapest_path(path_costs(context.residuals, order, longest), count, warmup, longest)
+            steps = weighed_steps(
+                context.signature, context.sampler, placed, lambda sources, at, order=order: taylor_weights(sources, at, order)
+            )
+            arguments = {"order": order, "placed": count, "warmup": warmup, "calibration": context.calibration.digest}
+            offers.append(Offer(steps, arguments))
         return offers
 
 
@@ -116,7 +110,7 @@ def path_costs(residuals: Residuals, order: int, longest: int) -> np.ndarray:
             sources = [i, a, a - 1][: min(order, a + 1) + 1]
             total = 0.0
             for j in range(i + 1, min(T, i + longest) + 1):
-                total += _root_error(ends, sources, lagrange_weights(sources, j), j)
+                total += _root_error(ends, sources, taylor_weights(sources, j, order), j)
                 costs_TTT[a, i, j] = total
     return costs_TTT
 
@@ -126,7 +120,7 @@ def _with_end(products_TT: np.ndarray, order: int) -> np.ndarray:
     T = len(products_TT)
     sources = list(range(T - 1, max(-1, T - 2 - order), -1))
     basis = np.vstack([np.eye(T), np.zeros(T)])
-    basis[T, sources] = lagrange_weights(sources, T)
+    basis[T, sources] = taylor_weights(sources, T, order)
     return basis @ products_TT @ basis.T
 
 

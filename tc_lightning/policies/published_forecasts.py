@@ -12,19 +12,32 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 Weights = tuple[float, ...]
 
 
+def taylor_weights(sources: Sequence[int], at: int, order: int) -> Weights:
+    """TaylorSeer's series (Liu et al., arXiv 2503.06923), as its code and DPCache's have it: F + sum_i D_i / i! k^i, k steps on.
+
+    D_i is the i-th difference of the last full steps, each divided by the distance of the two that it is the difference at, whatever
+    those before were: a line is exact at any distances, a parabola at none.
+
+    Args:
+        sources: full steps, latest first.
+        at: the step that is forecast.
+        order: of the highest difference, where there are full steps for it.
+    """
+    return _series(sources, order, lambda i: float(at - sources[0]) ** i)
+
+
 def hermite_weights(sources: Sequence[int], at: int, order: int, sigma: float = 0.5) -> Weights:
     """HiCache's scaled Hermite series (Feng et al., arXiv 2508.16984): F + sum_i D_i / i! sigma^i H_i(sigma k), k steps on.
 
-    H_i are the physicists' Hermite polynomials (H_1(x) = 2x, H_2(x) = 4x^2 - 2), D_i the i-th difference. As in the code of TaylorSeer,
-    on which the authors build, a difference is divided by the distance of the last two full steps that it spans, whatever those before
-    were. The slope of a linear series is multiplied by 2 sigma^2: it is exact at sigma = sqrt(1/2) alone, and half of it at 0.5.
+    H_i are the physicists' Hermite polynomials (H_1(x) = 2x, H_2(x) = 4x^2 - 2), D_i the differences of `taylor_weights`. The slope
+    of a linear series is multiplied by 2 sigma^2: it is exact at sigma = sqrt(1/2) alone, and half of it at 0.5.
 
     Args:
         sources: full steps, latest first.
@@ -32,13 +45,18 @@ def hermite_weights(sources: Sequence[int], at: int, order: int, sigma: float = 
         order: of the highest difference, where there are full steps for it.
         sigma: contraction, between 0 and 1.
     """
+    return _series(sources, order, lambda i: sigma**i * _hermite(i, sigma * (at - sources[0])))
+
+
+def _series(sources: Sequence[int], order: int, basis: Callable[[int], float]) -> Weights:
+    """Differences of the last full steps times what stands for the powers of the distance."""
     S = min(order + 1, len(sources))
     differences = list(np.eye(S))  # of order i, at each full step that has one
-    weights, k = differences[0].copy(), at - sources[0]
+    weights = differences[0].copy()
     for i in range(1, S):
         pairs = itertools.pairwise(differences)
         differences = [(new - old) / (sources[j] - sources[j + 1]) for j, (new, old) in enumerate(pairs)]
-        weights += differences[0] / math.factorial(i) * sigma**i * _hermite(i, sigma * k)
+        weights += differences[0] / math.factorial(i) * basis(i)
     return tuple(map(float, weights))
 
 
