@@ -27,6 +27,7 @@ COMMANDS = {
     "plan": "export.plan:main",
     "report": "export.report.command:main",
     "ablate": "tc_lightning.runs.ablation.ablate:main",
+    "import-router": "tc_lightning.runs.import_router:main",
 }
 
 

@@ -19,13 +19,22 @@ from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.policies.base import PlanningContext, Policy
+from tc_lightning.policies.budcache import BudCachePolicy
 from tc_lightning.policies.delta_dit import DeltaDiTPolicy
 from tc_lightning.policies.dp_placement import DPPlacementPolicy
+from tc_lightning.policies.dpcache import DPCachePolicy
+from tc_lightning.policies.ecad import ECADPolicy
+from tc_lightning.policies.ertacache import ERTACachePolicy
 from tc_lightning.policies.feb_cache import EBCachePolicy, FEBCachePolicy
 from tc_lightning.policies.fewer_steps import FewerStepsPolicy
+from tc_lightning.policies.foca import FoCaPolicy
 from tc_lightning.policies.fora import FORAPolicy
+from tc_lightning.policies.hicache import HiCachePolicy
+from tc_lightning.policies.l2p import L2PPolicy
+from tc_lightning.policies.magcache import MagCachePolicy
 from tc_lightning.policies.registry import standard_policies
 from tc_lightning.policies.smoothcache import SmoothCachePolicy
+from tc_lightning.policies.spectrum import SpectrumPolicy
 from tc_lightning.policies.taylorseer import TaylorSeerPolicy
 from tc_lightning.policies.toca import ToCaPolicy
 from tc_lightning.policies.tokencache_v1 import TokenCacheV1Policy
@@ -57,12 +66,21 @@ def test_all_are_there():
         "tokencache_v1",
         "fora",
         "taylorseer",
+        "hicache",
+        "foca",
+        "spectrum",
+        "l2p",
         "delta_dit",
         "eb_cache",
         "feb_cache",
         "toca",
         "smoothcache",
         "dp_placement",
+        "dpcache",
+        "magcache",
+        "ertacache",
+        "budcache",
+        "ecad",
         "learning_to_cache",
         "harmonica",
     }
@@ -130,6 +148,10 @@ def test_what_was_not_measured_for_the_sampler_is_not_used(context: PlanningCont
         ("toca", untrained, "no predictor of it was trained"),
         ("smoothcache", blind, "needs calibration data"),
         ("dp_placement", blind, "needs calibration data"),
+        ("dpcache", blind, "needs calibration data"),
+        ("magcache", blind, "needs calibration data"),
+        ("ertacache", blind, "needs calibration data"),
+        ("l2p", blind, "needs calibration data"),
     ):
         policy = standard_policies(1.5)[name]
         assert reason in str(policy.unavailable(where))
@@ -137,6 +159,10 @@ def test_what_was_not_measured_for_the_sampler_is_not_used(context: PlanningCont
             policy.plan(where)
     with pytest.raises(PlanError, match="measured for another sampler"):
         standard_policies(1.5)["dp_placement"].plan(other)
+    old = dataclasses.replace(context.calibration, residuals=None)
+    for name in ("dpcache", "magcache", "ertacache", "l2p"):
+        with pytest.raises(PlanError, match="of before residuals were measured"):
+            standard_policies(1.5)[name].plan(dataclasses.replace(context, calibrate=lambda: old))
 
 
 @pytest.mark.parametrize(
@@ -157,6 +183,24 @@ def test_what_was_not_measured_for_the_sampler_is_not_used(context: PlanningCont
         lambda: SmoothCachePolicy(threshold=-1.0),
         lambda: DPPlacementPolicy(sums=("other",)),
         lambda: DPPlacementPolicy(full_steps=0),
+        lambda: DPCachePolicy(orders=(0,)),
+        lambda: DPCachePolicy(warmup=1),
+        lambda: DPCachePolicy(longest=0.0),
+        lambda: HiCachePolicy(sigma=1.0),
+        lambda: HiCachePolicy(interval=0.5),
+        lambda: FoCaPolicy(warmup=0),
+        lambda: SpectrumPolicy(ridge=0.0),
+        lambda: SpectrumPolicy(window=0.5),
+        lambda: L2PPolicy(histories=(5,)),
+        lambda: L2PPolicy(histories=()),
+        lambda: MagCachePolicy(threshold=-0.1),
+        lambda: MagCachePolicy(max_gap=0),
+        lambda: MagCachePolicy(retained=1.0),
+        lambda: ERTACachePolicy(threshold=-0.1),
+        lambda: BudCachePolicy(evaluations=0),
+        lambda: BudCachePolicy(full_steps=0),
+        lambda: ECADPolicy(population=1),
+        lambda: ECADPolicy(mutation=1.5),
         lambda: TokenCacheV1Policy(block_share=0.0),
         lambda: TokenCacheV1Policy(k1=0),
         lambda: FewerStepsPolicy("ddpm"),

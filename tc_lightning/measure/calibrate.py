@@ -21,6 +21,7 @@ from tc_lightning.cache.semantics import Step, forecast, run_blocks
 from tc_lightning.cache.soft_network import enter, guided_eps
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.measure.calibration import MAX_GAP, Calibration
+from tc_lightning.measure.residuals import Residuals
 from tc_lightning.measure.scores import sampler_digest
 from tc_lightning.measure.step_effect import step_effect
 from tc_lightning.models.conditions import Asked, given_of
@@ -56,7 +57,7 @@ def run_calibration(model: Network, plan: CachePlan, folder: Path, keep: bool = 
     made_of = f"guidance {plan.guidance.scale:g} on {plan.guidance.channels} channels, {IMAGES} images of seed {SEED}"
     if path.is_file():
         known = Calibration.load(path)
-        if (known.teacher, known.sampler, known.made_of) == (plan.model.teacher, digest, made_of):
+        if known.residuals and (known.teacher, known.sampler, known.made_of) == (plan.model.teacher, digest, made_of):
             return known
     device, images = device_of(model), range(IMAGES)
     given = given_for(SEED, images, model, device, PLANNING)
@@ -67,7 +68,7 @@ def run_calibration(model: Network, plan: CachePlan, folder: Path, keep: bool = 
 
 
 def calibrate(model: Network, plan: CachePlan, x_T: Tensor, asked: Asked, max_gap: int = MAX_GAP, progress: bool = True) -> Calibration:
-    """Measure drifts, reuse errors and step effects, each the mean over the given trajectories.
+    """Measure drifts, reuse errors, residuals and step effects, each the mean over the given trajectories.
 
     Args:
         model: the teacher.
@@ -84,9 +85,9 @@ def calibrate(model: Network, plan: CachePlan, x_T: Tensor, asked: Asked, max_ga
         raise TokenCacheError(f"cannot calibrate on {len(x_T)} trajectories with gaps up to {max_gap}: both must be at least 1.")
     full, given = full_plan(plan.model, plan.sampler, plan.guidance), given_of(model.conditions, asked)
     gaps = min(max_gap, max(plan.num_steps - 1, 1))
-    drifts = (plan.num_steps, gaps, plan.model.depth, len(plan.model.block.names))
-    sums = [np.zeros(drifts), np.zeros((plan.num_steps, gaps, gaps, MAX_ORDER + 1))]
-    effect_T = np.zeros(plan.num_steps)
+    T, branches = plan.num_steps, len(plan.model.block.names)
+    shapes = (T, gaps, plan.model.depth, branches), (T, gaps, gaps, MAX_ORDER + 1), (T, T), (T,), (T, gaps)
+    sums, effect_T = [np.zeros(shape) for shape in shapes], np.zeros(T)
     with tqdm(total=len(x_T), desc="calibration", unit="trajectory", disable=not progress) as bar:
         for start in range(0, len(x_T), BATCH):
             part = slice(start, start + BATCH)
@@ -95,8 +96,9 @@ def calibrate(model: Network, plan: CachePlan, x_T: Tensor, asked: Asked, max_ga
                 total += len(x) * mean
             effect_T += len(x) * step_effect(model, full, x, y, first_index=start).numpy()
             bar.update(len(x))
-    drift, error, effect = (total / len(x_T) for total in (*sums, effect_T))
-    return Calibration(drift, error, effect, plan.model.teacher, sampler_digest(plan.sampler))
+    drift, error, *residuals, effect = (total / len(x_T) for total in (*sums, effect_T))
+    of = plan.model.teacher, sampler_digest(plan.sampler)
+    return Calibration(drift, error, effect, *of, residuals=Residuals(*residuals))
 
 
 class _Known(NamedTuple):
@@ -110,10 +112,11 @@ class _Known(NamedTuple):
 
 
 @torch.no_grad()
-def _trajectory_tables(model: Network, full: CachePlan, x_T: Tensor, asked: Asked, gaps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Drifts [T, G, L, 2] and gap errors [T, G, S, O] of some trajectories."""
-    drift = np.zeros((full.num_steps, gaps, full.model.depth, len(full.model.block.names)))
-    error = np.zeros((full.num_steps, gaps, gaps, MAX_ORDER + 1))
+def _trajectory_tables(model: Network, full: CachePlan, x_T: Tensor, asked: Asked, gaps: int) -> tuple[np.ndarray, ...]:
+    """Drifts [T, G, L, 2], gap errors [T, G, S, O] and the arrays of `Residuals`, of some trajectories."""
+    T = full.num_steps
+    drift, error = np.zeros((T, gaps, full.model.depth, len(full.model.block.names))), np.zeros((T, gaps, gaps, MAX_ORDER + 1))
+    products, ratio, change = np.zeros((T, T)), np.ones(T), np.zeros((T, gaps))
     branches: list[list[Tensor]] = []  # of the last steps, latest first
     spans: list[Tensor] = []
     for state in sample_steps(model, full, x_T, asked):
@@ -124,7 +127,11 @@ def _trajectory_tables(model: Network, full: CachePlan, x_T: Tensor, asked: Aske
             error[state.step, g] = _gap_error_SO(model, full.guidance, known, spans, state.step, g + 1, gaps)
         branches = [known.branches, *branches[: gaps - 1]]
         spans.append(known.span_BND)
-    return drift, error
+        i = state.step
+        products[i, : i + 1] = products[: i + 1, i] = [_product(span, spans[i]) for span in spans]
+        ratio[i] = _length_ratio(spans[i - 1], spans[i]) if i else 1.0
+        change[i, : min(gaps, i)] = [_relative_l1(spans[i - g], spans[i]) for g in range(1, min(gaps, i) + 1)]
+    return drift, error, products, ratio, change
 
 
 def _known(model: Network, guidance: Guidance, x_BCHW: Tensor, t: float, asked: Asked) -> _Known:
@@ -137,10 +144,22 @@ def _known(model: Network, guidance: Guidance, x_BCHW: Tensor, t: float, asked: 
 
 def _drift(earlier: list[Tensor], now: list[Tensor]) -> np.ndarray:
     """Relative L1 change of every branch of every block; one that is silent at both steps has not changed."""
-    ratios = [
-        float((a - b).abs().sum() / b.abs().sum().clamp(min=torch.finfo(b.dtype).tiny)) for a, b in zip(earlier, now, strict=True)
-    ]
-    return np.array(ratios)
+    return np.array([_relative_l1(a, b) for a, b in zip(earlier, now, strict=True)])
+
+
+def _relative_l1(earlier: Tensor, now: Tensor) -> float:
+    return float((earlier - now).abs().sum() / now.abs().sum().clamp(min=torch.finfo(now.dtype).tiny))
+
+
+def _product(a_BND: Tensor, b_BND: Tensor) -> float:
+    """Mean product of two residuals, summed with more digits than they have: differences of such means are wanted."""
+    return float((a_BND.double() * b_BND.double()).mean())
+
+
+def _length_ratio(earlier_BND: Tensor, now_BND: Tensor) -> float:
+    """Mean over tokens of how much longer the residual has become."""
+    lengths = earlier_BND.norm(dim=-1).clamp(min=torch.finfo(now_BND.dtype).tiny)
+    return float((now_BND.norm(dim=-1) / lengths).mean())
 
 
 def _gap_error_SO(

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from tc_lightning.errors import RunError
+from tc_lightning.measure.residuals import ARRAYS as OF_RESIDUALS
+from tc_lightning.measure.residuals import Residuals
 from tc_lightning.plan.atomic import write_atomically
 from tc_lightning.plan.forecasts import MAX_ORDER
 from tc_lightning.plan.tensor_files import TensorFileError, read_tensors
@@ -35,6 +37,7 @@ class Calibration:
         teacher: sha256 of the teacher's weights.
         sampler: `sampler_digest` of the sampler.
         made_of: what else it depends on, in words: guidance, and which images (`tc_lightning.measure.calibrate.run_calibration`).
+        residuals: what the summed residual of all blocks does; None in files of before it was measured.
 
     Raises:
         RunError: if shapes disagree, or a value is not finite or negative.
@@ -46,6 +49,7 @@ class Calibration:
     teacher: str
     sampler: str
     made_of: str = ""
+    residuals: Residuals | None = None
 
     def __post_init__(self) -> None:
         for name in _ARRAYS:
@@ -59,12 +63,16 @@ class Calibration:
         """Largest distance that was measured."""
         return self.drift_TGL2.shape[1]
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All arrays by name, those of residuals among them."""
+        return {name: getattr(self, name) for name in _ARRAYS} | (self.residuals.arrays if self.residuals else {})
+
     @functools.cached_property
     def digest(self) -> str:
         """sha256 of all arrays and of what they belong to."""
         hasher = hashlib.sha256(f"{self.teacher} {self.sampler} {self.made_of}".encode())
-        for name in _ARRAYS:
-            array = getattr(self, name)
+        for name, array in self.arrays.items():
             hasher.update(f"\n{name} {array.shape}\n".encode() + array.tobytes())
         return hasher.hexdigest()
 
@@ -73,7 +81,7 @@ class Calibration:
         from safetensors.numpy import save
 
         metadata = {name: getattr(self, name) for name in _TEXTS}
-        write_atomically(path, save({name: getattr(self, name) for name in _ARRAYS}, metadata))
+        write_atomically(path, save(self.arrays, metadata))
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -86,10 +94,11 @@ class Calibration:
             arrays, metadata = read_tensors(path, "np")
         except TensorFileError as error:
             raise RunError(f"cannot read the calibration {path}: {error}. Delete it, and it is measured again.") from error
-        if set(arrays) != set(_ARRAYS) or not {"teacher", "sampler"} <= set(metadata):
+        if set(arrays) not in ({*_ARRAYS}, {*_ARRAYS, *OF_RESIDUALS}) or not {"teacher", "sampler"} <= set(metadata):
             raise RunError(f"{path} does not hold a calibration: found {', '.join(sorted(arrays)) or 'nothing'}.")
         try:
-            return cls(*(arrays[name] for name in _ARRAYS), *(metadata.get(name, "") for name in _TEXTS))
+            residuals = Residuals.of(arrays) if {*OF_RESIDUALS} <= set(arrays) else None
+            return cls(*(arrays[name] for name in _ARRAYS), *(metadata.get(name, "") for name in _TEXTS), residuals)
         except RunError as error:
             raise RunError(f"{path}: {error}") from error
 
@@ -103,6 +112,8 @@ def _validate(calibration: Calibration) -> None:
         raise RunError(f"gap_error has the shape {error.shape}; {(steps, gaps, gaps, MAX_ORDER + 1)} was expected.")
     if effect.shape != (steps,):
         raise RunError(f"effect has the shape {effect.shape}; {(steps,)} was expected.")
+    if calibration.residuals and calibration.residuals.change_TG.shape != (steps, gaps):
+        raise RunError(f"residuals are of {calibration.residuals.change_TG.shape} steps and gaps; {(steps, gaps)} were expected.")
     for name, array in (("drift", drift), ("gap_error", error), ("effect", effect)):
         if not np.isfinite(array).all() or (array < 0).any():
             step = int(np.argwhere(~np.isfinite(array) | (array < 0))[0][0])

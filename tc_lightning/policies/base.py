@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.calibration import Calibration
+from tc_lightning.measure.residuals import Residuals
 from tc_lightning.measure.scores import sampler_digest
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.sampler_table import SamplerTable
@@ -56,6 +57,17 @@ class PlanningContext(Subject):
         if calibration.sampler != sampler_digest(self.sampler):
             raise PlanError("the calibration data were measured for another sampler than the one that is planned: measure them again.")
         return calibration
+
+    @property
+    def residuals(self) -> Residuals:
+        """What the calibration tells of the summed residual of all blocks.
+
+        Raises:
+            PlanError: as `calibration`, or if residuals were not measured.
+        """
+        if self.calibration.residuals is None:
+            raise PlanError("the calibration data are of before residuals were measured: delete them, and they are measured again.")
+        return self.calibration.residuals
 
 
 class Policy(ABC):

@@ -70,7 +70,7 @@ class RouterPolicy(TargetedPolicy):
     def least_macs(self, signature: ModelSignature, sampler: SamplerTable) -> float:
         """Every branch reused wherever the method allows it."""
         computed_T11 = 1.0 - self.may_reuse(len(sampler))[:, None, None]
-        return _macs(signature, np.broadcast_to(computed_T11, (len(sampler), signature.depth, len(signature.block.names))))
+        return macs_of_branches(signature, np.broadcast_to(computed_T11, (len(sampler), signature.depth, len(signature.block.names))))
 
     def unavailable(self, context: PlanningContext) -> str | None:
         """See `Policy.unavailable`."""
@@ -104,20 +104,20 @@ def lowest_within_budget(signature: ModelSignature, router_TL2: np.ndarray, may_
     """Reuse branches from the lowest w on until the budget is met, [T, L, 2]; of equals, the earlier step, block and branch first."""
     allowed = np.flatnonzero(may_TL2)
     order = allowed[np.argsort(router_TL2.ravel()[allowed], kind="stable")]
-    saved = np.cumsum(_branch_macs(signature).ravel()[order % router_TL2[0].size])
-    needed = _macs(signature, np.ones_like(router_TL2)) - macs_budget
+    saved = np.cumsum(branch_macs(signature).ravel()[order % router_TL2[0].size])
+    needed = macs_of_branches(signature, np.ones_like(router_TL2)) - macs_budget
     count = int(np.searchsorted(saved, needed * (1 - 1e-12))) + 1 if needed > 0 else 0
     reused = np.zeros(router_TL2.size, dtype=bool)
     reused[order[:count]] = True
     return reused.reshape(router_TL2.shape)
 
 
-def _branch_macs(signature: ModelSignature) -> np.ndarray:
+def branch_macs(signature: ModelSignature) -> np.ndarray:
     """MACs of every branch of every block, [L, 2]."""
     costs = [[macs.of(signature.tokens, signature.tokens) for macs in signature.macs_of(b)] for b in range(signature.depth)]
     return np.array(costs, dtype=np.float64)
 
 
-def _macs(signature: ModelSignature, computed_TL2: np.ndarray) -> float:
-    """MACs of a whole plan."""
-    return float(len(computed_TL2) * signature.fixed_macs + (computed_TL2 * _branch_macs(signature)).sum())
+def macs_of_branches(signature: ModelSignature, computed_TL2: np.ndarray) -> float:
+    """MACs of a whole plan that computes these branches."""
+    return float(len(computed_TL2) * signature.fixed_macs + (computed_TL2 * branch_macs(signature)).sum())
