@@ -184,8 +184,9 @@ class TokenCacheDistiller(LightningModule):
             RunError: if the data cannot tell what planning will need at the end, or the policy needs what is not trained.
             PlanError: if the policy could not reach its target, whatever the scores.
         """
-        if missing := [name for name in self.policy.needs if name not in {objective.learns for objective in self.objectives}]:
-            setting = "router" if missing[0] == "router_TL2" else "train_tokens"
+        known = {objective.learns for objective in self.objectives} | ({"corrector"} if self.corrector is not None else set())
+        if missing := [name for name in self.policy.needs if name not in known]:
+            setting = {"router_TL2": "router", "corrector": "corrector"}.get(missing[0], "train_tokens")
             raise RunError(f"{type(self.policy).__name__} needs {missing[0]}, which nothing trains: set `model.init_args.{setting}`.")
         self.policy.check(self.signature, self.sampler)
         wanted = ("heldout", "train_endpoints", *(["train_latents"] if isinstance(self.tokens, ContentSuperposition) else []))

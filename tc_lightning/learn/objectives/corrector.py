@@ -2,9 +2,9 @@
 
 For each batch a plan is drawn, with gaps and an order as plans have them (`tc_lightning.learn.objectives.drawn_plans`). At some of its
 corrected steps the forecast of the residual of all blocks, from full compute at the steps that the plan reads, is corrected, and held
-against the residual itself. The loss of a step is the squared error that is left, over that of the forecast alone: errors vary by orders
-of magnitude along a run, and so every step says what share of its error the corrector takes away. Part of it is measured on the tokens,
-part on the guided output that the readout makes of them, which is all that a corrected step leaves. The teacher is frozen.
+against the residual itself. The loss of a step is the squared error that is left, over that of the forecast alone: errors vary by
+orders of magnitude along a run, and so every step says what share of its error the corrector takes away. Part of it is measured on
+the tokens, part on the guided output that the readout makes of them, which is all that a corrected step leaves. The teacher is frozen.
 
 Shape suffixes: B images, C H W latent, T steps, S of them that are learned from, G halves of guidance, N tokens, D width, R terms.
 """
@@ -38,8 +38,8 @@ KEPT_BYTES = 1 << 30  # residuals of recorded trajectories that are kept from on
 
 
 class Left(NamedTuple):
-    """Squared errors of each step that is learned from, mean over images, [S]: what is left of them, and those of the forecast alone; on
-    tokens, then on the guided output."""
+    """Squared errors of each step that is learned from, mean over images, [S]: what is left of them, and those of the forecast alone;
+    on tokens, then on the guided output."""
 
     residual_S: Tensor
     forecast_S: Tensor
@@ -61,7 +61,7 @@ class ForecastCorrection(Objective):
         longest: distance of two full steps, at most.
         steps: corrected steps of a batch's plan that it learns from, at most.
         output_share: weight of the output's error in the loss; the rest is that of the tokens.
-        rollouts_from: optimiser steps on recorded trajectories, after which the student's own rollouts take their place; None for never.
+        rollouts_from: optimiser steps on recorded trajectories, after which the student's own rollouts take their place; None: never.
         grids: steps of the rollouts, one of which is drawn for each batch; without any, those of the distiller's sampler.
 
     Raises:
