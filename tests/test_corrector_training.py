@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.whole_trajectories import WholeTrajectoryDataModule
 from tc_lightning.cache.soft_network import full_eps
+from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import RunError, TokenCacheError
 from tc_lightning.learn.distiller import TokenCacheDistiller
 from tc_lightning.learn.objectives.base import Batch
@@ -23,9 +24,8 @@ from tc_lightning.models.corrector import Corrector
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
 from tc_lightning.plan.forecasts import lagrange_weights
-from tc_lightning.plan.segments import compute
 from tc_lightning.planner.corrected import CorrectedPolicy
-from tc_lightning.rollout.sampling import noise_for, sample_steps
+from tc_lightning.rollout.sampling import full_plan, noise_for, sample_steps
 from tc_lightning.runs.folder import read_run
 from tc_lightning.runs.loaded import load_run
 
@@ -45,13 +45,9 @@ def make_module(teacher: TeacherSpec, **changes: Any) -> tuple[TokenCacheDistill
 def make_batch(module: TokenCacheDistiller, images: int = 2) -> Batch:
     """Trajectories at full compute."""
     x, labels = noise_for(0, range(images), module.teacher), torch.arange(images) % 3
-    plan = CachePlan(module.signature, module.sampler, module.guidance, _full(module), module.sampler)
+    plan = full_plan(module.signature, module.sampler, module.guidance)
     latents = torch.stack([state.x for state in sample_steps(module.teacher, plan, x, labels)], 1)
     return Batch(module.task, {"latents": latents, "label": labels, "index": torch.arange(images)})
-
-
-def _full(module: TokenCacheDistiller) -> Any:
-    return ((compute(0, 3),),) * STEPS
 
 
 def open_up(objective: ForecastCorrection) -> None:
@@ -125,24 +121,29 @@ def test_the_loss_is_of_both_shares_and_reaches_the_corrector_alone(teacher: Tea
 def test_residuals_that_are_kept_are_those_that_are_computed(teacher: TeacherSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     module, objective = make_module(teacher)
     batch, seen = make_batch(module), list[Tensor]()
-    own = objective.residuals
+    own, latents = objective.residuals, batch.content["latents"]
     monkeypatch.setattr(objective, "residuals", lambda *args: seen.append(args[1]) or own(*args))
-    first, again = objective._recorded(batch), objective._recorded(batch)
-    assert torch.equal(first, again)
+    first, again = objective._full_runs(module.sampler, batch), objective._full_runs(module.sampler, batch)
+    assert torch.equal(first.residual_TGBND, again.residual_TGBND)
+    assert torch.equal(first.latents_BTCHW, latents)
     assert len(seen) == 2  # of each image once
-    torch.testing.assert_close(first, own(module.sampler, batch.content["latents"], batch.given), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first.residual_TGBND, own(module.sampler, latents, batch.given), rtol=1e-4, atol=1e-4)
+    grid = make_sampler(module.teacher.schedule, "dpmpp_2m", 5, "logsnr")
+    other = objective._full_runs(grid, batch)  # from the same noise
+    states = sample_steps(module.teacher, full_plan(module.signature, grid, module.guidance), latents[:, 0], batch.given)
+    torch.testing.assert_close(other.latents_BTCHW, torch.stack([state.x for state in states], 1), rtol=1e-4, atol=1e-4)
 
 
 # The student's own rollouts
 
 
-def test_rollouts_are_the_students_own(teacher: TeacherSpec) -> None:
+def test_rollouts_are_the_students_own(teacher: TeacherSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     grids = [Grid("dpmpp_2m", "logsnr", 6)]
     module, objective = make_module(teacher, rollouts_from=1, grids=grids)
     open_up(objective)
     batch = make_batch(module)
     noise = batch.content["latents"][:, 0]
-    plan = drawn_plan(module.task, objective.tables[0], (1,), 3, 3)
+    plan = objective.drawn(3)
     rolled = objective.rolled_out(plan, noise, batch.given)
     assert rolled.shape == (2, 6, 1, 8, 8)
     assert torch.equal(rolled[:, 0], noise)
@@ -151,13 +152,14 @@ def test_rollouts_are_the_students_own(teacher: TeacherSpec) -> None:
     states = sample_steps(module.teacher, named, noise, batch.given, companions=Companions(corrector=corrector))
     torch.testing.assert_close(rolled, torch.stack([state.x for state in states], 1))
 
-    seen = list[CachePlan]()
-    left = objective.left
-    objective.left = lambda plan, *args: seen.append(plan) or left(plan, *args)  # type: ignore[method-assign]
+    seen = list[int]()
+    own = objective.rolled_out
+    monkeypatch.setattr(objective, "rolled_out", lambda *args: seen.append(len(args[0].sampler)) or own(*args))
     objective.loss(batch, 0)
+    assert not seen  # along full compute first, then along its own
     objective.before_step()
     assert objective.loss(batch, 1).total.requires_grad
-    assert [len(plan.sampler) for plan in seen] == [STEPS, 6]  # recorded first, then its own
+    assert seen == [6]
 
 
 # A run

@@ -12,6 +12,7 @@ Shape suffixes: B images, C H W latent, T steps, S of them that are learned from
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from tc_lightning.errors import RunError, TokenCacheError
 from tc_lightning.learn.objectives.base import Batch, Loss, Objective, Task
 from tc_lightning.learn.objectives.drawn_plans import UNTRAINED, Grid, drawn_plan, table_of
 from tc_lightning.learn.objectives.superposition import FLOOR
+from tc_lightning.measure.scores import sampler_digest
 from tc_lightning.models.companions import Companions
 from tc_lightning.models.conditions import Given
 from tc_lightning.models.corrector import Corrector, ResidualCorrector, correction_clocks
@@ -31,10 +33,17 @@ from tc_lightning.models.network import compute_through
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.forecasts import MAX_ORDER
 from tc_lightning.plan.sampler_table import SamplerTable
-from tc_lightning.rollout.sampling import sample_steps
+from tc_lightning.rollout.sampling import full_plan, sample_steps
 
 LATENTS_AT_ONCE = 32  # latents that go through the teacher together
 KEPT_BYTES = 1 << 30  # residuals of recorded trajectories that are kept from one epoch to the next
+
+
+class FullRun(NamedTuple):
+    """Latents before every step [B, T, C, H, W], and the residual of all blocks at full compute there [T, G, B, N, D]."""
+
+    latents_BTCHW: Tensor
+    residual_TGBND: Tensor
 
 
 class Left(NamedTuple):
@@ -61,8 +70,9 @@ class ForecastCorrection(Objective):
         longest: distance of two full steps, at most.
         steps: corrected steps of a batch's plan that it learns from, at most.
         output_share: weight of the output's error in the loss; the rest is that of the tokens.
-        rollouts_from: optimiser steps on recorded trajectories, after which the student's own rollouts take their place; None: never.
-        grids: steps of the rollouts, one of which is drawn for each batch; without any, those of the distiller's sampler.
+        rollouts_from: optimiser steps along full compute, after which the student's own rollouts take its place; None: never.
+        grids: steps of the plans, one of which is drawn for each batch: near to those that plans will have, for the corrector is told
+            the times; without any, the recorded ones of the distiller's sampler.
 
     Raises:
         RunError: if an argument is out of range.
@@ -88,7 +98,7 @@ class ForecastCorrection(Objective):
             raise RunError("corrector: a grid of fewer than 3 steps has none to correct.")
         self.orders, self.longest, self.steps, self.output_share = orders, longest, steps, output_share
         self.rollouts_from, self.grids = rollouts_from, list(grids or ())
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[tuple[str, int], FullRun] = {}
 
     def prepare(self, task: Task) -> None:
         """See `Objective`."""
@@ -104,14 +114,10 @@ class ForecastCorrection(Objective):
         """Share of the forecast's error that is left."""
         if "latents" not in batch.content:
             raise RunError("a corrector learns from whole trajectories: use data.whole_trajectories.WholeTrajectoryDataModule.")
-        taken, first = int(self.taken), int(batch.content["index"][0])
-        seed = taken << 20 | first
+        taken = int(self.taken)
+        seed = taken << 20 | int(batch.content["index"][0])
         on_rollouts = self.rollouts_from is not None and taken >= self.rollouts_from
-        table = self.tables[seed % len(self.tables)] if on_rollouts else self.task.sampler
-        plan = drawn_plan(self.task, table, self.orders, self.longest, seed)
-        rolled = self.rolled_out(plan, batch.content["latents"][:, 0], batch.given) if on_rollouts else None
-        left = self.left(plan, batch, seed) if rolled is None else self.left(plan, batch, seed, rolled)
-        on_tokens, on_output = left.shares
+        on_tokens, on_output = self.left(self.drawn(seed), batch, seed, on_rollouts).shares
         total = (1 - self.output_share) * on_tokens + self.output_share * on_output
         return Loss(total, {"corrector_left": on_tokens.detach(), "corrector_output_left": on_output.detach()})
 
@@ -123,13 +129,39 @@ class ForecastCorrection(Objective):
     def measure(self, batch: Batch) -> dict[str, Tensor]:
         """Shares that are left at the corrected steps of a plan that follows from the batch."""
         seed = int(batch.content["index"].sum())
-        plan = drawn_plan(self.task, self.task.sampler, self.orders, self.longest, seed)
-        on_tokens, on_output = self.left(plan, batch, seed).shares
+        on_tokens, on_output = self.left(self.drawn(seed), batch, seed).shares
         return {"corrector_left": on_tokens, "corrector_output_left": on_output}
+
+    def drawn(self, seed: int) -> CachePlan:
+        """A plan on one of the grids."""
+        table = random.Random(seed).choice(self.tables)
+        return drawn_plan(self.task, table, self.orders, self.longest, seed)
 
     def companions(self) -> Companions:
         """See `Objective`."""
         return Companions(corrector=Corrector.of(self.module))
+
+    def left(self, plan: CachePlan, batch: Batch, seed: int, on_rollouts: bool = False) -> Left:
+        """Errors at some of the plan's corrected steps, drawn by the seed.
+
+        Args:
+            plan: a plan on one of the grids.
+            batch: trajectories, of which noise and conditions are taken where the grid is not that of their steps.
+            seed: of the draw.
+            on_rollouts: run the plan as the student would, and see what its forecasts lack there; else along full compute.
+        """
+        chosen = self._chosen(plan, seed)
+        rolled = self.rolled_out(plan, batch.content["latents"][:, 0], batch.given) if on_rollouts else None
+        run = (
+            self._full_runs(plan.sampler, batch)
+            if rolled is None
+            else FullRun(rolled, self.residuals(plan.sampler, rolled, batch.given))
+        )
+        spans = [next(read for read in plan.flows[i].reads if read.entry.kind == "span") for i in chosen]
+        values = [[run.residual_TGBND[source] for source in read.sources] for read in spans]
+        forecast_SGBND = torch.stack([forecast(v, read.weights) for v, read in zip(values, spans, strict=True)])
+        moved_SGBND = torch.stack([v[0] - v[1] for v in values])
+        return self._errors(plan, chosen, run, batch.given, forecast_SGBND, moved_SGBND)
 
     @torch.no_grad()
     def rolled_out(self, plan: CachePlan, x_BCHW: Tensor, given: Given) -> Tensor | None:
@@ -140,44 +172,23 @@ class ForecastCorrection(Objective):
             return torch.stack([state.x for state in states], 1)
         return None
 
-    def left(self, plan: CachePlan, batch: Batch, seed: int, latents_BTCHW: Tensor | None = None) -> Left:
-        """Errors at some of the plan's corrected steps, drawn by the seed.
-
-        Args:
-            plan: the plan.
-            batch: recorded trajectories on the plan's steps.
-            seed: of the draw.
-            latents_BTCHW: latents before every step of the plan in place of the recorded ones.
-        """
-        if latents_BTCHW is None:
-            latents_BTCHW, residual_TGBND = batch.content["latents"], self._recorded(batch)
-        else:
-            residual_TGBND = self.residuals(plan.sampler, latents_BTCHW, batch.given)
-        chosen = self._chosen(plan, seed)
-        span = [next(read for read in plan.flows[i].reads if read.entry.kind == "span") for i in chosen]
-        values = [[residual_TGBND[source] for source in read.sources] for read in span]
-        forecast_SGBND = torch.stack([forecast(v, read.weights) for v, read in zip(values, span, strict=True)])
-        moved_SGBND = torch.stack([v[0] - v[1] for v in values])
-        return self._errors(plan, chosen, latents_BTCHW, batch.given, residual_TGBND[chosen], forecast_SGBND, moved_SGBND)
-
     def _errors(
         self,
         plan: CachePlan,
         chosen: Sequence[int],
-        latents_BTCHW: Tensor,
+        run: FullRun,
         given: Given,
-        residual_SGBND: Tensor,
         forecast_SGBND: Tensor,
         moved_SGBND: Tensor,
     ) -> Left:
-        teacher, guidance, device = self.task.teacher, self.task.guidance, latents_BTCHW.device
-        S, G, B = residual_SGBND.shape[:3]
+        teacher, guidance, device = self.task.teacher, self.task.guidance, forecast_SGBND.device
+        S, G, B = forecast_SGBND.shape[:3]
         t_S = torch.tensor([plan.sampler.steps[i].t for i in chosen], device=device)
         rows = torch.arange(B, device=device).repeat(S)
-        x_MCHW = latents_BTCHW[:, list(chosen)].transpose(0, 1).flatten(0, 1)
+        x_MCHW = run.latents_BTCHW[:, list(chosen)].transpose(0, 1).flatten(0, 1)
         with torch.no_grad():
             z_MND, _, final = enter(teacher, guidance, x_MCHW, t_S.repeat_interleave(B), given.part(rows))
-        flat = [value.transpose(0, 1).flatten(0, 2) for value in (residual_SGBND, forecast_SGBND, moved_SGBND)]
+        flat = [value.transpose(0, 1).flatten(0, 2) for value in (run.residual_TGBND[list(chosen)], forecast_SGBND, moved_SGBND)]
         residual_MND, forecast_MND, moved_MND = flat  # rows: halves, then steps, then images, as `enter` has them
         terms_SRD = self.module.terms(correction_clocks(plan, teacher.schedule)[list(chosen)].to(device))
         terms_MRD = terms_SRD.repeat_interleave(B, 0).repeat(G, 1, 1)
@@ -203,17 +214,28 @@ class ForecastCorrection(Objective):
         drawn = torch.randperm(len(corrected), generator=torch.Generator().manual_seed(seed))[: self.steps]
         return sorted(corrected[j] for j in drawn.tolist())
 
-    def _recorded(self, batch: Batch) -> Tensor:
-        """Residuals along the recorded trajectories of a batch, [T, G, B, N, D]; those that there is room for are computed once."""
-        latents_BTCHW, found = batch.content["latents"], []
+    def _full_runs(self, sampler: SamplerTable, batch: Batch) -> FullRun:
+        """The batch's trajectories on a grid; those that there is room for are computed once."""
+        found = []
         for b, index in enumerate(batch.content["index"].tolist()):
-            known = self._kept.get(index)
-            if known is None:
-                known = self.residuals(self.task.sampler, latents_BTCHW[b : b + 1], batch.given.part(slice(b, b + 1)))
-                if (len(self._kept) + 1) * known.nbytes <= KEPT_BYTES:
-                    self._kept[index] = known
-            found.append(known.to(latents_BTCHW.device))
-        return torch.cat(found, 2)
+            place, one = (sampler_digest(sampler), index), slice(b, b + 1)
+            run = self._kept.get(place)
+            if run is None:
+                run = self._full_run(sampler, batch.content["latents"][one], batch.given.part(one))
+                if (len(self._kept) + 1) * (run.latents_BTCHW.nbytes + run.residual_TGBND.nbytes) <= KEPT_BYTES:
+                    self._kept[place] = run
+            found.append(run)
+        device = batch.content["latents"].device
+        latents, residuals = zip(*found, strict=True)
+        return FullRun(torch.cat(latents).to(device), torch.cat(residuals, 2).to(device))
+
+    def _full_run(self, sampler: SamplerTable, latents_BTCHW: Tensor, given: Given) -> FullRun:
+        """Recorded trajectories, or, on another grid, full compute from their noise."""
+        if sampler != self.task.sampler:
+            plan = full_plan(self.task.signature, sampler, self.task.guidance)
+            states = sample_steps(self.task.teacher, plan, latents_BTCHW[:, 0], given)
+            latents_BTCHW = torch.stack([state.x for state in states], 1)
+        return FullRun(latents_BTCHW, self.residuals(sampler, latents_BTCHW, given))
 
     @torch.no_grad()
     def residuals(self, sampler: SamplerTable, latents_BTCHW: Tensor, given: Given) -> Tensor:
