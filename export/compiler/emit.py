@@ -39,6 +39,8 @@ from tc_lightning.cache.semantics import Guided, Step, forecast, movement, predi
 from tc_lightning.diffusion.update import Coefficients, advance
 from tc_lightning.models.companions import Companions
 from tc_lightning.models.conditions import null_rows
+from tc_lightning.models.content_predictor import ContentPredictor
+from tc_lightning.models.corrector import ResidualCorrector
 from tc_lightning.models.network import Network, Terms
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import entry_dtype, entry_shape
@@ -72,7 +74,8 @@ class Emitter:
         like, working = null_rows(network.conditions, torch.zeros(1, device="meta")), TORCH_DTYPES[dtype]
         given = {name: value.to(working) if value.is_floating_point() else value for name, value in like.items()}
         self._hoisted = Hoisted(conditioning(self._network, torch.zeros(1, device="meta"), given))
-        self._predictor = self._corrector = None
+        self._predictor: ContentPredictor | None = None
+        self._corrector: ResidualCorrector | None = None
         if named.selector is not None:
             self._predictor, more = skeleton(named.selector.predictor, dtype, f"{SELECTOR}.")
             names |= more

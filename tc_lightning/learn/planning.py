@@ -194,8 +194,8 @@ class PlanningJob:
         write_candidates(choice.candidates, self.folder / "candidates.csv")
         name = self.folder.parent.name if self.folder.name.startswith("version_") else self.folder.name
         spec, purpose = self.distilled.teacher_spec, self.distilled.purpose
-        held = {"content": self.companions.selector is not None, "corrector": self.companions.corrector is not None}
-        write_run(self.folder, name, spec, self.signature.teacher, purpose=purpose, **held)
+        content, corrector = self.companions.selector is not None, self.companions.corrector is not None
+        write_run(self.folder, name, spec, self.signature.teacher, content=content, purpose=purpose, corrector=corrector)
         print(finalists_table(choice.candidates))
         print(f"plan {choice.plan.summary} written to {self.folder / 'plan.json'}")
 
