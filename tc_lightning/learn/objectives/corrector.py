@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tc_lightning.cache.semantics import forecast
 from tc_lightning.cache.soft_network import enter, guided_eps
+from tc_lightning.diffusion.update import advance, coefficients
 from tc_lightning.errors import RunError, TokenCacheError
 from tc_lightning.learn.objectives.base import Batch, Loss, Objective, Task
 from tc_lightning.learn.objectives.drawn_plans import UNTRAINED, Grid, drawn_plan, table_of
@@ -33,7 +34,7 @@ from tc_lightning.models.network import compute_through
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.forecasts import MAX_ORDER
 from tc_lightning.plan.sampler_table import SamplerTable
-from tc_lightning.rollout.sampling import full_plan, sample_steps
+from tc_lightning.rollout.sampling import sample_steps
 
 LATENTS_AT_ONCE = 32  # latents that go through the teacher together
 KEPT_BYTES = 1 << 30  # residuals of recorded trajectories that are kept from one epoch to the next
@@ -229,13 +230,22 @@ class ForecastCorrection(Objective):
         latents, residuals = zip(*found, strict=True)
         return FullRun(torch.cat(latents).to(device), torch.cat(residuals, 2).to(device))
 
+    @torch.no_grad()
     def _full_run(self, sampler: SamplerTable, latents_BTCHW: Tensor, given: Given) -> FullRun:
         """Recorded trajectories, or, on another grid, full compute from their noise."""
-        if sampler != self.task.sampler:
-            plan = full_plan(self.task.signature, sampler, self.task.guidance)
-            states = sample_steps(self.task.teacher, plan, latents_BTCHW[:, 0], given)
-            latents_BTCHW = torch.stack([state.x for state in states], 1)
-        return FullRun(latents_BTCHW, self.residuals(sampler, latents_BTCHW, given))
+        teacher, guidance = self.task.teacher, self.task.guidance
+        if sampler == self.task.sampler:
+            return FullRun(latents_BTCHW, self.residuals(sampler, latents_BTCHW, given))
+        x_BCHW, past, latents, residuals = latents_BTCHW[:, 0], tuple[Tensor, ...](), list[Tensor](), list[Tensor]()
+        for row in sampler.steps:
+            t_B = torch.full((len(x_BCHW),), row.t, device=x_BCHW.device)
+            z_MND, mods, final = enter(teacher, guidance, x_BCHW, t_B, given)
+            out_MND = compute_through(list(teacher.blocks), mods, z_MND)
+            latents.append(x_BCHW)
+            residuals.append((out_MND - z_MND).unflatten(0, (-1, len(x_BCHW))))
+            x_BCHW, m = advance(x_BCHW, guided_eps(teacher, guidance, out_MND, final), past, coefficients(row))
+            past = (m, *past)[: sampler.history]
+        return FullRun(torch.stack(latents, 1), torch.stack(residuals))
 
     @torch.no_grad()
     def residuals(self, sampler: SamplerTable, latents_BTCHW: Tensor, given: Given) -> Tensor:
