@@ -53,7 +53,7 @@ from export.runtime.sampler import CachedSampler
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import TokenCacheError, first_line
 from tc_lightning.models.checkpoints import load_teacher
-from tc_lightning.models.content_predictor import selector_for
+from tc_lightning.models.companions import companions_for
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import cache_bytes_per_image, plan_macs
@@ -152,10 +152,11 @@ def _subjects(args: argparse.Namespace) -> Iterator[tuple[str, Network, dict[str
 def _export(model: Network, plan: CachePlan, folder: Path, precision: str, args: argparse.Namespace) -> BenchedArtefact:
     """Write and load an artefact without the proof, which would take longer than the benchmark."""
     folder.mkdir()
-    selector = selector_for(plan, read_run(args.run).content if args.run else None, model.config)
+    files = read_run(args.run).companions if args.run else (None, None)
+    companions = companions_for(plan, *files, model.config)
     started = time.perf_counter()
     lowered = lower(plan, args.provider)
-    write_manifest(folder, write_unproved(model, plan, lowered, folder, precision, selector))
+    write_manifest(folder, write_unproved(model, plan, lowered, folder, precision, companions))
     written = time.perf_counter()
     graphs = not args.no_cuda_graphs
     sampler = CachedSampler(folder, args.provider, args.threads, max(args.batch), memory=args.memory, cuda_graphs=graphs)

@@ -91,7 +91,7 @@ def measured(loaded: LoadedRun, found: Iterable[Budget], targets: Targets) -> li
     plans = {plan.digest: plan for budget in found for plan in budget.plans}
     with tqdm(total=len(targets.x_T) * sum(plan.num_steps for plan in plans.values()), desc="plans", unit="step") as bar:
         for name, plan in plans.items():
-            latents[name] = final_latents(loaded.model, plan, targets.x_T, targets.given, loaded.selector, on_step=bar.update)
+            latents[name] = final_latents(loaded.model, plan, targets.x_T, targets.given, loaded.companions, on_step=bar.update)
     ends = {"reference": targets.reference, "ode": targets.ode}
     return [_row(budget, target, latents, ends[target]) for budget in found for target in TARGET_NAMES]
 

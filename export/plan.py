@@ -129,7 +129,7 @@ def _no_judge(plan: CachePlan, images: int | None) -> float:
 
 def clock_price(loaded: LoadedRun, provider: str, batch: int) -> ClockPrice:
     """Prices measured on this machine."""
-    return ClockPrice(ProgramClock(loaded.model, provider, batch, selector=loaded.selector))
+    return ClockPrice(ProgramClock(loaded.model, provider, batch, companions=loaded.companions))
 
 
 def write(choice: PlanChoice, loaded: LoadedRun, keep_plan: bool) -> None:

@@ -25,7 +25,7 @@ from export.signature import require_private_key, sign_manifest
 from export.torch_device import torch_device
 from tc_lightning.models.checkpoints import load_teacher
 from tc_lightning.models.checkpoints.pipeline import find_vae, read_vae
-from tc_lightning.models.content_predictor import selector_for
+from tc_lightning.models.companions import companions_for
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import cache_bytes_per_image, full_step_macs, macs_speedup
 from tc_lightning.runs.folder import find_run, read_run
@@ -51,13 +51,12 @@ def main() -> None:
     device = torch_device(args.provider)
     vae = None if args.no_pixels else read_vae(args.vae) if args.vae else find_vae(run_info.teacher)
     model = load_teacher(run_info.teacher).to(device)
-    selector = selector_for(plan, run_info.content, model.config)
-    selector = None if selector is None else selector.to(device)
+    companions = companions_for(plan, *run_info.companions, model.config).to(device)
     out = args.out or Path("artefacts") / (run_info.name + ("" if args.precision == "fp32" else f"-{args.precision}"))
     images = args.images or (1 if full_step_macs(plan.model) > FEW_IMAGES_ABOVE else 4)
     cache = cache_bytes_per_image(plan, 4 if args.precision == "fp32" else 2)
     print(f"plan {plan.summary}: {macs_speedup(plan):.2f}x fewer MACs, cache {cache / 1e6:.2f} MB an image")
-    manifest = export_artefact(model, plan, out, args.precision, args.provider, images, selector=selector, vae=vae)
+    manifest = export_artefact(model, plan, out, args.precision, args.provider, images, companions=companions, vae=vae)
     parity, fidelity = manifest["parity"], manifest["fidelity"]
     print(f"export error  {parity['trajectory_rel_l2']:.1e} relative L2 over whole trajectories, ONNX Runtime against torch")
     print(f"method error  {fidelity['psnr_db']:.1f} dB PSNR, cached against full compute")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from export.command import positive, run
 from export.compiler.fidelity import PIXEL_IMAGES, measure, measure_pixels, own_ssim
 from export.compiler.parity import prove, require_parity, trajectory_error
-from export.compiler.weights import SELECTOR, External, read_weights
+from export.compiler.weights import CORRECTOR, SELECTOR, External, read_weights
 from export.runtime.layout import DECODER
 from export.runtime.manifest import ArtefactError
 from export.runtime.programs import lower
@@ -37,7 +37,9 @@ from tc_lightning.diffusion.samplers import SAMPLERS
 from tc_lightning.diffusion.schedule import Schedule
 from tc_lightning.errors import PlanError, TeacherError
 from tc_lightning.measure.psnr import psnr
+from tc_lightning.models.companions import Companions
 from tc_lightning.models.content_predictor import ContentPredictor, Selector
+from tc_lightning.models.corrector import Corrector, ResidualCorrector
 from tc_lightning.models.families import build
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
@@ -97,10 +99,9 @@ def verify(
     place = torch_device(provider, device)
     model = rebuild_teacher(sampler).to(place)
     model.examples = None if examples is None else read_rows(examples, model.conditions).examples
-    selector = rebuild_selector(sampler, plan, model.config)
-    selector = None if selector is None else selector.to(place)
+    companions = rebuild_companions(sampler, plan, model.config).to(place)
     seed = secrets.randbelow(2**31) if seed is None else seed
-    checks = prove(model, plan, lower(plan, provider), sampler, min(images, 4), seed=seed + 1, selector=selector)
+    checks = prove(model, plan, lower(plan, provider), sampler, min(images, 4), seed=seed + 1, companions=companions)
     require_parity(
         checks, sampler.manifest["precision"], "Do not serve this artefact: export it again, with --precision fp32 if it fails."
     )
@@ -152,14 +153,20 @@ def rebuild_teacher(sampler: CachedSampler) -> Network:
     return model
 
 
-def rebuild_selector(sampler: CachedSampler, plan: CachePlan, config: Any) -> Selector | None:
-    """The content predictor in torch, from the artefact's weights; None if its plan needs none."""
-    if not plan.selector:
-        return None
+def rebuild_companions(sampler: CachedSampler, plan: CachePlan, config: Any) -> Companions:
+    """The networks that an artefact's plan names in torch, from its weights."""
+    selector: Selector | None = None
+    corrector: Corrector | None = None
     with torch.device("meta"):
-        predictor = ContentPredictor(config)
-    _fill(predictor, sampler, f"{SELECTOR}.")
-    return Selector(predictor, plan.selector)
+        if plan.selector:
+            selector = Selector(ContentPredictor(config), plan.selector)
+        if plan.corrector:
+            corrector = Corrector(ResidualCorrector(config), plan.corrector)
+    if selector is not None:
+        _fill(selector.predictor, sampler, f"{SELECTOR}.")
+    if corrector is not None:
+        _fill(corrector.module, sampler, f"{CORRECTOR}.")
+    return Companions(selector, corrector)
 
 
 def _fill(module: nn.Module, sampler: CachedSampler, stem: str = "") -> None:

@@ -107,6 +107,21 @@ def test_a_run_with_a_content_predictor_is_found_and_exported(workplace: Path, m
     assert report["rel_l2_export"] < 1e-4
 
 
+def test_a_run_with_a_corrector_is_found_and_exported(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("target_speedup", "1.1"), ("fit_images", "2"), ("judge_images", "2"), ("progress", "false")
+    main(distil("digits_corrector.yaml", *(part for name, n in few for part in (f"--model.init_args.policy.init_args.{name}", n))))
+    run = read_run(find_run(Path("runs")))
+    plan = CachePlan.load(run.plan)
+    assert run.name == "digits_corrector"
+    assert run.corrector == run.folder / "corrector.safetensors"
+    assert plan.corrector
+    monkeypatch.setattr(sys, "argv", ["to_onnx", "--images", "2"])
+    to_onnx.main()
+    assert read_manifest(Path("artefacts/digits_corrector"))["corrector"] == plan.corrector
+    report = verify(Path("artefacts/digits_corrector"), "cpu", 2, 2, seed=1, quiet=True)
+    assert report["rel_l2_export"] < 1e-4
+
+
 def test_overlays_apply(workplace: Path) -> None:
     arguments = distil("digits.yaml", "--trainer.devices", "1")
     overlays = [part for name in ("ddp.yaml", "bf16.yaml") for part in ("-c", str(CONFIGS / name))]

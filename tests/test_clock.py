@@ -16,6 +16,7 @@ from export.compiler import weight_files
 from export.runtime.programs import lower
 from export.runtime.sampler import CachedSampler
 from export.runtime.sessions import RuntimeUnavailableError
+from tc_lightning.models.companions import Companions
 from tc_lightning.plan.segments import Segment, compute, content, partial, skip
 from tc_lightning.planner.price import ClockPrice
 
@@ -70,7 +71,7 @@ def test_weights_are_written_once_for_all_plans(monkeypatch: pytest.MonkeyPatch)
 def test_a_plan_that_looks_at_the_image_is_timed() -> None:
     model = make_teacher()
     selector = make_selector(model)
-    steps, full = ProgramClock(model, batch=1, selector=selector)(content_plan(model, selector))
+    steps, full = ProgramClock(model, batch=1, companions=Companions(selector))(content_plan(model, selector))
     assert steps > full > 0
 
 

@@ -18,7 +18,8 @@ from export.compiler.torch_functions import ANSWERS
 from export.runtime.programs import computed_tokens, lower
 from tc_lightning.cache.semantics import Step, choose_tokens, run_blocks
 from tc_lightning.errors import PlanError, RunError
-from tc_lightning.models.content_predictor import ContentPredictor, Selector, selector_for
+from tc_lightning.models.companions import Companions, companions_for
+from tc_lightning.models.content_predictor import ContentPredictor, Selector
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import block_macs, selector_macs, step_macs
@@ -162,7 +163,7 @@ def test_scores_look_at_image_and_time_but_not_at_the_label(teacher: DiT, select
     assert (a_BLN[0] - a_BLN[1]).abs().max() > 1e-3
     assert (selector.predictor.scores(teacher, x, t - 300) - a_BLN).abs().max() > 1e-3
     plan = content_plan(teacher, selector, (FULL, STEPS[1]), Guidance(2.0, 4))
-    half = [state.writes for state in sample_steps(teacher, plan, x[:1], torch.tensor([1]), selector=selector)]
+    half = [state.writes for state in sample_steps(teacher, plan, x[:1], torch.tensor([1]), companions=Companions(selector))]
     k = Entry("k", 0, 1)
     same = [bool((half[1][k][row, n] == half[0][k][row, n]).all()) for row in (0, 1) for n in range(16)]
     assert same[:16] == same[16:]  # both halves recompute the same tokens
@@ -175,10 +176,10 @@ def test_file_round_trip_and_what_is_refused(tmp_path: Path, teacher: DiT, selec
     loaded = Selector.load(path, CONFIG)
     assert loaded.digest == selector.digest != make_selector(teacher, 1).digest
     plan = content_plan(teacher, selector)
-    assert selector_for(plan, path, CONFIG).digest == plan.selector
-    assert selector_for(make_plan(teacher), None, CONFIG) is None
+    assert companions_for(plan, path, None, CONFIG).selector.digest == plan.selector
+    assert companions_for(make_plan(teacher), path, None, CONFIG).selector is None
     with pytest.raises(PlanError, match=r"none was given: load the `content\.safetensors`"):
-        selector_for(plan, None, CONFIG)
+        companions_for(plan, None, None, CONFIG)
     with pytest.raises(RunError, match="not hold a content predictor of this teacher's shape"):
         Selector.load(path, dataclasses.replace(CONFIG, depth=5))
     with pytest.raises(RunError, match="cannot read the content predictor"):
@@ -195,7 +196,7 @@ def test_file_round_trip_and_what_is_refused(tmp_path: Path, teacher: DiT, selec
 
 def final(model: DiT, plan: CachePlan, selector: Selector | None) -> Tensor:
     with torch.no_grad():
-        return sample(model, plan, noise_for(4, range(2), model), LABELS, selector=selector)
+        return sample(model, plan, noise_for(4, range(2), model), LABELS, companions=Companions(selector))
 
 
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(1.5, 3)])
@@ -233,12 +234,12 @@ def test_scores_that_favour_a_list_give_the_static_segment(teacher: DiT, branche
 def test_each_image_has_its_own_tokens(teacher: DiT, selector: Selector) -> None:
     plan = content_plan(teacher, selector)
     x, labels = noise_for(0, range(3), teacher), torch.tensor([0, 3, 3])
-    together = sample(teacher, plan, x, labels, selector=selector)
+    together = sample(teacher, plan, x, labels, companions=Companions(selector))
     for i in range(3):
-        alone = sample(teacher, plan, x[i : i + 1], labels[i : i + 1], selector=selector)
+        alone = sample(teacher, plan, x[i : i + 1], labels[i : i + 1], companions=Companions(selector))
         assert (together[i] - alone[0]).norm() < 1e-5 * alone.norm()
     k = Entry("k", 0, 1)
-    first, second = [state.writes[k] for state in list(sample_steps(teacher, plan, x, labels, selector=selector))[:2]]
+    first, second = [state.writes[k] for state in list(sample_steps(teacher, plan, x, labels, companions=Companions(selector)))[:2]]
     changed = (first != second).any(-1)
     assert (changed.sum(1) == 5).all()
     assert not torch.equal(changed[0], changed[1])
@@ -250,7 +251,7 @@ def test_missing_and_other_predictors_are_refused(teacher: DiT, selector: Select
         sample(teacher, plan, x, LABELS)
     other = make_selector(teacher, 1)
     with pytest.raises(PlanError, match=f"{selector.digest[:8]}, but {other.digest[:8]} was given"):
-        sample(teacher, plan, x, LABELS, selector=other)
+        sample(teacher, plan, x, LABELS, companions=Companions(other))
     with pytest.raises(PlanError, match="but none was given"):
         RolloutEvaluator(teacher, x, LABELS, x)(plan)
-    assert RolloutEvaluator(teacher, x, LABELS, final(teacher, plan, selector), selector)(plan, 1) > 0
+    assert RolloutEvaluator(teacher, x, LABELS, final(teacher, plan, selector), Companions(selector))(plan, 1) > 0

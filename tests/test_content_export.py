@@ -20,8 +20,9 @@ from export.compiler.weight_files import WeightFiles, tensors_of
 from export.runtime.manifest import read_manifest
 from export.runtime.programs import lower
 from export.runtime.sampler import CachedSampler
-from export.verify import rebuild_selector
+from export.verify import rebuild_companions
 from tc_lightning.errors import PlanError
+from tc_lightning.models.companions import Companions
 from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan.cache_plan import CachePlan
@@ -38,12 +39,12 @@ def selector(teacher: DiT) -> Selector:
 @pytest.fixture(scope="module")
 def exported(teacher: DiT, selector: Selector, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("content") / "artefact"
-    export_artefact(teacher, content_plan(teacher, selector), out, "fp32", "cpu", 2, lambda _: None, selector)
+    export_artefact(teacher, content_plan(teacher, selector), out, "fp32", "cpu", 2, lambda _: None, Companions(selector))
     return out
 
 
 def check_export(model: DiT, plan: CachePlan, out: Path, selector: Selector, precision: str = "fp32", tolerance: float = 1e-5) -> Any:
-    manifest = export_artefact(model, plan, out, precision, "cpu", 2, lambda _: None, selector)
+    manifest = export_artefact(model, plan, out, precision, "cpu", 2, lambda _: None, Companions(selector))
     assert manifest["parity"]["trajectory_rel_l2"] < tolerance
     assert max(row["rel_l2"] for row in manifest["parity"]["programs"]) < tolerance
     return manifest
@@ -61,12 +62,12 @@ def test_exported_tokens_are_those_of_torch(exported: Path, teacher: DiT, select
     for labels in ([4], [0, 3, 1], [2, 2, 0, 4, 1]):  # one artefact, any batch
         with torch.no_grad():
             x = noise_for(11, range(len(labels)), teacher)
-            expected = sample(teacher, plan, x, torch.tensor(labels), selector=selector).numpy()
+            expected = sample(teacher, plan, x, torch.tensor(labels), companions=Companions(selector)).numpy()
         actual = sampler.sample(labels, seed=11).latents
         assert max(relative_l2(a, e) for a, e in zip(actual, expected, strict=True)) < 1e-5
     other = make_selector(teacher, 1)
     with torch.no_grad():
-        theirs = sample(teacher, content_plan(teacher, other), x, torch.tensor(labels), selector=other).numpy()
+        theirs = sample(teacher, content_plan(teacher, other), x, torch.tensor(labels), companions=Companions(other)).numpy()
     assert relative_l2(theirs, expected) > 1e-3  # which tokens are chosen is not so harmless that parity would not notice
 
 
@@ -83,11 +84,11 @@ def test_steps_of_one_half_choose_tokens_too(tmp_path: Path, teacher: DiT, selec
 
 def test_views_that_an_artefact_reads_stay_its_own(teacher: DiT, selector: Selector, tmp_path: Path) -> None:
     """Others that share the file begin with what is in it, and list no more than their own graphs take."""
-    plan, shared = content_plan(teacher, selector), WeightFiles(teacher, "fp32", tmp_path, selector)
+    plan, shared = content_plan(teacher, selector), WeightFiles(teacher, "fp32", tmp_path, Companions(selector))
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
     write_sharing(shared, plan, lower(plan, "cpu"), tmp_path / "first")
-    in_file = set(tensors_of(teacher, plan, selector))
+    in_file = set(tensors_of(teacher, plan, Companions(selector)))
     assert {"selector.block.attn.q.weight", *in_file} <= set(read_manifest(tmp_path / "first")["weights"])
     assert set(shared.link(plan, tmp_path / "second")[0]) == in_file
 
@@ -111,10 +112,10 @@ def test_only_programs_with_content_run_the_predictor(exported: Path, teacher: D
 
 def test_predictor_can_be_rebuilt_bit_for_bit(exported: Path, teacher: DiT, selector: Selector) -> None:
     plan = CachePlan.load(exported / "plan.json")
-    rebuilt = rebuild_selector(CachedSampler(exported, preload=False), plan, CONFIG)
+    rebuilt = rebuild_companions(CachedSampler(exported, preload=False), plan, CONFIG).selector
     assert rebuilt is not None
     assert Selector.of(rebuilt.predictor).digest == rebuilt.digest == selector.digest
-    assert rebuild_selector(CachedSampler(exported, preload=False), make_plan(teacher), CONFIG) is None
+    assert rebuild_companions(CachedSampler(exported, preload=False), make_plan(teacher), CONFIG).selector is None
 
 
 def test_export_without_the_predictor_leaves_nothing(tmp_path: Path, teacher: DiT, selector: Selector) -> None:

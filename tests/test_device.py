@@ -19,6 +19,7 @@ from export.runtime.programs import lower
 from export.runtime.sampler import CachedSampler
 from export.verify import verify
 from tc_lightning.measure.calibrate import run_calibration
+from tc_lightning.models.companions import Companions
 from tc_lightning.rollout.evaluation import RolloutEvaluator
 from tc_lightning.rollout.sampling import device_of, full_plan
 from tc_lightning.rollout.targets import TargetKey, compute_targets
@@ -52,7 +53,7 @@ def test_figures_of_a_report_do_not_depend_on_the_device(tmp_path: Path) -> None
         there, looking = model.to(device), selector.to(device)
         targets = compute_targets(there, key)
         assert {x.device.type for x in (targets.x_T, *targets.given.values(), targets.reference, targets.ode)} == {"cpu"}
-        mse_B = RolloutEvaluator(there, targets.x_T, targets.given, targets.reference, looking).mse_per_image(plan)
+        mse_B = RolloutEvaluator(there, targets.x_T, targets.given, targets.reference, Companions(looking)).mse_per_image(plan)
         folder = tmp_path / device
         folder.mkdir()
         calibration = run_calibration(there, reference, folder)
@@ -69,9 +70,9 @@ def test_a_proof_with_the_teacher_on_a_gpu(content: bool, tmp_path: Path) -> Non
     model = make_teacher().to("cuda")
     selector = make_selector(make_teacher()).to("cuda")
     plan = content_plan(make_teacher(), selector) if content else make_plan(make_teacher(), (FULL,) * 4)
-    weights, lowered, folder = WeightFiles(model, "fp32", tmp_path, selector), lower(plan, "cpu"), tmp_path / "artefact"
+    weights, lowered, folder = WeightFiles(model, "fp32", tmp_path, Companions(selector)), lower(plan, "cpu"), tmp_path / "artefact"
     folder.mkdir()
     write_sharing(weights, plan, lowered, folder)
     sampler = CachedSampler(folder, manifest=read_manifest(folder, check_files=False))
-    checks = prove(model, plan, lowered, sampler, 2, selector=selector)
+    checks = prove(model, plan, lowered, sampler, 2, companions=Companions(selector))
     assert trajectory_error(checks) < 1e-3

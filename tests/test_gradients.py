@@ -9,6 +9,7 @@ from content_plans import STEPS as CONTENT
 from content_plans import content_plan, make_selector
 from torch import Tensor
 
+from tc_lightning.models.companions import Companions
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.guidance import Guidance
@@ -54,7 +55,7 @@ def vectors(like: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("name", NAMES)
 def test_step_by_step_gives_the_gradients_of_the_whole_graph(teacher: DiT, name: str) -> None:
     plan = plan_of(teacher, name)
-    run, x_T = Rollout(teacher, plan, LABELS, SELECTOR), noise_for(0, range(2), teacher)
+    run, x_T = Rollout(teacher, plan, LABELS, Companions(SELECTOR)), noise_for(0, range(2), teacher)
     (end, pull), (end_of_steps, pull_steps) = whole(run, x_T), stepwise(run, x_T)
     assert torch.equal(end, end_of_steps)
     for one, other in zip(pull(vectors(end)), pull_steps(vectors(end)), strict=True):
@@ -90,7 +91,7 @@ def test_the_network_never_sees_more_images_than_it_is_given_room_for(teacher: D
 
 
 def run_on(teacher: DiT, plan: CachePlan) -> tuple[Rollout, Tensor]:
-    return Rollout(teacher, plan, LABELS[:1], SELECTOR), noise_for(0, range(1), teacher)
+    return Rollout(teacher, plan, LABELS[:1], Companions(SELECTOR)), noise_for(0, range(1), teacher)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,6 +16,7 @@ from export.compiler.weight_files import WeightFiles
 from export.report.measure import ContenderArtefact, Failed, Made, Requests, export, make_in_turns
 from export.runtime import manifest
 from export.runtime.sampler import Result
+from tc_lightning.models.companions import Companions
 from tc_lightning.plan.conditions import Condition
 from tc_lightning.plan.segments import compute, partial
 from tc_lightning.rollout.sampling import full_plan, labels_for, model_signature, noise_for, sample
@@ -69,7 +70,7 @@ def test_content_predictors_are_in_a_weights_file_of_their_own(teacher, tmp_path
     """One for each set of steps, whose terms it holds; plans without one share the teacher's."""
     selector = make_selector(teacher)
     looking = [content_plan(teacher, selector), dataclasses.replace(content_plan(teacher, selector), provenance={"policy": "same"})]
-    shared = WeightFiles(teacher, "fp32", tmp_path, selector)
+    shared = WeightFiles(teacher, "fp32", tmp_path, Companions(selector))
     made = []
     for j, plan in enumerate([make_plan(teacher, STEPS), *looking, make_plan(teacher, (FULL,) * 3)]):
         reference = full_plan(plan.model, plan.sampler, plan.guidance)

@@ -104,8 +104,8 @@ def write_scores(folder: Path, plan: CachePlan, selector: str) -> None:
 def test_a_loaded_run_holds_its_content_predictor(tmp_path: Path) -> None:
     run = read_run(content_run(tmp_path))
     loaded = load_run(run)
-    assert loaded.selector is not None
-    assert loaded.selector.digest == loaded.plan.selector == loaded.scores.selector
+    assert loaded.companions.selector is not None
+    assert loaded.companions.selector.digest == loaded.plan.selector == loaded.scores.selector
     key = TargetKey(loaded.plan.model, VP, loaded.plan.sampler, loaded.plan.guidance, 1, 2, ode_steps=4)
     context = planning_context(loaded, compute_targets(loaded.model, key))
     assert 0 < context.evaluate(loaded.plan, None) < float("inf")

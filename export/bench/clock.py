@@ -17,7 +17,7 @@ from export.compiler.weight_files import WeightFiles
 from export.runtime.manifest import read_manifest
 from export.runtime.programs import FULL, LoweredPlan, Program, lower
 from export.runtime.sampler import CachedSampler
-from tc_lightning.models.content_predictor import Selector
+from tc_lightning.models.companions import NO_COMPANIONS, Companions
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.given import Arrays, drawn
@@ -33,19 +33,24 @@ class ProgramClock:
         provider: `cpu` or `cuda`.
         batch: images at a time.
         precision: fp32, fp16 or bf16.
-        selector: the content predictor that plans may name.
+        companions: the networks that plans may name.
 
     Raises:
         RuntimeUnavailableError: if the provider cannot be used.
     """
 
     def __init__(
-        self, model: Network, provider: str = "cpu", batch: int = 8, precision: str = "fp32", selector: Selector | None = None
+        self,
+        model: Network,
+        provider: str = "cpu",
+        batch: int = 8,
+        precision: str = "fp32",
+        companions: Companions = NO_COMPANIONS,
     ) -> None:
         self.provider, self.batch, self.examples = provider, batch, model.examples
         folder = Path(tempfile.mkdtemp(prefix="tc-clock-"))
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        self._weights = WeightFiles(model, precision, folder, selector)
+        self._weights = WeightFiles(model, precision, folder, companions)
         self._known: dict[tuple[object, ...], float] = {}
 
     def __call__(self, plan: CachePlan) -> tuple[float, float]:

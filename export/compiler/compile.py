@@ -27,8 +27,8 @@ from export.runtime.programs import LoweredPlan, lower
 from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.checkpoints.pipeline import Vae
+from tc_lightning.models.companions import NO_COMPANIONS, Companions
 from tc_lightning.models.conditions import require_null
-from tc_lightning.models.content_predictor import Selector, require_selector
 from tc_lightning.models.families import own_schedule
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
@@ -50,7 +50,7 @@ def export_artefact(
     provider: str,
     images: int,
     report: Report = print,
-    selector: Selector | None = None,
+    companions: Companions = NO_COMPANIONS,
     vae: Vae | None = None,
 ) -> dict[str, Any]:
     """Write the artefact `out`, replacing an older one only when the new one is proved and complete.
@@ -63,21 +63,21 @@ def export_artefact(
         provider: provider that the proof runs on.
         images: images in the proof.
         report: called with a line for each stage.
-        selector: the content predictor that the plan names, if it does.
+        companions: the networks that the plan names.
         vae: where the decoder of the model's latents is; None for an artefact of latents alone, or a model of pixels.
 
     Returns:
         The manifest.
 
     Raises:
-        PlanError: if the plan is for another model or content predictor.
+        PlanError: if the plan is for another model, or names a network that is not among the companions.
         TeacherError: if the plan is guided and a condition of the model has no null value, or the VAE is not one of its latents.
         TokenCacheError: if `out` exists and is something else, the sampler is stochastic, or a weight does not fit the precision.
         ParityError: if the artefact disagrees with the torch reference; nothing is left under `out`.
     """
     plan.require_model(model_signature(model))
     require_null(model.conditions, plan.guidance, model.nulls)
-    require_selector(plan, selector)
+    companions.named_by(plan)
     if vae is not None:
         require_decodable(vae, plan.model)
     for table in (plan.sampler, plan.reference):
@@ -90,7 +90,7 @@ def export_artefact(
     out = out.resolve()
     _require_replaceable(out)
     with replacing_folder(out) as folder:
-        return _compile(model, plan, folder, precision, provider, images, report, selector, vae)
+        return _compile(model, plan, folder, precision, provider, images, report, companions, vae)
 
 
 def _compile(
@@ -101,19 +101,19 @@ def _compile(
     provider: str,
     images: int,
     report: Report,
-    selector: Selector | None,
+    companions: Companions,
     vae: Vae | None,
 ) -> dict[str, Any]:
     lowered = lower(plan, provider)
     report(f"writing {WEIGHTS} and {len(lowered.programs) + 1} graphs in {precision}")
-    manifest = write_unproved(model, plan, lowered, folder, precision, selector)
+    manifest = write_unproved(model, plan, lowered, folder, precision, companions)
     if vae is not None:
         report(f"writing {DECODER}.onnx in fp32 from {vae.folder}")
         manifest |= {DECODER: write_decoder(vae, plan.model.latent, folder, provider)}
     sampler = CachedSampler(folder, provider, preload=False, manifest=manifest)
     sampler.session("condition")  # says at once if the provider cannot be used
     report(f"proving parity with torch on {images} images ({provider})")
-    checks = prove(model, plan, lowered, sampler, images, selector=selector)
+    checks = prove(model, plan, lowered, sampler, images, companions=companions)
     require_parity(checks, precision, "No manifest was written. Try --precision fp32; if it fails there too, report it with the plan.")
     report(f"comparing with full compute on {images} images")
     fidelity = measure(sampler, images, max(1, images // 2), seed=1, examples=part_for(model.examples, REPORTING))
@@ -125,16 +125,16 @@ def _compile(
 
 
 def write_unproved(
-    model: Network, plan: CachePlan, lowered: LoweredPlan, folder: Path, precision: str, selector: Selector | None = None
+    model: Network, plan: CachePlan, lowered: LoweredPlan, folder: Path, precision: str, companions: Companions = NO_COMPANIONS
 ) -> dict[str, Any]:
     """Write everything but the proof, and return what the manifest will say so far; nobody but the exporter should run this.
 
     Raises:
         ExportError: if the network does what has no ONNX form; nothing is written then.
     """
-    tensors = tensors_of(model, plan, selector)
+    tensors = tensors_of(model, plan, companions)
     index = place_weights(tensors, precision)
-    graphs = _emit(model, plan, lowered, precision, index, selector)
+    graphs = _emit(model, plan, lowered, precision, index, companions)
     write_weights(tensors, folder / WEIGHTS, index)
     manifest = _write_around(graphs, index, model, plan, lowered, folder, precision)
     for path in sorted(folder.glob("*.onnx")):
@@ -148,16 +148,16 @@ def write_sharing(weights: WeightFiles, plan: CachePlan, lowered: LoweredPlan, f
     Its graphs are checked by ONNX Runtime, which loads them: onnx's own checker refuses weights that have several links.
     """
     index, listing = weights.link(plan, folder)
-    graphs = _emit(weights.model, plan, lowered, weights.precision, index, weights.selector)
+    graphs = _emit(weights.model, plan, lowered, weights.precision, index, weights.companions)
     content = _write_around(graphs, index, weights.model, plan, lowered, folder, weights.precision)
     write_manifest(folder, content, known={WEIGHTS: listing})
 
 
 def _emit(
-    model: Network, plan: CachePlan, lowered: LoweredPlan, precision: str, index: dict[str, External], selector: Selector | None
+    model: Network, plan: CachePlan, lowered: LoweredPlan, precision: str, index: dict[str, External], companions: Companions
 ) -> dict[str, onnx.ModelProto]:
     """The graphs by file stem; the views of weights that they take are added to the index."""
-    emitter = Emitter(plan, model, selector.predictor if plan.selector and selector else None, precision, WEIGHTS, index)
+    emitter = Emitter(plan, model, companions.named_by(plan), precision, WEIGHTS, index)
     return {"condition": emitter.condition()} | {name: emitter.step(programs) for name, programs in lowered.graphs.items()}
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,13 +32,15 @@ from export.compiler.symbolic import Graph, Sym, Weights
 from export.compiler.torch_functions import ANSWERS
 from export.compiler.torch_shapes import at, gather, lookup
 from export.compiler.traced import Hoisted, NetworkInGraph, conditioning, skeleton
-from export.compiler.weights import MODULATION_TABLE, SELECTOR, TORCH_DTYPES, External
+from export.compiler.weights import CORRECTION_TABLE, CORRECTOR, MODULATION_TABLE, SELECTOR, TORCH_DTYPES, External
 from export.runtime.layout import GIVEN, PAST
 from export.runtime.programs import FULL, Program, condition_times, kept_tokens
-from tc_lightning.cache.semantics import Guided, Step, forecast, predict
+from tc_lightning.cache.semantics import Guided, Step, forecast, movement, predict
 from tc_lightning.diffusion.update import Coefficients, advance
+from tc_lightning.models.companions import Companions
 from tc_lightning.models.conditions import null_rows
 from tc_lightning.models.content_predictor import ContentPredictor
+from tc_lightning.models.corrector import ResidualCorrector
 from tc_lightning.models.network import Network, Terms
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import entry_dtype, entry_shape
@@ -52,7 +54,7 @@ class Emitter:
     Args:
         plan: the plan.
         network: the teacher.
-        predictor: the content predictor that the plan names, if it does.
+        named: the networks that the plan names.
         dtype: working precision, fp32, fp16 or bf16; latents, guidance and the sampler are always fp32.
         weights_file: name of the shared weights file.
         index: what is in it; views of it that graphs take are added.
@@ -62,7 +64,7 @@ class Emitter:
         self,
         plan: CachePlan,
         network: Network,
-        predictor: ContentPredictor | None,
+        named: Companions,
         dtype: str,
         weights_file: str,
         index: dict[str, External],
@@ -72,9 +74,13 @@ class Emitter:
         like, working = null_rows(network.conditions, torch.zeros(1, device="meta")), TORCH_DTYPES[dtype]
         given = {name: value.to(working) if value.is_floating_point() else value for name, value in like.items()}
         self._hoisted = Hoisted(conditioning(self._network, torch.zeros(1, device="meta"), given))
-        self._predictor = None
-        if predictor is not None:
-            self._predictor, more = skeleton(predictor, dtype, f"{SELECTOR}.")
+        self._predictor: ContentPredictor | None = None
+        self._corrector: ResidualCorrector | None = None
+        if named.selector is not None:
+            self._predictor, more = skeleton(named.selector.predictor, dtype, f"{SELECTOR}.")
+            names |= more
+        if named.corrector is not None:
+            self._corrector, more = skeleton(named.corrector.module, dtype, f"{CORRECTOR}.")
             names |= more
         self._weights = Weights(weights_file, index, names)
 
@@ -113,8 +119,15 @@ class Emitter:
         guided = Guided(mode, scale, guidance.channels) if guidance.doubles_batch else None
 
         model = NetworkInGraph(g, self._network, self.dtype)
+        kept, values = self._kept(g, step, program), self._values(g, program)
         todo = Step(
-            program.segments, self._kept(g, step, program), self._cached(g, step, program), program.writes, self._scorer(g, step)
+            program.segments,
+            kept,
+            self._cached(g, step, program, values),
+            program.writes,
+            self._scorer(g, step),
+            movement(program.segments, values),
+            self._correction(g, step),
         )
         predicted: tuple[Any, dict[Entry, Any]] = predict(todo, guided, x, model, terms, signature.in_channels)
         eps, found = predicted
@@ -174,16 +187,31 @@ class Emitter:
         found = g.op("Where", spoilt, step, g.constant(steps, "int64"), shape=images, kind="int64")
         return g.op("Min", first_bad, found, shape=images)
 
-    def _cached(self, g: Graph, step: Sym, program: Program) -> dict[Entry, Any]:
-        """Declare the cache inputs and forecast every entry that is read."""
+    def _correction(self, g: Graph, step: Sym) -> Callable[[Any, Any, Any], Any]:
+        """The corrector at a step, from tokens, forecast and movement to what the forecast lacks."""
+
+        def lacking(z_BND: Sym, forecast_BND: Sym, moved_BND: Sym) -> Sym:
+            assert self._corrector is not None, "corrected segments need a corrector"
+            return self._corrector(z_BND, forecast_BND, moved_BND, gather(g.weight(CORRECTION_TABLE), step, 0))
+
+        return lacking
+
+    def _values(self, g: Graph, program: Program) -> dict[Entry, list[Any]]:
+        """Declare the cache inputs: the past values of every entry that is read, latest first."""
+        return {
+            entry: [g.input(f"{entry.name}.{j}", entry_dtype(entry, self.dtype), self._entry_shape(entry)) for j in range(count)]
+            for entry, count in program.reads
+        }
+
+    def _cached(self, g: Graph, step: Sym, program: Program, values: Mapping[Entry, list[Any]]) -> dict[Entry, Any]:
+        """Forecast every entry that is read."""
         flows, cached = self.plan.flows, dict[Entry, Any]()
         for entry, count in program.reads:
-            dtype = entry_dtype(entry, self.dtype)
-            values: list[Any] = [g.input(f"{entry.name}.{j}", dtype, self._entry_shape(entry)) for j in range(count)]
             weights_TO = forecast_table(flows, program.steps, entry, count)
             repeats = all(read.repeats for i in program.steps for read in flows[i].reads if read.entry == entry)
+            dtype = entry_dtype(entry, self.dtype)
             columns = [] if count == 1 and repeats else [lookup(g, column, step, dtype) for column in weights_TO.T]
-            cached[entry] = forecast(values, columns)
+            cached[entry] = forecast(values[entry], columns)
         return cached
 
     def _entry_shape(self, entry: Entry) -> list[int | str]:

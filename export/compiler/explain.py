@@ -156,7 +156,7 @@ def _listing(counts: dict[Entry, int]) -> str:
 
 def _describe(s: Segment) -> str:
     partial = f"partial {s.keep} {'content ' if s.is_content else ''}tokens"
-    what = {"partial": partial, "reuse": f"reuse {'+'.join(s.branches)}"}.get(s.mode, s.mode)
+    what = {"partial": partial, "reuse": f"reuse {'+'.join(s.branches)}"}.get(s.mode, "corrected skip" if s.corrected else s.mode)
     return f"[{s.start},{s.stop}) {what}" + _forecasts(s)
 
 

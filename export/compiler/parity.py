@@ -20,8 +20,8 @@ from export.runtime.layout import CONDITION, ELEMENT_TYPES, GIVEN, PAST
 from export.runtime.programs import FULL, LoweredPlan, Program
 from export.runtime.sampler import CachedSampler
 from tc_lightning.errors import TokenCacheError
+from tc_lightning.models.companions import NO_COMPANIONS, Companions
 from tc_lightning.models.conditions import Given
-from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import entry_dtype, entry_rows, entry_shape
@@ -62,7 +62,7 @@ def prove(
     sampler: CachedSampler,
     images: int,
     seed: int = SEED,
-    selector: Selector | None = None,
+    companions: Companions = NO_COMPANIONS,
 ) -> list[Check]:
     """Run the reference once and compare the artefact with it.
 
@@ -73,7 +73,7 @@ def prove(
         sampler: the artefact.
         images: images in the proof.
         seed: their seed.
-        selector: the content predictor that the plan names, if it does, on the teacher's device.
+        companions: the networks that the plan names, on the teacher's device.
 
     Returns:
         One check for each output of each program at its first and last step (of `step_full`, at the first of the reference), and one
@@ -84,7 +84,7 @@ def prove(
     x_T, y = noise_for(seed, range(images), model, device), given.to(device)
     checks: list[Check] = []
     final: Tensor | None = None
-    for state in sample_steps(model, plan, x_T, y, selector=selector):
+    for state in sample_steps(model, plan, x_T, y, companions=companions):
         if state.step in chosen:
             checks += check_program(plan, chosen[state.step], sampler, _on_host(state), given, model.nulls)
         final = state.x_next

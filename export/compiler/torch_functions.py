@@ -87,6 +87,11 @@ def _neg(x: Sym) -> Sym:
     return _unary("Neg", x)
 
 
+@answers(torch.abs, "abs")
+def _abs(x: Sym) -> Sym:
+    return _unary("Abs", x)
+
+
 @answers(torch.floor, "floor")
 def _floor(x: Sym) -> Sym:
     return _unary("Floor", x)

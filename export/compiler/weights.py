@@ -15,6 +15,8 @@ from tc_lightning.errors import TokenCacheError
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SELECTOR = "selector"  # what the names of the content predictor's weights begin with
+CORRECTOR = "corrector"  # the same of the corrector's
+CORRECTION_TABLE = f"{CORRECTOR}.terms"  # the corrector's terms [T, R, D]: they depend on the plan's times alone
 MODULATION_TABLE = f"{SELECTOR}.modulations"  # the content predictor's adaLN terms [T, 6, D]: they depend on the step alone
 _LARGE, _PAGE, _LINE = 1 << 16, 4096, 64  # large tensors start on a page, so that they can be mapped; small ones on a cache line
 

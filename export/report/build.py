@@ -164,7 +164,7 @@ def _measure(
     requests = measure.Requests(settings.seed, settings.images, settings.batch)
     with tempfile.TemporaryDirectory(prefix="tc-report-") as workshop:
         exported = []
-        weights = WeightFiles(loaded.model, settings.precision, Path(workshop), loaded.selector)
+        weights = WeightFiles(loaded.model, settings.precision, Path(workshop), loaded.companions)
         with _progress("export and parity", "plan", len(subjects)) as tell:
             for j, subject in enumerate(subjects):
                 tell(subject.name)

@@ -86,7 +86,7 @@ def export(weights: WeightFiles, subject: Contender, folder: Path, provider: str
     """Write an artefact into a new folder and prove it against torch.
 
     Args:
-        weights: of the teacher and its content predictor: on the disk once, not once a plan.
+        weights: of the teacher and its companions: on the disk once, not once a plan.
         subject: the plan.
         folder: where the artefact is to be.
         provider: `cpu` or `cuda`.
@@ -98,7 +98,7 @@ def export(weights: WeightFiles, subject: Contender, folder: Path, provider: str
         lowered = lower(subject.plan, provider)
         write_sharing(weights, subject.plan, lowered, folder)
         sampler = CachedSampler(folder, provider, preload=False, max_batch=max_batch, manifest=read_manifest(folder, check_files=False))
-        checks = prove(weights.model, subject.plan, lowered, sampler, PROOF_IMAGES, selector=weights.selector)
+        checks = prove(weights.model, subject.plan, lowered, sampler, PROOF_IMAGES, companions=weights.companions)
         require_parity(checks, weights.precision, "It was not measured.")
     except (TokenCacheError, RuntimeError, ValueError) as error:  # whatever a plan makes the exporter or ONNX Runtime say
         return Failed(subject, str(error).strip() or type(error).__name__)

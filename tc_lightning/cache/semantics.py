@@ -10,6 +10,7 @@ Shape suffixes: B batch (both halves of guidance), L blocks, N tokens, K kept to
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,14 +28,17 @@ EXACT = 1 << 24  # fp32 holds every integer up to here
 
 class Step(NamedTuple):
     """What one step does: its segments, the kept tokens of each partial one ([K], or [B, K] if each row of the batch has its own;
-    None if they are still to be chosen by content), the values it reads, the entries it must return, and what scores the tokens of
-    one half of guidance for content segments."""
+    None if they are still to be chosen by content), the values it reads, the entries it must return, what scores the tokens of one half
+    of guidance for content segments; and for a corrected skip how its entry moved (`movement`), and what the forecast lacks, given
+    tokens, forecast and movement (`tc_lightning.models.corrector`)."""
 
     segments: tuple[Segment, ...]
     kept: tuple[Tensor | None, ...]
     cached: Cache
     wanted: Collection[Entry]
     scorer: Callable[[Tensor], Tensor] | None = None
+    moved: Cache = MappingProxyType({})
+    correct: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 def forecast(values: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
@@ -46,6 +50,12 @@ def forecast(values: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
     for value, weight in zip(values[1:], weights[1:], strict=True):
         total = total + value * weight
     return total
+
+
+def movement(segments: Sequence[Segment], values: Mapping[Entry, Sequence[Tensor]]) -> dict[Entry, Tensor]:
+    """How what corrected segments skip moved: the last value less the one before, of the values that the step reads, latest first."""
+    corrected = {Entry("span", s.start, s.stop) for s in segments if s.corrected}
+    return {entry: found[0] - found[1] for entry, found in values.items() if entry.whole in corrected}
 
 
 def choose_tokens(segment: Segment, a_BLN: Tensor) -> Tensor:
@@ -98,7 +108,7 @@ def run_blocks(step: Step, z_BND: Tensor, blocks: Sequence[Any], mods: Sequence[
     taps = Taps(blocks, z_BND)
     for segment, kept in zip(step.segments, step.kept, strict=True):
         if segment.mode == "skip":
-            z_BND = z_BND + step.cached[Entry("span", segment.start, segment.stop)]
+            z_BND = z_BND + _skipped(step, segment, z_BND)
         elif segment.mode == "partial":
             assert kept is not None, "tokens are chosen before blocks are run"
             z_BND = _run_partial(segment, kept, z_BND, blocks, mods, step.cached, writes, taps)
@@ -111,6 +121,15 @@ def run_blocks(step: Step, z_BND: Tensor, blocks: Sequence[Any], mods: Sequence[
     for entry in spans:
         writes[entry] = z_at[entry.stop] - z_at[entry.start]
     return z_BND, writes
+
+
+def _skipped(step: Step, segment: Segment, z_BND: Tensor) -> Tensor:
+    """The residual of a skipped segment: its forecast, and what the corrector adds to it."""
+    span = Entry("span", segment.start, segment.stop)
+    if not segment.corrected:
+        return step.cached[span]
+    assert step.correct is not None, "corrected segments need a corrector"
+    return step.cached[span] + step.correct(z_BND, step.cached[span], step.moved[span])
 
 
 def _run_block(
@@ -226,7 +245,7 @@ def predict(
     """
     both = guided is not None and guided.mode == "both"
     wanted = dict.fromkeys(entry.whole for entry in step.wanted if entry.kind != "guidance")
-    inner = step._replace(cached=join_halves(step.cached), wanted=tuple(wanted))
+    inner = step._replace(cached=join_halves(step.cached), moved=join_halves(step.moved), wanted=tuple(wanted))
     z_BND = model.embed(torch.cat([x_BCHW, x_BCHW]) if both else x_BCHW, terms.start)
     inner = _choose_all(inner, z_BND, both)
     z_BND, found = run_blocks(inner, z_BND, model.blocks, terms.blocks)

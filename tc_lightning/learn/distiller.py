@@ -3,12 +3,13 @@
     lightning fit -c lightning_configs/digits.yaml
 
 What is trained, and by which loss, are objectives (`tc_lightning.learn.objectives`): the predictor of tokens on recorded pairs of
-neighbouring steps, a router on the same pairs or on its own rollouts, or both at once. This module is what they share: teacher,
-optimiser, checkpoints, and the planning at the end.
+neighbouring steps, a router on the same pairs or on its own rollouts, or both at once; a corrector of forecasts on whole trajectories.
+This module is what they share: teacher, optimiser, checkpoints, and the planning at the end.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -22,13 +23,14 @@ from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.errors import RunError, TeacherError
 from tc_lightning.learn.objectives.base import Batch, Objective, Task
 from tc_lightning.learn.objectives.content import ContentSuperposition
+from tc_lightning.learn.objectives.corrector import ForecastCorrection
 from tc_lightning.learn.objectives.routers import RouterObjective
 from tc_lightning.learn.objectives.superposition import PairBatch, TokenSuperposition
 from tc_lightning.learn.planning import Distilled, PlanningJob
 from tc_lightning.measure.scores import sampler_digest
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, teacher_digest
+from tc_lightning.models.companions import NO_COMPANIONS, Companions
 from tc_lightning.models.conditions import require_null
-from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.policies.base import Policy
@@ -36,7 +38,7 @@ from tc_lightning.policies.tprr import TPRRPolicy
 from tc_lightning.rollout.sampling import model_signature
 from tc_lightning.runs.folder import FIT, PURPOSES
 
-SHOWN = ("loss", "distil_mse", "mean_w", "router_error", "router_mean_w")  # beside the progress bar
+SHOWN = ("loss", "distil_mse", "mean_w", "router_error", "router_mean_w", "corrector_left")  # beside the progress bar
 
 
 class TokenCacheDistiller(LightningModule):
@@ -53,6 +55,7 @@ class TokenCacheDistiller(LightningModule):
         train_tokens: train the Cache Predictor (`TokenSuperposition`, whose arguments the next four and `predictor_hidden_size` are).
         content: how to train version 2's predictor, which looks at the image, in its place; None for the Cache Predictor.
         router: how to train a router of branches, which Learning-to-Cache and HarmoniCa plan with; None for no router.
+        corrector: how to train a corrector of forecasts, which plans may name; None for none.
         predictor_hidden_size: width of the Cache Predictor.
         lr: peak learning rate of Adam, annealed to a tenth by a cosine.
         target_share: mean of w over steps, blocks and tokens that training holds.
@@ -79,6 +82,7 @@ class TokenCacheDistiller(LightningModule):
         train_tokens: bool = True,
         router: RouterObjective | None = None,
         content: ContentSuperposition | None = None,
+        corrector: ForecastCorrection | None = None,
         predictor_hidden_size: int = 64,
         lr: float = 1e-2,
         target_share: float = 0.5,
@@ -100,7 +104,7 @@ class TokenCacheDistiller(LightningModule):
         tokens: Objective | None = content
         if train_tokens and content is None:
             tokens = TokenSuperposition(target_share, budget_rate, budget_penalty, predictor_hidden_size)
-        _check_objectives(tokens, router)
+        _check_objectives(tokens, router, corrector)
         self.teacher: Network
         object.__setattr__(self, "teacher", load_teacher(teacher, rank_zero_only(print)))  # past nn.Module: not a submodule
         c = self.teacher.config
@@ -115,18 +119,18 @@ class TokenCacheDistiller(LightningModule):
         self.sensitivity_samples, self.sensitivity_probes = sensitivity_samples, sensitivity_probes
         self.purpose = purpose
         self.task = Task(self.teacher, self.signature, self.sampler, self.guidance)
-        self.tokens, self.router = tokens, router
+        self.tokens, self.router, self.corrector = tokens, router, corrector
         for objective in self.objectives:  # the tokens' first: whether there is a router does not change where they start
             objective.prepare(self.task)
 
     @property
     def objectives(self) -> list[Objective]:
         """What is trained."""
-        return [objective for objective in (self.tokens, self.router) if objective is not None]
+        return [objective for objective in (self.tokens, self.router, self.corrector) if objective is not None]
 
-    def selector(self) -> Selector | None:
-        """The content predictor that plans may name, if one is trained."""
-        return None if self.tokens is None else self.tokens.selector()
+    def companions(self) -> Companions:
+        """The networks that plans may name, of those that are trained."""
+        return functools.reduce(Companions.joined, (objective.companions() for objective in self.objectives), NO_COMPANIONS)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Sum of the objectives' losses; they share no parameters."""
@@ -180,8 +184,9 @@ class TokenCacheDistiller(LightningModule):
             RunError: if the data cannot tell what planning will need at the end, or the policy needs what is not trained.
             PlanError: if the policy could not reach its target, whatever the scores.
         """
-        if missing := [name for name in self.policy.needs if name not in {objective.learns for objective in self.objectives}]:
-            setting = "router" if missing[0] == "router_TL2" else "train_tokens"
+        known = {objective.learns for objective in self.objectives} | ({"corrector"} if self.corrector is not None else set())
+        if missing := [name for name in self.policy.needs if name not in known]:
+            setting = {"router_TL2": "router", "corrector": "corrector"}.get(missing[0], "train_tokens")
             raise RunError(f"{type(self.policy).__name__} needs {missing[0]}, which nothing trains: set `model.init_args.{setting}`.")
         self.policy.check(self.signature, self.sampler)
         wanted = ("heldout", "train_endpoints", *(["train_latents"] if isinstance(self.tokens, ContentSuperposition) else []))
@@ -243,7 +248,7 @@ class TokenCacheDistiller(LightningModule):
 
     def _distilled(self) -> Distilled:
         samples, probes = self.sensitivity_samples, self.sensitivity_probes
-        return Distilled(self.task, self.teacher_spec, self.objectives, self.selector(), self.policy, samples, probes, self.purpose)
+        return Distilled(self.task, self.teacher_spec, self.objectives, self.companions(), self.policy, samples, probes, self.purpose)
 
     def _log_training(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
@@ -251,7 +256,7 @@ class TokenCacheDistiller(LightningModule):
         self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
 
     def _log_measures(self, batch: PairBatch, stage: str) -> None:
-        shared, size = Batch(self.task, batch), len(batch["step"])
+        shared, size = Batch(self.task, batch), len(batch["index"])
         for objective in self.objectives:
             for name, value in objective.measure(shared).items():
                 self.log(f"{stage}/{name}", value, prog_bar=name in SHOWN, sync_dist=True, batch_size=size)
@@ -259,19 +264,24 @@ class TokenCacheDistiller(LightningModule):
 
 def _state_name(name: str) -> str:
     """Name in a module's state of one in a checkpoint."""
-    return name if name.startswith(("tokens.", "router.")) else f"tokens.{name}"
+    return name if name.startswith(("tokens.", "router.", "corrector.")) else f"tokens.{name}"
 
 
-def _check_objectives(tokens: Objective | None, router: Objective | None) -> None:
+def _check_objectives(tokens: Objective | None, *others: Objective | None) -> None:
     """Refuse what no batch could train.
 
     Raises:
         RunError: naming the settings.
     """
-    if tokens is None and router is None:
-        raise RunError("nothing is trained: set train_tokens to true, or name a router.")
-    if tokens is not None and router is not None and tokens.batches != router.batches:
-        raise RunError(f"{type(router).__name__} trains on {router.batches}, tokens on {tokens.batches}: set train_tokens to false.")
+    named = [other for other in others if other is not None]
+    if tokens is None and not named:
+        raise RunError("nothing is trained: set train_tokens to true, or name a router or a corrector.")
+    for other in named:
+        if tokens is not None and other.batches != tokens.batches:
+            raise RunError(f"{type(other).__name__} trains on {other.batches}, tokens on {tokens.batches}: set train_tokens to false.")
+        if other.batches != named[0].batches:
+            found = " and ".join(f"{type(one).__name__} on {one.batches}" for one in named)
+            raise RunError(f"{found} cannot be trained together: train each in a run of its own.")
 
 
 def _check_guidance(guidance: Guidance, in_channels: int) -> None:

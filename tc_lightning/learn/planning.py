@@ -1,8 +1,8 @@
 """The end of a distillation run: sensitivities, scores, plan, and the files that tell of them.
 
-The run's folder gets scores.safetensors, content.safetensors if the predictor looks at the image, figures/*.png, plan.json,
-candidates.csv, calibration.safetensors if the policy asked for it, front/ if it looked at several budgets, and run.json when all others
-are there.
+The run's folder gets scores.safetensors, content.safetensors if the predictor looks at the image, corrector.safetensors if one was
+trained, figures/*.png, plan.json, candidates.csv, calibration.safetensors if the policy asked for it, front/ if it looked at several
+budgets, and run.json when all others are there.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tc_lightning.measure.figures import importance_figure, router_figure, sensi
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.measure.sensitivity import branch_sensitivity, probes_for
 from tc_lightning.models.checkpoints import TeacherSpec
+from tc_lightning.models.companions import Companions
 from tc_lightning.models.conditions import Asked, Given, given_of
-from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.front import write_front
@@ -36,7 +36,7 @@ from tc_lightning.rollout.evaluation import RolloutEvaluator
 from tc_lightning.rollout.ranks import ALONE, Ranks
 from tc_lightning.rollout.sampling import full_plan, sample_steps
 from tc_lightning.runs.candidates import finalists_table, write_candidates
-from tc_lightning.runs.folder import CONTENT, write_run
+from tc_lightning.runs.folder import CONTENT, CORRECTOR, write_run
 
 STEPS_AT_ONCE = 8  # steps of one trajectory that share a forward and a backward pass
 
@@ -70,7 +70,7 @@ class Distilled(NamedTuple):
         task: the teacher, and how it is sampled.
         teacher_spec: where the teacher was loaded from.
         objectives: what was trained.
-        selector: the content predictor among them; None if there is none.
+        companions: those of them that plans may name.
         policy: what turns scores into a plan.
         sensitivity_samples: trajectories over which sensitivities are averaged.
         sensitivity_probes: random probes for each step of these.
@@ -80,7 +80,7 @@ class Distilled(NamedTuple):
     task: Task
     teacher_spec: TeacherSpec
     objectives: Sequence[Objective]
-    selector: Selector | None
+    companions: Companions
     policy: Policy
     sensitivity_samples: int
     sensitivity_probes: int
@@ -99,7 +99,7 @@ class PlanningJob:
         self.distilled, self.task, self.trainer = distilled, distilled.task, trainer
         self.device = self.trainer.strategy.root_device  # Lightning has moved the module to the CPU by now
         self.teacher, self.signature = self.task.teacher.to(self.device), self.task.signature
-        self.selector = None if distilled.selector is None else distilled.selector.to(self.device)
+        self.companions = distilled.companions.to(self.device)
         self.folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asks all ranks
 
     def run(self) -> None:
@@ -109,8 +109,10 @@ class PlanningJob:
             (self.folder / FRONT).mkdir(parents=True, exist_ok=True)
             scores.save(self.folder / "scores.safetensors")
             write_figures(scores, self.folder / "figures", self.signature.block.names)
-            if self.selector is not None:
-                self.selector.save(self.folder / CONTENT)
+            if self.companions.selector is not None:
+                self.companions.selector.save(self.folder / CONTENT)
+            if self.companions.corrector is not None:
+                self.companions.corrector.save(self.folder / CORRECTOR)
         choice = self._choose(scores) if first or self.distilled.policy.on_all_ranks else None
         if first and choice is not None:
             self._write(choice)
@@ -120,7 +122,7 @@ class PlanningJob:
         objectives, signature, sampler = self.distilled.objectives, self.signature, self.task.sampler
         for objective in objectives:
             objective.finish(self.trainer)
-        learned = {objective.learns: objective.cpu().scores().numpy() for objective in objectives}
+        learned = {objective.learns: objective.cpu().scores().numpy() for objective in objectives if objective.learns}
         everything_TLN = np.ones((len(sampler), signature.depth, signature.image_tokens))
         return Scores(
             importance_TLN=learned.get("importance_TLN", everything_TLN),
@@ -128,7 +130,7 @@ class PlanningJob:
             teacher=signature.teacher,
             sampler=sampler_digest(sampler),
             router_TL2=learned.get("router_TL2"),
-            selector="" if self.selector is None else self.selector.digest,
+            selector="" if self.companions.selector is None else self.companions.selector.digest,
         )
 
     def _sensitivity(self) -> Tensor:
@@ -155,7 +157,7 @@ class PlanningJob:
     def _choose(self, scores: Scores) -> PlanChoice:
         task = self.task
         x_T, given, x_0 = self._endpoints("heldout")
-        evaluate = RolloutEvaluator(self.teacher, x_T, given, x_0, self.selector)
+        evaluate = RolloutEvaluator(self.teacher, x_T, given, x_0, self.companions)
         full = full_plan(self.signature, task.sampler, task.guidance)
         calibrate = functools.partial(run_calibration, self.teacher, full, self.folder, keep=self.trainer.is_global_zero)
         context = PlanningContext(
@@ -169,6 +171,7 @@ class PlanningJob:
             calibrate=functools.cache(calibrate),
             model=self.teacher,
             ranks=self._ranks(),
+            companions=self.companions,
             folder=self.folder / FRONT,
         )
         return self.distilled.policy.plan(context)
@@ -191,7 +194,8 @@ class PlanningJob:
         write_candidates(choice.candidates, self.folder / "candidates.csv")
         name = self.folder.parent.name if self.folder.name.startswith("version_") else self.folder.name
         spec, purpose = self.distilled.teacher_spec, self.distilled.purpose
-        write_run(self.folder, name, spec, self.signature.teacher, content=self.selector is not None, purpose=purpose)
+        content, corrector = self.companions.selector is not None, self.companions.corrector is not None
+        write_run(self.folder, name, spec, self.signature.teacher, content=content, purpose=purpose, corrector=corrector)
         print(finalists_table(choice.candidates))
         print(f"plan {choice.plan.summary} written to {self.folder / 'plan.json'}")
 

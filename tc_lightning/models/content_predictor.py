@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tc_lightning.errors import PlanError, RunError, TeacherError
+from tc_lightning.errors import TeacherError
 from tc_lightning.models.conditions import null_rows
 from tc_lightning.models.dit import NORM_EPS, DiTBlock, DiTConfig, Modulation
+from tc_lightning.models.frozen_files import load_frozen, save_frozen, state_digest
 from tc_lightning.models.network import Network
 from tc_lightning.models.predictor import INITIAL_IMPORTANCE, LOGIT_BOUND
-from tc_lightning.plan.atomic import write_atomically
-from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.plan.tensor_files import TensorFileError, read_tensors
 
 
 class ContentPredictor(nn.Module):
@@ -112,7 +108,7 @@ class Selector:
     @classmethod
     def of(cls, predictor: ContentPredictor) -> Selector:
         """A frozen copy of the predictor as it is."""
-        return cls(copy.deepcopy(predictor).eval().requires_grad_(False), selector_digest(predictor.state_dict()))
+        return cls(copy.deepcopy(predictor).eval().requires_grad_(False), state_digest(predictor.state_dict()))
 
     def scorer(self, model: Network, t_B: Tensor) -> Callable[[Tensor], Tensor]:
         """From tokens of x_t [B, N, D] to scores [B, L, N], at times [B]."""
@@ -124,10 +120,7 @@ class Selector:
 
     def save(self, path: Path) -> None:
         """Write `.safetensors` atomically; shape and digest are in its metadata."""
-        from safetensors.torch import save
-
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.predictor.state_dict().items()}
-        write_atomically(path, save(state, {"digest": self.digest}))
+        save_frozen(self.predictor, self.digest, path)
 
     @classmethod
     def load(cls, path: Path, config: DiTConfig) -> Selector:
@@ -140,50 +133,4 @@ class Selector:
         Raises:
             RunError: if the file is missing, damaged, or of a predictor for another teacher.
         """
-        try:
-            state, metadata = read_tensors(path, "pt")
-        except TensorFileError as error:
-            raise RunError(f"cannot read the content predictor {path}: {error}. Make it again with `lightning fit`.") from error
-        predictor = ContentPredictor(config)
-        expected = {name: tensor.shape for name, tensor in predictor.state_dict().items()}
-        if {name: tensor.shape for name, tensor in state.items()} != expected:
-            raise RunError(f"{path} does not hold a content predictor of this teacher's shape: make it again with `lightning fit`.")
-        if selector_digest(state) != metadata.get("digest"):
-            raise RunError(f"{path} is damaged: its contents do not match its digest. Make it again with `lightning fit`.")
-        predictor.load_state_dict(state)
-        return cls.of(predictor)
-
-
-def selector_for(plan: CachePlan, path: Path | None, config: DiTConfig) -> Selector | None:
-    """The content predictor that a plan needs, from the file of its run; None if it needs none.
-
-    Raises:
-        PlanError: if the run has none, or has another one.
-        RunError: if the file is missing or damaged.
-    """
-    selector = Selector.load(path, config) if plan.selector and path is not None else None
-    require_selector(plan, selector)
-    return selector
-
-
-def selector_digest(state: Mapping[str, Tensor]) -> str:
-    """sha256 of names, shapes and values in fp32."""
-    hasher = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        hasher.update(json.dumps([name, list(tensor.shape)]).encode())
-        hasher.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return hasher.hexdigest()
-
-
-def require_selector(plan: CachePlan, selector: Selector | None) -> None:
-    """Check that the plan's content predictor is at hand, if it needs one.
-
-    Raises:
-        PlanError: if it is missing, or is another one.
-    """
-    if plan.selector and (selector is None or selector.digest != plan.selector):
-        found = "none was given" if selector is None else f"{selector.digest[:8]} was given"
-        raise PlanError(
-            f"the plan {plan.digest[:8]} chooses tokens with the content predictor {plan.selector[:8]}, but {found}: "
-            "load the `content.safetensors` of the run that made the plan."
-        )
+        return cls.of(load_frozen(ContentPredictor(config), path, "content predictor"))

@@ -14,7 +14,8 @@ content predictor, named by the plan's `selector`, scores highest, image by imag
 and attention comes from the cache. reuse: the named branches come from the cache before their gate, the current gate is applied;
 other branches are computed. skip: the segment's summed residual comes from the cache as one tensor. order: 0 repeats the cached
 value, 1 and 2 extrapolate it from the last 2 and 3 times that it was computed for all tokens; weights in its place state what the
-last 1 to 4 of these count, latest first (kv_weights: of keys and values).
+last 1 to 4 of these count, latest first (kv_weights: of keys and values). A skip of all blocks may be corrected: the corrector, named
+by the plan's `corrector`, adds what it thinks the forecast lacks.
 
 A segment that knows some tokens alone (skip, partial) holds both ends of a long skip between blocks, or neither.
 
@@ -66,13 +67,14 @@ class CachePlan:
             bias, and a factor a little below 1 makes up for it); empty for none. The reference run has none.
         guidance_modes: which halves of the guided batch each step computes; empty: both at every step, as in the reference run.
         selector: sha256 of the content predictor that chooses the tokens of content segments; empty if there are none.
+        corrector: sha256 of the corrector that adds to the forecasts of corrected segments; empty if there are none.
         fewer_steps: a sampler with which full compute costs no more than the plan's budget, fitted as the plan's own was: what the
             plan has to beat, for whoever verifies it. Never run by the plan; None where none was fitted, or the plan is that run.
 
     Raises:
         PlanError: if segments do not cover the blocks, a token or block does not exist, something is reused that was never
             computed, the number of steps is not the sampler's, a factor of eps is not positive and finite, a step leaves out
-            a half that there is not, or a selector is missing or not needed.
+            a half that there is not, or a selector or corrector is missing or not needed.
     """
 
     model: ModelSignature
@@ -85,6 +87,7 @@ class CachePlan:
     guidance_modes: tuple[GuidanceMode, ...] = ()
     selector: str = ""
     fewer_steps: SamplerTable | None = None
+    corrector: str = ""
 
     def __post_init__(self) -> None:
         if set(self.guidance_modes) == {BOTH} and len(self.guidance_modes) == self.num_steps:
@@ -143,7 +146,7 @@ class CachePlan:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` inverts it exactly."""
         fewer = None if self.fewer_steps is None else self.fewer_steps.to_json()
-        optional = {"eps_scale": list(self.eps_scale), "selector": self.selector, "fewer_steps": fewer}
+        optional = {"eps_scale": list(self.eps_scale), "selector": self.selector, "fewer_steps": fewer, "corrector": self.corrector}
         return {
             "format_version": FORMAT_VERSION,
             "model": self.model.to_json(),
@@ -169,14 +172,15 @@ class CachePlan:
         if isinstance(raw, dict) and (version := raw.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
             raise PlanError(f"plan format version {shown(version)} is not {FORMAT_VERSION}: make the plan again.")
         keys = {"format_version", "model", "sampler", "guidance", "steps", "provenance", "reference"}
-        check_keys(raw, keys, {"eps_scale", "selector", "fewer_steps"}, "plan")
+        check_keys(raw, keys, {"eps_scale", "selector", "corrector", "fewer_steps"}, "plan")
         eps_scale = as_list(raw.get("eps_scale", []), "eps_scale")
         if not isinstance(raw["provenance"], dict):
             raise PlanError(f"provenance: expected an object, found {type(raw['provenance']).__name__}.")
         if not all(map(is_number, eps_scale)):
             raise PlanError(f"eps_scale: expected a list of numbers, found {shown(eps_scale)}.")
-        if not is_name(raw.get("selector", "")):
-            raise PlanError(f"selector: expected a sha256, found {shown(raw['selector'])}.")
+        for name in ("selector", "corrector"):
+            if not is_name(raw.get(name, "")):
+                raise PlanError(f"{name}: expected a sha256, found {shown(raw[name])}.")
         steps = as_list(raw["steps"], "steps")
         return cls(
             ModelSignature.from_json(raw["model"], "model"),
@@ -189,6 +193,7 @@ class CachePlan:
             tuple(GuidanceMode.from_json(step.get("guidance", {"mode": "both"}), f"step {i}") for i, step in enumerate(steps)),
             raw.get("selector", ""),
             SamplerTable.from_json(raw["fewer_steps"]) if "fewer_steps" in raw else None,
+            raw.get("corrector", ""),
         )
 
     def save(self, path: Path) -> None:
@@ -264,7 +269,20 @@ def _validate(plan: CachePlan) -> None:
             if chosen
             else f"the plan names the content predictor {plan.selector[:8]}, but no segment needs one: leave selector empty."
         )
-    _ = plan.flows  # raises if something is read that was never computed
+    flows = plan.flows  # raises if something is read that was never computed
+    corrected = [i for i, segments in enumerate(plan.steps) if any(s.corrected for s in segments)]
+    if bool(corrected) != bool(plan.corrector):
+        raise PlanError(
+            "the plan has corrected segments, but names no corrector that adds to their forecasts: set corrector to its digest."
+            if corrected
+            else f"the plan names the corrector {plan.corrector[:8]}, but no segment is corrected: leave corrector empty."
+        )
+    for i in corrected:
+        if any(len(read.sources) < 2 for read in flows[i].reads if read.entry.kind == "span"):
+            raise PlanError(
+                f"step {i} is corrected by how the residual of its blocks moved, of which one value has been computed so far: compute "
+                "all blocks at two steps at least before it, or leave it uncorrected."
+            )
 
 
 def _validate_mode(mode: GuidanceMode, guidance: Guidance, where: str) -> None:

@@ -33,7 +33,7 @@ def blocks_macs(model: ModelSignature, blocks: Iterable[int], tokens: int, branc
 def segment_macs(model: ModelSignature, segment: Segment) -> int:
     """MACs of a segment for one sample. Forecasts are elementwise and count as none."""
     if segment.mode == "skip":
-        return 0
+        return corrector_macs(model) if segment.corrected else 0
     tokens = segment.keep if segment.mode == "partial" else model.tokens
     blocks = blocks_macs(model, segment.blocks, tokens, tuple(filter(segment.computes, model.block.names)))
     return blocks + model.skips.taken_in(segment.start, segment.stop) * tokens * model.skips.macs
@@ -42,6 +42,12 @@ def segment_macs(model: ModelSignature, segment: Segment) -> int:
 def selector_macs(model: ModelSignature) -> int:
     """MACs of the content predictor for one image: a block over all tokens, and L scores for each. Its adaLN terms are constants."""
     return block_macs(model, model.tokens) + model.tokens * model.width * model.depth
+
+
+def corrector_macs(model: ModelSignature) -> int:
+    """MACs of the corrector for one sample: three widths in, attention, an MLP of twice the width, one width out, which makes twelve
+    products by D x D a token, and q k and the weights times v a pair of tokens. Its terms are constants."""
+    return model.tokens * (12 * model.width**2 + 2 * model.tokens * model.width)
 
 
 def step_macs(model: ModelSignature, segments: tuple[Segment, ...], selector_runs: float = 1) -> float:

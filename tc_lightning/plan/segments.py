@@ -11,7 +11,7 @@ from tc_lightning.plan.json_fields import check_keys, is_int, is_ints, is_name, 
 
 MODES = ("compute", "partial", "reuse", "skip")
 CHOICES = ("static", "content")
-_OPTIONAL_KEYS = {"choice", "keep", "tokens", "branches", "order", "weights", "kv_order", "kv_weights"}
+_OPTIONAL_KEYS = {"choice", "keep", "tokens", "branches", "order", "weights", "kv_order", "kv_weights", "corrected"}
 CACHED = ("span", "k", "v", "guidance")  # what is cached beside branches (`tc_lightning.plan.dataflow.Entry`)
 
 
@@ -84,6 +84,8 @@ class Segment:
         weights: free forecast weights in place of the order's, latest value first, 4 at most (`tc_lightning.plan.forecasts`).
         kv_order: partial: forecast order of the keys and values of the tokens that are not recomputed.
         kv_weights: partial: free weights in its place.
+        corrected: skip, of all blocks: the plan's corrector adds to the forecast. It sees how the residual moved, so the forecast has
+            to weigh two values at least; weights 1 and 0 repeat the last one.
     """
 
     start: int
@@ -97,6 +99,7 @@ class Segment:
     weights: tuple[float, ...] = ()
     kv_order: int = 0
     kv_weights: tuple[float, ...] = ()
+    corrected: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(map(float, self.weights)))
@@ -123,7 +126,7 @@ class Segment:
     def outline(self) -> tuple[object, ...]:
         """What it does, but for which tokens it keeps and what its forecasts weigh: segments of one outline share a program."""
         histories = (self.forecast.history, self.kv_forecast.history, self.kv_forecast.repeats)
-        return (self.start, self.stop, self.mode, histories, self.branches, self.choice, self.keep)
+        return (self.start, self.stop, self.mode, histories, self.branches, self.choice, self.corrected, self.keep)
 
     @property
     def blocks(self) -> range:
@@ -145,7 +148,7 @@ class Segment:
             raw |= forecast_to_json(self.forecast)
         if self.kv_forecast != Forecast():
             raw |= forecast_to_json(self.kv_forecast, "kv_")
-        return raw
+        return raw | ({"corrected": True} if self.corrected else {})
 
     @classmethod
     def from_json(cls, raw: Any, where: str) -> Segment:
@@ -164,6 +167,8 @@ class Segment:
         branches = raw.get("branches", list(BRANCHES) if raw["mode"] == "partial" else [])
         if not (isinstance(branches, list) and all(map(is_name, branches))):
             raise PlanError(f"{where}: branches must be a list of names.")
+        if not isinstance(corrected := raw.get("corrected", False), bool):
+            raise PlanError(f"{where}: corrected must be true or false, found {shown(corrected)}.")
         own, kv = forecast_from_json(raw, where), forecast_from_json(raw, where, "kv_")
         return cls(
             blocks[0],
@@ -177,6 +182,7 @@ class Segment:
             own.weights,
             kv.order,
             kv.weights,
+            corrected,
         )
 
 
@@ -185,9 +191,9 @@ def compute(start: int, stop: int) -> Segment:
     return Segment(start, stop, "compute")
 
 
-def skip(start: int, stop: int, order: int = 0) -> Segment:
+def skip(start: int, stop: int, order: int = 0, corrected: bool = False) -> Segment:
     """Segment whose summed residual comes from the cache."""
-    return Segment(start, stop, "skip", order)
+    return Segment(start, stop, "skip", order, corrected=corrected)
 
 
 def partial(
@@ -253,3 +259,7 @@ def require_valid(
         fail("compute takes neither order nor weights nor branches")
     if segment.mode == "skip" and segment.branches:
         fail("skip takes no branches")
+    if segment.corrected and (segment.mode, segment.start, segment.stop) != ("skip", 0, depth):
+        fail(f"corrected goes with a skip of all blocks, [0, {depth}), alone")
+    if segment.corrected and segment.forecast.history < 2:
+        fail("a corrected skip sees how its residual moved, and so weighs two values: give it order 1 or 2, or weights; 1 and 0 repeat")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.models.companions import NO_COMPANIONS, Companions
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.sampler_table import FITTED, SamplerStep, SamplerTable
@@ -50,6 +51,7 @@ def fit_sampler(
     target: TargetRun,
     fitted: int,
     ranks: Ranks | None = None,
+    companions: Companions = NO_COMPANIONS,
 ) -> FittedPlan:
     """Run a plan on the target's noise, fitting its sampler on the first images; the others show what that is worth.
 
@@ -59,15 +61,16 @@ def fit_sampler(
         target: the run to reproduce, of this process's images.
         fitted: how many images the fit may look at, the first ones of each process.
         ranks: the processes that fit together, each with images of its own.
+        companions: the networks that the plan names, on the model's device.
 
     Raises:
-        PlanError: if the plan scales its eps or its sampler adds noise: there is nothing to fit then; or if it is for another model or
-            content predictor.
+        PlanError: if the plan scales its eps or its sampler adds noise: there is nothing to fit then; or if it is for another model, or
+            names a network that is not among the companions.
         TokenCacheError: if a label is out of range, or latents become NaN.
     """
     if plan.eps_scale or plan.sampler.stochastic:
         raise PlanError("a sampler that scales eps or adds noise cannot be fitted: start from ddim or dpmpp_2m.")
-    run = Rollout(model, plan, target.given)
+    run = Rollout(model, plan, target.given, companions)
     run.check()
     solver = _Fitter(plan.sampler, target, fitted, ranks or ALONE)
     end = _run(run, target.x_T, solver, images_at_a_time(plan, target.x_T.device))

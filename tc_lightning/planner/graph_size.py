@@ -44,8 +44,8 @@ def graph_size(run: Rollout, x_BCHW: Tensor) -> GraphSize:
     own_BTF = own_coefficients(run.plan, len(x_BCHW), x_BCHW.device)
     state = run.start(x_BCHW)
     known, kept = _Storages([*run.model.parameters(), own_BTF]), _Storages([*tensors(state), *run.constants.tensors])
-    if run.selector is not None:
-        known.add(run.selector.predictor.parameters())
+    for module in run.companions.modules:
+        known.add(module.parameters())
     steps: list[tuple[int, int]] = []
     graphs, wanting = 0, 0
     for _ in range(run.plan.num_steps):

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.models.companions import NO_COMPANIONS, Companions
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner.fit import COEFFICIENTS
@@ -62,6 +63,7 @@ def refine_sampler(
     iterations: int,
     ranks: Ranks | None = None,
     on_pass: OnPass = lambda: None,
+    companions: Companions = NO_COMPANIONS,
 ) -> CachePlan:
     """Move the sampler's coefficients towards less error of final latents.
 
@@ -72,19 +74,21 @@ def refine_sampler(
         iterations: steps of Gauss-Newton at most; fewer are taken if one does not help. The first is the dear one.
         ranks: the processes that refine together, each with images of its own.
         on_pass: called after every iteration.
+        companions: the networks that the plan names, on the model's device.
 
     Returns:
         The plan with the coefficients found; the plan itself, with a warning, if there is no memory for its gradients.
 
     Raises:
-        PlanError: if the plan scales its eps or its sampler adds noise; or if it is for another model, or one with a content predictor.
+        PlanError: if the plan scales its eps or its sampler adds noise; or if it is for another model, or names a
+            network that is not among the companions.
         TokenCacheError: in all processes, if the plan's own latents become NaN.
     """
     if plan.eps_scale or plan.sampler.stochastic:
         raise PlanError("a sampler that scales eps or adds noise cannot be refined: start from ddim or dpmpp_2m.")
     if not iterations:
         return plan
-    refiner = _Refiner(model, target, ranks or ALONE)
+    refiner = _Refiner(model, target, ranks or ALONE, companions)
     passes = refiner.passes(plan)
     if passes is None:
         return plan
@@ -109,8 +113,8 @@ def refine_sampler(
 class _Refiner:
     """One target and the processes that share its images."""
 
-    def __init__(self, model: Network, target: TargetRun, ranks: Ranks) -> None:
-        self._model, self._target, self._ranks = model, target, ranks
+    def __init__(self, model: Network, target: TargetRun, ranks: Ranks, companions: Companions = NO_COMPANIONS) -> None:
+        self._model, self._target, self._ranks, self._companions = model, target, ranks, companions
 
     def passes(self, plan: CachePlan) -> Passes | None:
         """What there is memory for; None in all processes, with a warning in the first, if in one it is not enough for one image."""
@@ -140,7 +144,7 @@ class _Refiner:
 
     def _errors(self, plan: CachePlan, target: TargetRun) -> Tensor:
         try:
-            end = sample(self._model, plan, target.x_T, target.given)
+            end = sample(self._model, plan, target.x_T, target.given, companions=self._companions)
         except PlanError:
             raise
         except TokenCacheError:
@@ -148,7 +152,7 @@ class _Refiner:
         return (end - target.x_0).square().flatten(1).mean(1)
 
     def _rollout(self, plan: CachePlan, target: TargetRun) -> Rollout:
-        return Rollout(self._model, plan, target.given)
+        return Rollout(self._model, plan, target.given, self._companions)
 
     def value(self, errors_B: Tensor) -> float:
         """Robust mean over the images of all processes."""

@@ -14,6 +14,7 @@ from tc_lightning.errors import PlanError
 from tc_lightning.measure.calibration import Calibration
 from tc_lightning.measure.residuals import Residuals
 from tc_lightning.measure.scores import sampler_digest
+from tc_lightning.models.companions import NO_COMPANIONS, Companions
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.signature import ModelSignature
@@ -35,6 +36,7 @@ class PlanningContext(Subject):
         calibrate: measures the teacher's full-compute trajectories, once and only if a policy asks; None where nothing can.
         model: the teacher, for policies that run more than `evaluate` does; None where there is none.
         ranks: the processes that plan together.
+        companions: the networks that plans may name, on the device of the model.
         folder: where a policy may keep what it would need to go on after an interruption; None for nowhere.
     """
 
@@ -42,6 +44,7 @@ class PlanningContext(Subject):
     calibrate: Callable[[], Calibration] | None = None
     model: Network | None = None
     ranks: Ranks = ALONE
+    companions: Companions = NO_COMPANIONS
     folder: Path | None = None
 
     @functools.cached_property

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tc_lightning.errors import PlanError, TokenCacheError
+from tc_lightning.models.companions import NO_COMPANIONS, Companions
 from tc_lightning.models.conditions import Asked, given_of, require_given
-from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.rollout.sampling import device_of, sample_steps
@@ -24,7 +24,7 @@ def final_latents(
     plan: CachePlan,
     x_T: Tensor,
     asked: Asked,
-    selector: Selector | None = None,
+    companions: Companions = NO_COMPANIONS,
     batch: int = BATCH,
     on_step: OnStep = lambda _: None,
 ) -> Tensor:
@@ -35,18 +35,18 @@ def final_latents(
         plan: a plan whose sampler adds no noise.
         x_T: initial noise [B, C, H, W].
         asked: conditions of each image; of a class-conditional model its labels [B] will do.
-        selector: the content predictor that the plan names, on the model's device.
+        companions: the networks that the plan names, on the model's device.
         batch: images at a time.
         on_step: called after each step with the number of images that went through it.
 
     Raises:
         TokenCacheError: if a condition cannot be what it is, or the latents become NaN.
-        PlanError: if the plan is for another model or content predictor.
+        PlanError: if the plan is for another model, or names a network that is not among the companions.
     """
     device, parts = device_of(model), []
     for x, y in zip(x_T.split(batch), given_of(model.conditions, asked).split(batch), strict=True):
         made = x.to(device)
-        for state in sample_steps(model, plan, made, y.to(device), selector=selector):
+        for state in sample_steps(model, plan, made, y.to(device), companions=companions):
             made = state.x_next
             on_step(len(x))
         parts.append(made.to(x_T.device))
@@ -63,13 +63,13 @@ class RolloutEvaluator:
         x_T: initial noise [B, C, H, W].
         asked: conditions of each image; of a class-conditional model its labels [B] will do.
         x_0: final latents of full compute from that noise [B, C, H, W].
-        selector: content predictor for plans that have content segments, on the model's device.
+        companions: the networks that plans may name, on the model's device.
 
     Raises:
         TokenCacheError: if the numbers of images differ or are zero, a label is out of range, or `x_0` is not finite.
     """
 
-    def __init__(self, model: Network, x_T: Tensor, asked: Asked, x_0: Tensor, selector: Selector | None = None) -> None:
+    def __init__(self, model: Network, x_T: Tensor, asked: Asked, x_0: Tensor, companions: Companions = NO_COMPANIONS) -> None:
         given = given_of(model.conditions, asked)
         if not len(x_T) or x_T.shape != x_0.shape or given.images != len(x_T):
             raise TokenCacheError(
@@ -79,7 +79,7 @@ class RolloutEvaluator:
         if not torch.isfinite(x_0).all():
             raise TokenCacheError("cannot evaluate: the final latents of full compute hold NaN or infinite values.")
         require_given(model.conditions, given)
-        self.model, self.x_T, self.given, self.x_0, self.selector = model, x_T, given, x_0, selector
+        self.model, self.x_T, self.given, self.x_0, self.companions = model, x_T, given, x_0, companions
 
     def __call__(self, plan: CachePlan, num_images: int | None = None) -> float:
         """Mean squared error over the first images (None, or more than there are: all); infinite if the plan diverges."""
@@ -91,7 +91,7 @@ class RolloutEvaluator:
 
         Raises:
             TokenCacheError: if the number of images is out of range, or the sampler is stochastic.
-            PlanError: if the plan is for another model or content predictor.
+            PlanError: if the plan is for another model, or names a network that is not among the companions.
         """
         count = len(self.x_T) if num_images is None else num_images
         if not 1 <= count <= len(self.x_T):
@@ -108,5 +108,5 @@ class RolloutEvaluator:
 
     def _batch(self, plan: CachePlan, images: range) -> Tensor:
         part = slice(images.start, images.stop)
-        x = final_latents(self.model, plan, self.x_T[part], self.given.part(part), self.selector).to(self.x_0.device)
+        x = final_latents(self.model, plan, self.x_T[part], self.given.part(part), self.companions).to(self.x_0.device)
         return (x - self.x_0[part]).square().flatten(1).mean(1)

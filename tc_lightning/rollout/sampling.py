@@ -13,12 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tc_lightning.cache.semantics import Guided, Step, forecast, predict
+from tc_lightning.cache.semantics import Guided, Step, forecast, movement, predict
 from tc_lightning.diffusion.update import advance, coefficients
 from tc_lightning.errors import TokenCacheError
 from tc_lightning.models.checkpoints import teacher_digest
+from tc_lightning.models.companions import NO_COMPANIONS, Companions
 from tc_lightning.models.conditions import Asked, Given, drawn_given, given_of, require_given, require_null
-from tc_lightning.models.content_predictor import Selector, require_selector
+from tc_lightning.models.corrector import Correct
 from tc_lightning.models.network import Constants, Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.dataflow import Entry, StepFlow
@@ -50,13 +51,13 @@ class Rollout:
         model: the teacher.
         plan: a plan for it.
         asked: conditions of each image; of a class-conditional model its labels [B] will do.
-        selector: the content predictor that the plan names.
+        companions: the networks that the plan names.
     """
 
     model: Network
     plan: CachePlan
     asked: Asked
-    selector: Selector | None = None
+    companions: Companions = NO_COMPANIONS
 
     @property
     def given(self) -> Given:
@@ -73,18 +74,24 @@ class Rollout:
         """What the network makes of these rows for all steps."""
         return self.model.constants(**self.rows)
 
+    @functools.cached_property
+    def corrections(self) -> Tensor | None:
+        """Terms of the corrector at each step, [T, R, D]; None if the plan names none."""
+        corrector = self.companions.corrector
+        return corrector.terms(self.plan, self.model.schedule) if self.plan.corrector and corrector else None
+
     def check(self) -> None:
         """Refuse what does not belong together.
 
         Raises:
             TokenCacheError: if a condition is missing, or cannot be what it is.
-            PlanError: if the plan is for another model or content predictor.
+            PlanError: if the plan is for another model, or names a network that is not among the companions.
             TeacherError: if the plan is guided and a condition of the model has no null value.
         """
         require_given(self.model.conditions, self.given)
         self.plan.require_model(model_signature(self.model, self.plan.model.teacher))
         require_null(self.model.conditions, self.plan.guidance, self.model.nulls, self.given.negative)
-        require_selector(self.plan, self.selector)
+        self.companions.named_by(self.plan)
 
     def start(self, x_BCHW: Tensor) -> RunState:
         """Before the first step."""
@@ -94,16 +101,24 @@ class Rollout:
         """Guided eps [B, C, H, W] of a step, and what it writes; gradients are recorded if they are wanted."""
         plan, model, i, x_BCHW = self.plan, self.model, state.step, state.x
         flow, mode, guidance = plan.flows[i], plan.guidance_mode(i), plan.guidance
-        cached = {r.entry: forecast([state.store[r.entry, s] for s in r.sources], () if r.repeats else r.weights) for r in flow.reads}
+        values = {r.entry: [state.store[r.entry, source] for source in r.sources] for r in flow.reads}
+        cached = {r.entry: forecast(values[r.entry], () if r.repeats else r.weights) for r in flow.reads}
         kept = tuple(kept_tokens(s, x_BCHW.device) for s in plan.steps[i])
         half = slice(len(x_BCHW)) if mode.single else slice(None)
         rows = self.rows.part(half)
         t_M = torch.full((rows.images,), plan.sampler.steps[i].t, device=x_BCHW.device)
         guided = Guided(mode.mode, guidance.scale, guidance.channels) if guidance.doubles_batch else None
-        scorer = None if self.selector is None else self.selector.scorer(model, t_M[: len(x_BCHW)])
-        step = Step(plan.steps[i], kept, cached, flow.writes, scorer)
+        selector = self.companions.selector
+        scorer = None if selector is None else selector.scorer(model, t_M[: len(x_BCHW)])
+        step = Step(plan.steps[i], kept, cached, flow.writes, scorer, movement(plan.steps[i], values), self._corrector(i))
         terms = model.terms(t_M, rows, self.constants.part(half))
         return predict(step, guided, x_BCHW, model, terms, plan.model.in_channels)
+
+    def _corrector(self, step: int) -> Correct | None:
+        corrector, terms_TRD = self.companions.corrector, self.corrections
+        if corrector is None or terms_TRD is None:
+            return None
+        return functools.partial(corrector.module, terms_RD=terms_TRD[step])
 
     def after(self, state: RunState, x_next: Tensor, m: Tensor, writes: dict[Entry, Tensor]) -> RunState:
         """The state that a step leads to; the old one belongs to whoever kept it."""
@@ -184,7 +199,7 @@ def sample_steps(
     asked: Asked,
     seed: int = 0,
     first_index: int = 0,
-    selector: Selector | None = None,
+    companions: Companions = NO_COMPANIONS,
 ) -> Iterator[SamplingStep]:
     """Run a plan from noise, yielding every step.
 
@@ -195,14 +210,14 @@ def sample_steps(
         asked: conditions of each image; of a class-conditional model its labels [B] will do.
         seed: seed of what a stochastic sampler adds.
         first_index: global index of the first image, which keys that noise.
-        selector: the content predictor that the plan names, on the device of the latents; not looked at by plans without one.
+        companions: the networks that the plan names, on the device of the latents; others are not looked at.
 
     Raises:
         TokenCacheError: if a condition is missing or cannot be what it is, or the latents become NaN.
-        PlanError: if the plan is for another model or content predictor.
+        PlanError: if the plan is for another model, or names a network that is not among the companions.
         TeacherError: if the plan is guided and a condition of the model has no null value.
     """
-    run = Rollout(model, plan, asked, selector)
+    run = Rollout(model, plan, asked, companions)
     run.check()
     state = run.start(x_BCHW)
     for i, row in enumerate(plan.scaled_sampler.steps):
@@ -218,9 +233,11 @@ def sample_steps(
         state = run.after(state, x_next, m, writes)
 
 
-def sample(model: Network, plan: CachePlan, x_BCHW: Tensor, asked: Asked, seed: int = 0, selector: Selector | None = None) -> Tensor:
+def sample(
+    model: Network, plan: CachePlan, x_BCHW: Tensor, asked: Asked, seed: int = 0, companions: Companions = NO_COMPANIONS
+) -> Tensor:
     """Final latents [B, C, H, W] of a plan; arguments and errors of `sample_steps`."""
-    for state in sample_steps(model, plan, x_BCHW, asked, seed, selector=selector):
+    for state in sample_steps(model, plan, x_BCHW, asked, seed, companions=companions):
         x_BCHW = state.x_next
     return x_BCHW
 

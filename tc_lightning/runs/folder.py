@@ -20,6 +20,7 @@ FORMAT_VERSION = 2  # 2: a run says what it is for
 UNSTATED = 1  # the version before, which can be read and is not found by itself
 NAME = "run.json"
 CONTENT = "content.safetensors"
+CORRECTOR = "corrector.safetensors"
 FIT, ABLATION = "fit", "ablation"
 PURPOSES = (FIT, ABLATION)
 
@@ -37,6 +38,7 @@ class Run:
         scores: path of the scores.
         content: path of the content predictor; None if there is none.
         purpose: what it was made for: `fit`, for its plan, or `ablation`, to be compared with others.
+        corrector: path of the corrector; None if there is none.
     """
 
     folder: Path
@@ -47,10 +49,24 @@ class Run:
     scores: Path
     content: Path | None = None
     purpose: str = FIT
+    corrector: Path | None = None
+
+    @property
+    def companions(self) -> tuple[Path | None, Path | None]:
+        """Paths of the content predictor and of the corrector."""
+        return self.content, self.corrector
 
 
-def write_run(folder: Path, name: str, teacher: TeacherSpec, teacher_digest: str, content: bool = False, purpose: str = FIT) -> None:
-    """Write `run.json`, atomically and last: a folder that has one is complete; `content` says that it holds a content predictor."""
+def write_run(
+    folder: Path,
+    name: str,
+    teacher: TeacherSpec,
+    teacher_digest: str,
+    content: bool = False,
+    purpose: str = FIT,
+    corrector: bool = False,
+) -> None:
+    """Write `run.json`, atomically and last: a folder that has one is complete; `content` and `corrector` say that it holds them."""
     listing = {
         "format_version": FORMAT_VERSION,
         "purpose": purpose,
@@ -59,7 +75,7 @@ def write_run(folder: Path, name: str, teacher: TeacherSpec, teacher_digest: str
         "teacher_digest": teacher_digest,
         "plan": "plan.json",
         "scores": "scores.safetensors",
-    } | ({"content": CONTENT} if content else {})
+    } | {name: file for name, file, held in (("content", CONTENT, content), ("corrector", CORRECTOR, corrector)) if held}
     write_atomically(folder / NAME, json.dumps(listing, indent=1).encode())
 
 
@@ -133,18 +149,18 @@ def _run_from_json(raw: dict[str, Any], folder: Path) -> Run:
     if not is_int(version) or version not in (UNSTATED, FORMAT_VERSION):
         raise RunError(f"format version {shown(version)} is not {FORMAT_VERSION}")
     stated = {"purpose"} if version == FORMAT_VERSION else set()
-    check_keys(raw, {"format_version", "name", "teacher", "teacher_digest", "plan", "scores"} | stated, {"content"}, "run")
+    check_keys(raw, {"format_version", "name", "teacher", "teacher_digest", "plan", "scores"} | stated, {"content", "corrector"}, "run")
     purpose = raw.get("purpose", FIT)
     if purpose not in PURPOSES:
         raise RunError(f"purpose {shown(purpose)} is none of {', '.join(PURPOSES)}")
     if not is_name(raw["teacher_digest"]):
         raise RunError(f"teacher_digest is {shown(raw['teacher_digest'])}; a sha256 was expected")
-    for key in ("name", "plan", "scores", "content"):
+    for key in ("name", "plan", "scores", "content", "corrector"):
         if key in raw and not _is_file_name(raw[key]):
             raise RunError(f"{key} is {shown(raw[key])}; it must be a plain name")
-    content = folder / raw["content"] if "content" in raw else None
+    content, corrector = (folder / raw[key] if key in raw else None for key in ("content", "corrector"))
     files = (folder / raw["plan"], folder / raw["scores"], content)
-    return Run(folder, raw["name"], _teacher(raw["teacher"]), raw["teacher_digest"], *files, purpose)
+    return Run(folder, raw["name"], _teacher(raw["teacher"]), raw["teacher_digest"], *files, purpose, corrector)
 
 
 def _teacher(raw: Any) -> TeacherSpec:

@@ -12,7 +12,7 @@ from tc_lightning.measure.calibrate import run_calibration
 from tc_lightning.measure.calibration import Calibration
 from tc_lightning.measure.scores import Scores
 from tc_lightning.models.checkpoints import load_teacher
-from tc_lightning.models.content_predictor import Selector, require_selector
+from tc_lightning.models.companions import Companions, read_companions
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.policies.base import PlanningContext
@@ -31,14 +31,14 @@ class LoadedRun:
         model: its teacher.
         plan: its plan.
         scores: what was learned and measured.
-        selector: its content predictor, on the teacher's device; None if it has none.
+        companions: its content predictor and its corrector, where it has them, on the teacher's device.
     """
 
     run: Run
     model: Network
     plan: CachePlan
     scores: Scores
-    selector: Selector | None
+    companions: Companions
 
     @functools.cached_property
     def reference(self) -> CachePlan:
@@ -56,22 +56,23 @@ def load_run(run: Run, device: torch.device | str = "cpu") -> LoadedRun:
 
     Args:
         run: what `tc_lightning.runs.folder.read_run` read.
-        device: where teacher and content predictor are to be.
+        device: where teacher and companions are to be.
 
     Raises:
         TeacherError: if the teacher cannot be loaded.
-        PlanError: if the plan is damaged, or was made for another teacher or content predictor.
-        RunError: if the scores or the content predictor are missing or damaged, or are of another teacher.
+        PlanError: if the plan is damaged, or was made for another teacher, content predictor or corrector.
+        RunError: if the scores or a companion are missing or damaged, or are of another teacher.
     """
     model, plan, scores = load_teacher(run.teacher), CachePlan.load(run.plan), Scores.load(run.scores)
     plan.require_model(model_signature(model))
     if scores.teacher != plan.model.teacher:
         raise RunError(f"{run.scores} belongs to another teacher than {run.plan}: run `lightning fit` again.")
-    selector = None if run.content is None else Selector.load(run.content, model.config)
-    require_selector(plan, selector)
+    companions = read_companions(*run.companions, model.config)
+    companions.named_by(plan)
+    selector = companions.selector
     if scores.selector and (selector is None or selector.digest != scores.selector):
         raise RunError(f"{run.scores} was measured with another content predictor than the run holds: run `lightning fit` again.")
-    return LoadedRun(run, model.to(device), plan, scores, None if selector is None else selector.to(device))
+    return LoadedRun(run, model.to(device), plan, scores, companions.to(device))
 
 
 def planning_context(loaded: LoadedRun, targets: Targets) -> PlanningContext:
@@ -82,7 +83,7 @@ def planning_context(loaded: LoadedRun, targets: Targets) -> PlanningContext:
         targets: images that neither training nor a later comparison of the plans uses.
     """
     plan = loaded.reference
-    evaluate = RolloutEvaluator(loaded.model, targets.x_T, targets.given, targets.reference, loaded.selector)
+    evaluate = RolloutEvaluator(loaded.model, targets.x_T, targets.given, targets.reference, loaded.companions)
     return PlanningContext(
         plan.model,
         loaded.model.schedule,
@@ -93,4 +94,5 @@ def planning_context(loaded: LoadedRun, targets: Targets) -> PlanningContext:
         evaluate,
         calibrate=lambda: loaded.calibration,
         model=loaded.model,
+        companions=loaded.companions,
     )

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tc_lightning.cache.soft_network import StepCaches, full_eps, reused_eps
 from tc_lightning.errors import RunError
+from tc_lightning.models.companions import NO_COMPANIONS, Companions
 from tc_lightning.models.conditions import Given
-from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
@@ -96,8 +96,8 @@ class Batch:
 class Objective(nn.Module, ABC):
     """A predictor and its loss. Its parameters are trained, and its parameters and buffers are kept in the run's checkpoints."""
 
-    batches = "pairs"  # what it is trained on: pairs of a TrajectoryDataModule, or rollouts of a RolloutDataModule
-    learns: str  # the array of `tc_lightning.measure.scores.Scores` that it fills
+    batches = "pairs"  # what it is trained on: pairs of a TrajectoryDataModule, rollouts of a RolloutDataModule, or whole trajectories
+    learns: str  # the array of `tc_lightning.measure.scores.Scores` that it fills; empty if it trains a network that plans name
 
     @abstractmethod
     def prepare(self, task: Task) -> None:
@@ -120,13 +120,13 @@ class Objective(nn.Module, ABC):
     def finish(self, trainer: Trainer) -> None:
         """Called in all processes at the end of a fit, before `scores`, with the teacher on its device."""
 
-    def selector(self) -> Selector | None:
-        """The content predictor that plans may name; None if what is learned does not depend on the image."""
-        return None
+    def companions(self) -> Companions:
+        """What it trained that plans may name, as it is now."""
+        return NO_COMPANIONS
 
-    @abstractmethod
     def scores(self) -> Tensor:
         """The array named by `learns`."""
+        raise NotImplementedError(f"{type(self).__name__} fills no array of the scores.")
 
 
 class Budgeted(Objective):

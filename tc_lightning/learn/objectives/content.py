@@ -22,6 +22,7 @@ from tc_lightning.cache.soft_network import enter, mixed_eps
 from tc_lightning.errors import RunError
 from tc_lightning.learn.objectives.base import Batch, Loss, Objective, Task
 from tc_lightning.learn.objectives.superposition import FLOOR
+from tc_lightning.models.companions import Companions
 from tc_lightning.models.content_predictor import ContentPredictor, Selector
 from tc_lightning.models.network import run_through
 from tc_lightning.plan.guidance import Guidance
@@ -130,9 +131,9 @@ class ContentSuperposition(Objective):
         assert self._mean_TLN is not None, "finish comes first"
         return self._mean_TLN
 
-    def selector(self) -> Selector:
-        """The predictor as it is now."""
-        return Selector.of(self.predictor)
+    def companions(self) -> Companions:
+        """See `Objective`."""
+        return Companions(Selector.of(self.predictor))
 
     def _importances(self, batch: Batch) -> Tensor:
         """Scores [B, L, N]; 1 in the blocks that stay uncached."""

@@ -24,6 +24,7 @@ from lightning.fabric import Fabric
 from tqdm import tqdm
 
 from tc_lightning.errors import RunError
+from tc_lightning.models.companions import Companions
 from tc_lightning.models.network import Network
 from tc_lightning.plan.atomic import write_atomically
 from tc_lightning.plan.costs import full_step_macs, macs_speedup
@@ -111,8 +112,8 @@ def _full_run(model: Network, layout: EqualCost, count: int) -> TargetRun:
 
 def _errors(model: Network, variant: Variant, target: TargetRun) -> np.ndarray:
     """Mean squared error of each image."""
-    selector = None if variant.selector is None else variant.selector.to(target.x_0.device)
-    mse_B = RolloutEvaluator(model, target.x_T, target.given, target.x_0, selector).mse_per_image(variant.plan)
+    companions = Companions(variant.selector).to(target.x_0.device)
+    mse_B = RolloutEvaluator(model, target.x_T, target.given, target.x_0, companions).mse_per_image(variant.plan)
     if not torch.isfinite(mse_B).all():
         raise RunError(f"{variant.name!r} makes the latents NaN or infinite: raise --full, or lower --order.")
     return mse_B.double().cpu().numpy()

@@ -90,9 +90,9 @@ def train(training: Training, folder: Path, seed: int) -> tuple[LoadedRun, Learn
         TokenCacheError: whatever is wrong with configuration, teacher or trajectories.
     """
     v1, v2 = (_run(training, folder, version, seed) for version in VERSIONS)
-    if v2.selector is None:
+    if v2.companions.selector is None:
         raise RunError(f"{v2.run.folder} holds no content predictor: delete the folder, and it is trained again.")
-    return v1, Learned(v1.scores, v2.scores, v2.selector)
+    return v1, Learned(v1.scores, v2.scores, v2.companions.selector)
 
 
 def _settings(path: str) -> Any:
