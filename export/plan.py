@@ -79,6 +79,7 @@ def policy_of(args: argparse.Namespace, speedup: float) -> PlannerPolicy:
         args.final_images,
         args.pool_images,
         args.refinements,
+        forecast_weights=args.forecast_weights,
     )
 
 
@@ -187,6 +188,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--refinements", type=int, default=_default("refinements"), help="steps of Gauss-Newton on the samplers of the best plans"
     )
+    parser.add_argument("--forecast-weights", action="store_true", help="refine the weights of forecasts too, beside the samplers")
     parser.add_argument("--devices", default="auto", help="devices to use (default: all GPUs, or one CPU process)")
     parser.add_argument("--keep-plan", action="store_true", help="write the front only, and leave plan.json as it is")
     args = parser.parse_args(arguments)

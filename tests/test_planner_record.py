@@ -11,6 +11,7 @@ import torch
 
 from tc_lightning.errors import RunError
 from tc_lightning.models.dit import DiT
+from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.planner import trials as bench_module
 from tc_lightning.planner.price import macs_price
 from tc_lightning.planner.recipe import Recipe
@@ -85,9 +86,26 @@ class TestRecord:
         benches[1].refined(recipe, 2, lambda: passes.append(1))  # more iterations are another thing
         assert len(passes) > 1
         text = (tmp_path / "trials.jsonl").read_text(encoding="utf-8")
-        (tmp_path / "trials.jsonl").write_text(text.replace("[[", "[[NaN, ", 1), encoding="utf-8")
+        (tmp_path / "trials.jsonl").write_text(text.replace('"theta": [', '"theta": [NaN, '), encoding="utf-8")
         spoilt = TrialRunner(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
         assert spoilt.refined(recipe, 1, lambda: passes.append(1)) == first
+
+    def test_refined_weights_are_remembered_apart_from_samplers_alone(
+        self, tmp_path: Path, model: DiT, subject: Subject, target: TargetRun
+    ) -> None:
+        recipe = Recipe("dpmpp_2m", "mix:0.5", 5, (0, 1, 2, 4), PrunedStep("skip", 1), alone=(4,))
+        passes: list[int] = []
+
+        def refined(weights: bool) -> CachePlan:
+            bench = TrialRunner(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
+            return bench.refined(recipe, 1, lambda: passes.append(1), weights)
+
+        first = [refined(weights) for weights in (False, True)]
+        assert len(passes) == 2
+        assert [refined(weights) for weights in (False, True)] == first
+        assert len(passes) == 2
+        assert [plan.steps[3][0].forecast.weights != () for plan in first] == [False, True]
+        assert [plan.guidance_modes[4].weights != () for plan in first] == [False, True]
 
     def test_what_was_not_refined_is_not_remembered_as_refined(
         self, tmp_path: Path, model: DiT, subject: Subject, target: TargetRun, monkeypatch: pytest.MonkeyPatch
@@ -102,11 +120,11 @@ class TestRecord:
         assert again.sampler != fitted.sampler
 
     def test_refined_coefficients_reach_processes_that_do_not_see_the_file(self) -> None:
-        rows, cpu = [[1.0, 2.0], [3.0, 4.0]], torch.device("cpu")
-        second = Ranks(1, 2, lambda values: values + torch.tensor(rows, dtype=torch.float64))
-        assert second.rows_of_first([[9.0, 9.0], [9.0, 9.0]], (2, 2), cpu) == rows
-        assert second.rows_of_first(None, (2, 2), cpu) == rows
-        assert ALONE.rows_of_first(rows, (2, 2), cpu) == rows
+        theta, cpu = [1.0, 2.0, 3.0], torch.device("cpu")
+        second = Ranks(1, 2, lambda values: values + torch.tensor(theta, dtype=torch.float64))
+        assert second.values_of_first([9.0, 9.0, 9.0], 3, cpu).tolist() == theta
+        assert second.values_of_first(None, 3, cpu).tolist() == theta
+        assert ALONE.values_of_first(theta, 3, cpu).tolist() == theta
 
     def test_a_line_that_was_cut_off_is_passed_over(self, tmp_path: Path) -> None:
         record = TrialRecord(tmp_path / "t", "s")

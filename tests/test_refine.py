@@ -21,9 +21,10 @@ from tc_lightning.plan.segments import compute, skip
 from tc_lightning.planner import fit, gradients, refine
 from tc_lightning.planner.fit import fit_sampler
 from tc_lightning.planner.image_choice import dealt, difficulty, images, stratified
-from tc_lightning.planner.refine import coefficients, moved, refine_sampler, solve
+from tc_lightning.planner.refine import refine_sampler, solve
 from tc_lightning.planner.robust import TAIL, robust_mean, robust_weights, weighted_median
 from tc_lightning.planner.target import TargetRun, run_target
+from tc_lightning.planner.theta import Places
 from tc_lightning.rollout.ranks import ALONE, Ranks
 from tc_lightning.rollout.sampling import Rollout, full_plan, model_signature, sample
 
@@ -50,6 +51,14 @@ def fitted(model: DiT, target: TargetRun) -> CachePlan:
     steps = tuple((skip(0, 12, 1),) if i in (3, 4) else (compute(0, 12),) for i in range(6))
     plan = dataclasses.replace(full_plan(model_signature(model), vp_sampler("dpmpp_2m", 6, "mix:0.5"), GUIDANCE), steps=steps)
     return fit_sampler(model, plan, target, 6).plan
+
+
+def theta(plan: CachePlan) -> Tensor:
+    return Places.of(plan, weights=False).pack(plan)
+
+
+def moved(plan: CachePlan, delta_P: Tensor) -> CachePlan:
+    return Places.of(plan, weights=False).moved(plan, delta_P)
 
 
 def signs(vectors: int, images: int) -> Tensor:
@@ -165,13 +174,13 @@ class TestRefine:
         assert solve(gram, torch.tensor([2.0, 0.0, -8.0]), 0.5).tolist() == pytest.approx([-1 / 1.5, 0.0, 1 / 1.5])
 
     def test_moving_by_nothing(self, fitted: CachePlan) -> None:
-        assert moved(fitted, torch.zeros(coefficients(fitted).numel())) == fitted
+        assert moved(fitted, torch.zeros(theta(fitted).numel())) == fitted
 
     def test_products_are_those_of_finite_differences(self, model: DiT, target: TargetRun, fitted: CachePlan) -> None:
         run = target.part(slice(0, 2))
         _, (of_error, *_) = refine._Refiner(model, run, ALONE)._products(fitted, run, signs(1, 2), refine.Passes(1))
         for place in (0, 9, 17):  # x at step 0, m at step 2, m at step 4, which skips
-            by = torch.zeros(coefficients(fitted).numel())
+            by = torch.zeros(theta(fitted).numel())
             by[place] = 2e-3
             ends = [sample(model, moved(fitted, sign * by), run.x_T, run.given) for sign in (1, -1)]
             error = sample(model, fitted, run.x_T, run.given) - run.x_0
@@ -184,7 +193,7 @@ class TestRefine:
         run = target.part(slice(0, 1))
         refiner = refine._Refiner(model, run, ALONE)
         _, estimate, _ = refiner.normal_equations(plan, refine.Passes(1, vectors=65), 64)
-        end, pull = gradients.whole(Rollout(model, plan, run.given), run.x_T)
+        end, pull = gradients.whole(Rollout(model, plan, run.given), run.x_T, Places.of(plan, weights=False))
         rows = pull([unit.view_as(end) for unit in torch.eye(end.numel())])
         exact = torch.cat(rows).double().square().sum(0) * float(robust_weights(refiner.errors(plan), run.counts_B))
         used = exact > 0
@@ -222,7 +231,7 @@ class TestRefine:
         whole = refine_sampler(model, fitted, target, 1)
         monkeypatch.setattr(refine._Refiner, "passes", lambda self, plan: refine.Passes(1))
         single = refine_sampler(model, fitted, target, 1)
-        assert torch.allclose(coefficients(whole), coefficients(single), atol=1e-4)
+        assert torch.allclose(theta(whole), theta(single), atol=1e-4)
 
     def test_one_step_after_the_other_leads_to_the_same_plan(
         self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
@@ -233,7 +242,7 @@ class TestRefine:
         monkeypatch.setattr(refine, "stepwise", lambda *run: by_step.append(len(run[1])) or stepwise(*run))
         single = refine_sampler(model, fitted, target, 1)
         assert sum(by_step) == len(target.x_0)
-        assert torch.allclose(coefficients(whole), coefficients(single), atol=1e-4)
+        assert torch.allclose(theta(whole), theta(single), atol=1e-4)
 
     @pytest.mark.parametrize("by_step", [True, False])
     @pytest.mark.parametrize("vectors", [1, 3])
@@ -249,7 +258,7 @@ class TestRefine:
         self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         one = target.part(slice(0, 1))
-        need = refine.graph_size(Rollout(model, fitted, one.given), one.x_T)
+        need = refine.graph_size(Rollout(model, fitted, one.given), one.x_T, Places.of(fitted, weights=False))
         monkeypatch.setattr(refine, "free_bytes", lambda device: 1000)
         monkeypatch.setattr(refine, "spare_bytes", lambda device, world: need.stepwise(3))
         passes = refine._Refiner(model, target, ALONE).passes(fitted)
@@ -266,14 +275,14 @@ class TestRefine:
             assert refine_sampler(model, fitted, target, 2) is fitted
 
     def test_latents_that_are_not_finite_are_told(self, model: DiT, target: TargetRun, fitted: CachePlan) -> None:
-        broken = moved(fitted, 1e30 * coefficients(fitted).flatten())
+        broken = moved(fitted, 1e30 * theta(fitted))
         with pytest.raises(TokenCacheError, match="cannot be refined"):
             refine_sampler(model, broken, target, 1)
 
     def test_gradients_that_overflow_leave_the_plan(
         self, model: DiT, target: TargetRun, fitted: CachePlan, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        size = coefficients(fitted).numel()
+        size = theta(fitted).numel()
         bad = lambda *_: (torch.ones(6), torch.full((size, size), torch.nan), torch.ones(size))  # noqa: E731
         monkeypatch.setattr(refine._Refiner, "normal_equations", bad)
         assert refine_sampler(model, fitted, target, 2) is fitted
@@ -300,4 +309,4 @@ class TestRefine:
 
         first, second = two_processes(work)
         assert first == second
-        assert torch.allclose(coefficients(first), coefficients(alone), atol=1e-3)
+        assert torch.allclose(theta(first), theta(alone), atol=1e-3)

@@ -74,8 +74,13 @@ def fit_sampler(
     run.check()
     solver = _Fitter(plan.sampler, target, fitted, ranks or ALONE)
     end = _run(run, target.x_T, solver, images_at_a_time(plan, target.x_T.device))
-    table = dataclasses.replace(plan.sampler, name=f"{plan.sampler.name.removesuffix(FITTED)}{FITTED}", steps=tuple(solver.rows))
+    table = dataclasses.replace(named_fitted(plan.sampler), steps=tuple(solver.rows))
     return FittedPlan(dataclasses.replace(plan, sampler=table), (end - target.x_0).square().flatten(1).mean(1))
+
+
+def named_fitted(table: SamplerTable) -> SamplerTable:
+    """The table under the name that it has once its coefficients are fitted."""
+    return dataclasses.replace(table, name=f"{table.name.removesuffix(FITTED)}{FITTED}")
 
 
 def _run(run: Rollout, x_BCHW: Tensor, solver: _Fitter, batch: int) -> Tensor:

@@ -14,7 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tc_lightning.models.conditions import null_rows, zeros_for
 from tc_lightning.models.families import build
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.planner.gradients import advance_with, as_leaves, own_coefficients, tensors
+from tc_lightning.planner.gradients import advance_with, as_leaves, own_theta, tensors
+from tc_lightning.planner.theta import Places
 from tc_lightning.rollout.sampling import Rollout
 
 
@@ -34,16 +35,18 @@ class GraphSize(NamedTuple):
         return max(held + vectors * each for held, each in self.steps)
 
 
-def graph_size(run: Rollout, x_BCHW: Tensor) -> GraphSize:
+def graph_size(run: Rollout, x_BCHW: Tensor, places: Places) -> GraphSize:
     """Count the gradients of a run; one step's worth is held at most while that is done, and on tensors without values, nothing.
 
     Args:
         run: the plan and the images.
         x_BCHW: their noise.
+        places: what gradients are wanted of.
     """
-    own_BTF = own_coefficients(run.plan, len(x_BCHW), x_BCHW.device)
+    own = own_theta(run, places, x_BCHW)
     state = run.start(x_BCHW)
-    known, kept = _Storages([*run.model.parameters(), own_BTF]), _Storages([*tensors(state), *run.constants.tensors])
+    known = _Storages([*run.model.parameters(), own.values_BP])
+    kept = _Storages([*tensors(state), *run.constants.tensors])
     for module in run.companions.modules:
         known.add(module.parameters())
     steps: list[tuple[int, int]] = []
@@ -51,7 +54,7 @@ def graph_size(run: Rollout, x_BCHW: Tensor) -> GraphSize:
     for _ in range(run.plan.num_steps):
         saved = _Storages()
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(saved.add_one, _never):
-            state = advance_with(run, as_leaves(state), own_BTF)
+            state = advance_with(run, as_leaves(state), own)
         kept.add(tensors(state))
         saved.remove(known, kept)
         before, wanting = wanting, _Storages([t for t in tensors(state) if t.requires_grad]).size
@@ -60,12 +63,19 @@ def graph_size(run: Rollout, x_BCHW: Tensor) -> GraphSize:
     return GraphSize(kept.size + graphs, tuple(steps))
 
 
-def graph_size_on_paper(config: Any, plan: CachePlan) -> GraphSize:
-    """The same for one image and a model that is not there: nothing is computed, and no weights are made."""
+def graph_size_on_paper(config: Any, plan: CachePlan, weights: bool = False) -> GraphSize:
+    """The same for one image and a model that is not there: nothing is computed, and no weights are made.
+
+    Args:
+        config: the model's shape.
+        plan: the plan.
+        weights: whether gradients of its forecasts' weights are wanted too.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build(plan.model.family, dataclasses.asdict(config)).eval().requires_grad_(False)
         noise, model.nulls = torch.empty(1, *plan.model.latent), zeros_for(model.conditions)
-        return graph_size(Rollout(model, plan, null_rows(model.conditions, torch.zeros(1))), noise)
+        run = Rollout(model, plan, null_rows(model.conditions, torch.zeros(1)))
+        return graph_size(run, noise, Places.of(plan, weights))
 
 
 class _Storages:

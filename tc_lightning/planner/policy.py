@@ -40,6 +40,7 @@ class PlannerPolicy(Policy):
         refinements: steps of Gauss-Newton, at most, on the samplers of those finalists of each budget that may win.
         ode_steps: steps of the run that counts as converged.
         progress: show progress bars.
+        forecast_weights: whether refining gives forecasts weights of their own (`tc_lightning.planner.theta`), beside the sampler.
 
     Raises:
         PlanError: if an argument is out of range.
@@ -63,6 +64,7 @@ class PlannerPolicy(Policy):
         refinements: int = REFINEMENTS,
         ode_steps: int = ODE_STEPS,
         progress: bool = True,
+        forecast_weights: bool = False,
     ) -> None:
         if not all(speedup > 1.0 for speedup in (target_speedup, *front)):
             raise PlanError(f"speed-ups must be above 1; found {(target_speedup, *front)}.")
@@ -89,6 +91,7 @@ class PlannerPolicy(Policy):
             refinements=refinements,
             ode_steps=ode_steps,
             progress=progress,
+            forecast_weights=forecast_weights,
         )
         self.price: Price = macs_price
 

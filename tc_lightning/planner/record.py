@@ -1,4 +1,4 @@
-"""The memory of a search: a line for every trial and every refined sampler, so that an interrupted search goes on where it stopped."""
+"""The memory of a search: a line for every trial and every refined plan, so that an interrupted search goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def code_digest() -> str:
 
 
 class TrialRecord:
-    """Errors of recipes, and refined coefficients, by the recipe's digest, kept in a file of JSON lines.
+    """Errors of recipes, and the theta that refining has found, by the recipe's digest, kept in a file of JSON lines.
 
     Args:
         path: the file; it is made, or added to. None remembers for as long as the object lives.
@@ -34,7 +34,7 @@ class TrialRecord:
     def __init__(self, path: Path | None, search: str) -> None:
         self._path, self._search = path, search
         self._errors: dict[str, float] = {}
-        self._refined: dict[str, list[list[float]]] = {}
+        self._refined: dict[str, list[float]] = {}
         self._cut = False  # whether the file ends within a line
         if path is not None and path.exists():
             try:
@@ -62,17 +62,16 @@ class TrialRecord:
         if write:
             self._write({"search": self._search, "recipe": recipe, "error": error if math.isfinite(error) else None})
 
-    def refined(self, recipe: str, shape: tuple[int, int]) -> list[list[float]] | None:
-        """The rows of a sampler table that refining has found, (steps, columns) of them; None if they are not known."""
-        rows = self._refined.get(recipe, [])
-        whole = len(rows) == shape[0] and all(len(row) == shape[1] and all(map(math.isfinite, row)) for row in rows)
-        return rows if whole else None
+    def refined(self, recipe: str, size: int) -> list[float] | None:
+        """The theta that refining has found (`tc_lightning.planner.theta`), of so many places; None if it is not known."""
+        theta = self._refined.get(recipe, [])
+        return theta if len(theta) == size and all(map(math.isfinite, theta)) else None
 
-    def add_refined(self, recipe: str, rows: list[list[float]], write: bool) -> None:
-        """Remember the rows of a refined sampler table, in the file too if `write`."""
-        self._refined[recipe] = rows
+    def add_refined(self, recipe: str, theta: list[float], write: bool) -> None:
+        """Remember what refining has found, in the file too if `write`."""
+        self._refined[recipe] = theta
         if write:
-            self._write({"search": self._search, "recipe": recipe, "refined": rows})
+            self._write({"search": self._search, "recipe": recipe, "theta": theta})
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._path is None:
@@ -86,8 +85,8 @@ class TrialRecord:
             row = json.loads(line)
             if row["search"] != self._search:
                 return
-            if "refined" in row:
-                self._refined[row["recipe"]] = [[float(value) for value in values] for values in row["refined"]]
+            if "theta" in row:
+                self._refined[row["recipe"]] = [float(value) for value in row["theta"]]
                 return
             error = math.inf if row["error"] is None else float(row["error"])
             if not math.isnan(error):

@@ -1,24 +1,24 @@
-"""Refining a fitted sampler end to end: Gauss-Newton on the error of the final images.
+"""Refining a fitted plan end to end: Gauss-Newton on the error of the final images.
 
 `tc_lightning.planner.fit` brings each state of a run near to where the target run is, one after the other. What counts is the end: an
-error may be made up for by a later step, and one that is made near a fork of an image's path grows, others fade. So the coefficients
-theta of all steps are then moved together. With e_b(theta) the difference of image b's final latents to the target's,
+error may be made up for by a later step, and one that is made near a fork of an image's path grows, others fade. So theta is then moved
+as a whole: the sampler's coefficients of all steps and, if asked, the weights of all forecasts (`tc_lightning.planner.theta`). With
+e_b(theta) the difference of image b's final latents to the target's,
 
     (H + lambda diag H) delta = -g      g = sum_B w_b J_b^T e_b      H = sum_B w_b J_b^T J_b      J_b = d e_b / d theta
 
 where w_b are the weights of a robust mean (`tc_lightning.planner.robust`). g takes one backward pass. H is estimated with random signs
-v, since E (J^T v)(J^T v)^T = J^T J: one more pass for each, which gives J_b^T v_b of every image at once, because each has coefficients
-of its own in the graph. H only says how far to go, so that a dozen images are enough for it; it changes little, so that it is
+v, since E (J^T v)(J^T v)^T = J^T J: one more pass for each, which gives J_b^T v_b of every image at once, because each has a theta of
+its own in the graph. H only says how far to go, so that a dozen images are enough for it; it changes little, so that it is
 estimated once and kept. The better of two lambda is taken in the first step, and kept; a step that does not help is the last. Where
 there is no memory for the graph of an image's whole run, it is made step by step (`tc_lightning.planner.gradients`). (Solvers with
 learned coefficients: Shaul et al., arXiv 2403.01329, by gradient descent. Estimates by random probes: Hutchinson, 1989.)
 
-Shape suffixes: B images, C H W latent, T steps, F coefficients of a step, P = T F.
+Shape suffixes: B images, C H W latent, P places of theta.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,12 +30,12 @@ from tc_lightning.errors import PlanError, TokenCacheError
 from tc_lightning.models.companions import NO_COMPANIONS, Companions
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.planner.fit import COEFFICIENTS
-from tc_lightning.planner.gradients import coefficients, stepwise, whole
+from tc_lightning.planner.gradients import stepwise, whole
 from tc_lightning.planner.graph_size import graph_size
 from tc_lightning.planner.memory import free_bytes, images_at_a_time, spare_bytes
 from tc_lightning.planner.robust import robust_mean_of_all, robust_weights
 from tc_lightning.planner.target import TargetRun
+from tc_lightning.planner.theta import Places
 from tc_lightning.rollout.ranks import ALONE, Ranks
 from tc_lightning.rollout.sampling import Rollout, sample
 
@@ -64,8 +64,9 @@ def refine_sampler(
     ranks: Ranks | None = None,
     on_pass: OnPass = lambda: None,
     companions: Companions = NO_COMPANIONS,
+    weights: bool = False,
 ) -> CachePlan:
-    """Move the sampler's coefficients towards less error of final latents.
+    """Move the sampler's coefficients, and if asked the forecasts' weights, towards less error of final latents.
 
     Args:
         model: the teacher; its weights are left alone.
@@ -75,9 +76,10 @@ def refine_sampler(
         ranks: the processes that refine together, each with images of its own.
         on_pass: called after every iteration.
         companions: the networks that the plan names, on the model's device.
+        weights: whether forecasts of cached values get weights of their own too, in place of their order's.
 
     Returns:
-        The plan with the coefficients found; the plan itself, with a warning, if there is no memory for its gradients.
+        The plan with what was found; the plan itself, with a warning, if there is no memory for its gradients.
 
     Raises:
         PlanError: if the plan scales its eps or its sampler adds noise; or if it is for another model, or names a
@@ -88,7 +90,7 @@ def refine_sampler(
         raise PlanError("a sampler that scales eps or adds noise cannot be refined: start from ddim or dpmpp_2m.")
     if not iterations:
         return plan
-    refiner = _Refiner(model, target, ranks or ALONE, companions)
+    refiner = _Refiner(model, target, ranks or ALONE, companions, weights)
     passes = refiner.passes(plan)
     if passes is None:
         return plan
@@ -101,7 +103,7 @@ def refine_sampler(
         gram_PP = found_PP if gram_PP is None else gram_PP
         if not (gram_PP.isfinite().all() and slope_P.isfinite().all()):  # a path so unstable that its gradients overflow
             break
-        moves = {lam: moved(plan, solve(gram_PP, slope_P, lam)) for lam in damping}
+        moves = {lam: refiner.moved(plan, solve(gram_PP, slope_P, lam)) for lam in damping}
         better = refiner.best(plan, errors_B, moves)
         on_pass()
         if better is None:
@@ -111,17 +113,27 @@ def refine_sampler(
 
 
 class _Refiner:
-    """One target and the processes that share its images."""
+    """One target, the processes that share its images, and what is moved: the sampler, or with `weights` forecasts too."""
 
-    def __init__(self, model: Network, target: TargetRun, ranks: Ranks, companions: Companions = NO_COMPANIONS) -> None:
-        self._model, self._target, self._ranks, self._companions = model, target, ranks, companions
+    def __init__(
+        self, model: Network, target: TargetRun, ranks: Ranks, companions: Companions = NO_COMPANIONS, weights: bool = False
+    ) -> None:
+        self._model, self._target, self._ranks = model, target, ranks
+        self._companions, self._weights = companions, weights
+
+    def moved(self, plan: CachePlan, delta_P: Tensor) -> CachePlan:
+        """The plan with theta changed by so much."""
+        return self._places(plan).moved(plan, delta_P)
+
+    def _places(self, plan: CachePlan) -> Places:
+        return Places.of(plan, self._weights)
 
     def passes(self, plan: CachePlan) -> Passes | None:
         """What there is memory for; None in all processes, with a warning in the first, if in one it is not enough for one image."""
         one, device = self._target.part(slice(0, 1)), self._target.x_0.device
         run = self._rollout(plan, one)
         run.check()
-        need = graph_size(run, one.x_T)
+        need = graph_size(run, one.x_T, self._places(plan))
         least, free, spare = need.stepwise(1), free_bytes(device), spare_bytes(device, self._ranks.world)
         vectors = next((v for v in range(1 + PROBES, 0, -1) if need.stepwise(v) <= spare), 0)
         short = torch.tensor(float(not vectors), dtype=torch.float64, device=device)
@@ -166,7 +178,7 @@ class _Refiner:
 
     def normal_equations(self, plan: CachePlan, passes: Passes, probes: int) -> tuple[Tensor, Tensor, Tensor]:
         """Errors of this process's images [B]; over those of all processes, H [P, P] from so many probes (0 without any), and g [P]."""
-        count, device, size = len(self._target.x_0), self._target.x_0.device, coefficients(plan).numel()
+        count, device, size = len(self._target.x_0), self._target.x_0.device, self._places(plan).size
         first, every = self._ranks.before(count, device), max(1, len(self._ranks.gathered(self._target.counts_B[:, None])) // CURVED)
         errors_B = torch.zeros(count, dtype=torch.float64, device=device)
         of_error_BP = torch.zeros(count, size, dtype=torch.float64, device=device)
@@ -188,7 +200,7 @@ class _Refiner:
     def _products(self, plan: CachePlan, target: TargetRun, signs_VBCHW: Tensor, passes: Passes) -> tuple[Tensor, list[Tensor]]:
         """Errors [B], and J_b^T v_b of each image, [B, P]: for v its difference to the target, then for each of the signs."""
         gradients, run = stepwise if passes.stepwise else whole, self._rollout(plan, target)
-        end, pull = gradients(run, target.x_T)
+        end, pull = gradients(run, target.x_T, self._places(plan))
         apart = end - target.x_0
         vectors = [apart, *signs_VBCHW.to(end)]
         found: list[Tensor] = []
@@ -196,20 +208,11 @@ class _Refiner:
             found += pull(vectors[len(found) : len(found) + passes.vectors])
             if len(found) == len(vectors):
                 return apart.double().square().flatten(1).mean(1), [products_BP.double() for products_BP in found]
-            _, pull = gradients(run, target.x_T)
-
-
-def moved(plan: CachePlan, delta_P: Tensor) -> CachePlan:
-    """The plan with its coefficients changed by so much."""
-    rows = []
-    for row, change in zip(plan.sampler.steps, delta_P.view(-1, len(COEFFICIENTS)).tolist(), strict=True):
-        values = {name: getattr(row, name) + by for name, by in zip(COEFFICIENTS, change, strict=True)}
-        rows.append(dataclasses.replace(row, **values))
-    return dataclasses.replace(plan, sampler=dataclasses.replace(plan.sampler, steps=tuple(rows)))
+            _, pull = gradients(run, target.x_T, self._places(plan))
 
 
 def solve(gram_PP: Tensor, slope_P: Tensor, damping: float) -> Tensor:
-    """delta [P] of the module's equation; 0 for coefficients of outputs that do not exist."""
+    """delta [P] of the module's equation; 0 for what no image depends on: coefficients of outputs that do not exist."""
     used_P = gram_PP.diagonal() > 0
     scale = gram_PP.diagonal()[used_P].sqrt()
     scaled = gram_PP[used_P][:, used_P] / scale[:, None] / scale

@@ -51,6 +51,7 @@ class PlannerSettings:
     refinements: int
     ode_steps: int
     progress: bool
+    forecast_weights: bool
     price: Price = macs_price
 
     @property
@@ -212,7 +213,7 @@ class PlannerRun:
         return found
 
     def _finalist(self, recipe: Recipe, on_pass: OnPass) -> Finalist:
-        plan = self._wide_bench.refined(recipe, self.settings.refinements, on_pass)
+        plan = self._wide_bench.refined(recipe, self.settings.refinements, on_pass, self.settings.forecast_weights)
         plan = dataclasses.replace(plan, provenance={**plan.provenance, "fit": self._fit_record})
         group = self.target.part(slice(self.judged, self.compared))
         errors_B, weights_B = self.ranks.gathered(torch.stack([self._errors(plan, group), group.counts_B.double()], 1)).unbind(1)

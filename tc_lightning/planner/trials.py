@@ -14,14 +14,14 @@ from tc_lightning.errors import TokenCacheError
 from tc_lightning.measure.scores import sampler_digest
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.plan.sampler_table import FITTED, SamplerStep, SamplerTable
-from tc_lightning.planner.fit import FittedPlan, fit_sampler
+from tc_lightning.planner.fit import FittedPlan, fit_sampler, named_fitted
 from tc_lightning.planner.price import Price
 from tc_lightning.planner.recipe import Recipe, build_plan
 from tc_lightning.planner.record import TrialRecord, code_digest
 from tc_lightning.planner.refine import OnPass, refine_sampler
 from tc_lightning.planner.robust import robust_mean_of_all
 from tc_lightning.planner.target import TargetRun
+from tc_lightning.planner.theta import Places
 from tc_lightning.policies.subject import Subject
 from tc_lightning.rollout.ranks import Ranks
 
@@ -81,25 +81,27 @@ class TrialRunner:
         """The recipe's plan with its sampler fitted."""
         return fit_sampler(self.model, build_plan(self.subject, recipe), self.target, self.fitted, ranks=self.ranks)
 
-    def refined(self, recipe: Recipe, iterations: int, on_pass: OnPass) -> CachePlan:
+    def refined(self, recipe: Recipe, iterations: int, on_pass: OnPass, weights: bool = False) -> CachePlan:
         """The recipe's plan, fitted and then refined on all images of the bench, unless that was done before.
 
         Args:
             recipe: the recipe.
             iterations: steps of Gauss-Newton at most.
             on_pass: called after each of them.
+            weights: whether forecasts are refined too (`tc_lightning.planner.theta`).
         """
-        plan, name = build_plan(self.subject, recipe), f"{recipe.digest}-{iterations}"
-        width, device = len(dataclasses.fields(SamplerStep)), self.target.x_0.device
-        known = self._record.refined(name, (plan.num_steps, width))
+        plan, device = build_plan(self.subject, recipe), self.target.x_0.device
+        places = Places.of(plan, weights and iterations > 0)
+        name = f"{recipe.digest}-{iterations}" + "-weights" * bool(places.forecasts)
+        known = self._record.refined(name, places.size)
         if self.ranks.of_first(float(known is not None), device):  # another process may not see the file
-            rows = self.ranks.rows_of_first(known, (plan.num_steps, width), device)
-            return dataclasses.replace(plan, sampler=_fitted_table(plan.sampler, rows))
+            theta_P = self.ranks.values_of_first(known, places.size, device).cpu()
+            return places.unpack(dataclasses.replace(plan, sampler=named_fitted(plan.sampler)), theta_P)
         fitted = self.refined(recipe, 0, on_pass) if iterations else self.fit(recipe).plan
-        found = refine_sampler(self.model, fitted, self.target, iterations, self.ranks, on_pass)
-        if found.sampler == fitted.sampler and iterations:  # for want of memory, perhaps: another time there may be more
+        found = refine_sampler(self.model, fitted, self.target, iterations, self.ranks, on_pass, weights)
+        if found == fitted and iterations:  # for want of memory, perhaps: another time there may be more
             return found
-        self._record.add_refined(name, [list(dataclasses.astuple(step)) for step in found.sampler.steps], write=self.ranks.first)
+        self._record.add_refined(name, places.pack(found).tolist(), write=self.ranks.first)
         return found
 
     def _error(self, recipe: Recipe) -> float:
@@ -129,7 +131,3 @@ class TrialRunner:
         images = torch.stack([values.double().sum() for values in (noise_B, *given, t.counts_B)])
         sums = self.ranks.total(torch.cat([counts, images])).tolist()
         return hashlib.sha256(json.dumps([*parts, self.ranks.world, sums]).encode()).hexdigest()[:16]
-
-
-def _fitted_table(table: SamplerTable, rows: list[list[float]]) -> SamplerTable:
-    return dataclasses.replace(table, name=f"{table.name}{FITTED}", steps=tuple(SamplerStep(*row) for row in rows))

@@ -55,11 +55,12 @@ class Ranks:
             raise failure or TokenCacheError("another process failed: what it printed says why.")
         return found[0]
 
-    def rows_of_first(self, rows: list[list[float]] | None, shape: tuple[int, int], device: torch.device) -> list[list[float]]:
-        """The first process's rows of numbers, on all of them, which all know their shape; the others' own are not looked at."""
-        own = rows if self.first else None
-        values = torch.zeros(shape, dtype=torch.float64) if own is None else torch.tensor(own, dtype=torch.float64).reshape(shape)
-        return self.total(values.to(device)).tolist()
+    def values_of_first(self, values: list[float] | None, count: int, device: torch.device) -> Tensor:
+        """The first process's numbers, of which all know how many they are, on all of them; the others' own are not looked at."""
+        own = torch.zeros(count, dtype=torch.float64)
+        if self.first and values is not None:
+            own = torch.tensor(values, dtype=torch.float64)
+        return self.total(own.to(device))
 
     def gathered(self, values_BF: Tensor) -> Tensor:
         """The rows of all processes, in the order of their ranks, on all of them."""

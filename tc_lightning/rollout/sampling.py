@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.rollout.noise import initial_noise
 
 Store = dict[tuple[Entry, int], Tensor]  # (entry, step that wrote it) -> value
+Weights = Mapping[Entry, Sequence[Any]]  # of an entry's last values: numbers, or tensors that spread over a value
+NO_WEIGHTS: Weights = MappingProxyType({})
 
 
 class RunState(NamedTuple):
@@ -97,12 +100,17 @@ class Rollout:
         """Before the first step."""
         return RunState(0, x_BCHW, (), {})
 
-    def predict(self, state: RunState) -> tuple[Tensor, dict[Entry, Tensor]]:
-        """Guided eps [B, C, H, W] of a step, and what it writes; gradients are recorded if they are wanted."""
+    def predict(self, state: RunState, weights: Weights = NO_WEIGHTS) -> tuple[Tensor, dict[Entry, Tensor]]:
+        """Guided eps [B, C, H, W] of a step, and what it writes; gradients are recorded if they are wanted.
+
+        Args:
+            state: before the step.
+            weights: forecast weights, latest value first, in place of the plan's own.
+        """
         plan, model, i, x_BCHW = self.plan, self.model, state.step, state.x
         flow, mode, guidance = plan.flows[i], plan.guidance_mode(i), plan.guidance
         values = {r.entry: [state.store[r.entry, source] for source in r.sources] for r in flow.reads}
-        cached = {r.entry: forecast(values[r.entry], () if r.repeats else r.weights) for r in flow.reads}
+        cached = {r.entry: forecast(values[r.entry], weights.get(r.entry, () if r.repeats else r.weights)) for r in flow.reads}
         kept = tuple(kept_tokens(s, x_BCHW.device) for s in plan.steps[i])
         half = slice(len(x_BCHW)) if mode.single else slice(None)
         rows = self.rows.part(half)
