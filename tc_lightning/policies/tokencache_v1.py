@@ -109,7 +109,7 @@ class TokenCacheV1Policy(TargetedPolicy):
             "boundary_share": self.boundary_share,
             "block_share": self.block_share,
             "token_share": tokens / context.signature.image_tokens,
-            "scores": context.scores.digest,
+            **context.scores.provenance([0]),
         }
         return Offer(steps, arguments)
 

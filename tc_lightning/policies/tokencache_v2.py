@@ -148,7 +148,7 @@ class TokenCacheV2Policy(TargetedPolicy):
     def _offer(self, context: PlanningContext, full_steps: Sequence[int], total: int, order: int) -> Offer:
         steps = self._steps(context, full_steps, total, order)
         share = total / (context.signature.depth * context.signature.image_tokens)
-        arguments = {"keep_share": share, "order": order, "least_share": self.least_share, "scores": context.scores.digest}
+        arguments = {"keep_share": share, "order": order, "least_share": self.least_share, **context.scores.provenance([order])}
         chosen = any(s.is_content for segments in steps for s in segments)
         return Offer(steps, arguments, selector=context.scores.selector if chosen else "")
 
