@@ -121,7 +121,8 @@ def random_steps(seed: int, num_steps: int = 7, depth: int = 4, tokens: int = 16
                 return reuse(start, stop, rng.choice((("attn",), ("mlp",), ("attn", "mlp"))), order)
             case kind:
                 kept = tuple(rng.sample(range(tokens), rng.choice((1, 5, tokens))))
-                return partial(start, stop, kept, order, ("mlp",) if kind == "mlp" else ("attn", "mlp"))
+                own = ("mlp",) if kind == "mlp" else ("attn", "mlp")
+                return partial(start, stop, kept, order, own, kv_order=rng.randrange(3) if kind == "partial" else 0)
 
     steps = [(compute(0, depth),)]
     for _ in range(num_steps - 1):

@@ -13,7 +13,8 @@ from export.runtime.programs import lower
 from tc_lightning.errors import PlanError
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import cache_bytes_per_image, full_step_macs, macs_speedup, plan_macs
-from tc_lightning.plan.dataflow import Entry, Read, assign_slots, lagrange_weights
+from tc_lightning.plan.dataflow import Entry, Read, assign_slots
+from tc_lightning.plan.forecasts import lagrange_weights
 from tc_lightning.plan.guidance import Guidance, GuidanceMode
 from tc_lightning.plan.segments import partial
 

@@ -81,5 +81,5 @@ class ProgramClock:
 
 def _key(program: Program, shared: bool) -> tuple[object, ...]:
     """What two programs that take the same time have in common."""
-    shapes = tuple((s.start, s.stop, s.mode, s.order, s.branches, s.choice, s.keep) for s in program.segments)
-    return (shapes, program.guidance, tuple(sorted(entry.kind for entry in program.writes)), program.name == FULL, shared)
+    shapes = tuple(s.outline for s in program.segments)
+    return (shapes, program.guidance.outline, tuple(sorted(entry.kind for entry in program.writes)), program.name == FULL, shared)

@@ -181,7 +181,8 @@ class Emitter:
             dtype = entry_dtype(entry, self.dtype)
             values: list[Any] = [g.input(f"{entry.name}.{j}", dtype, self._entry_shape(entry)) for j in range(count)]
             weights_TO = forecast_table(flows, program.steps, entry, count)
-            columns = [lookup(g, column, step, dtype) for column in weights_TO.T] if count > 1 else []
+            repeats = all(read.repeats for i in program.steps for read in flows[i].reads if read.entry == entry)
+            columns = [] if count == 1 and repeats else [lookup(g, column, step, dtype) for column in weights_TO.T]
             cached[entry] = forecast(values, columns)
         return cached
 

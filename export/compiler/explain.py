@@ -22,11 +22,12 @@ from tc_lightning.plan.costs import (
     step_macs,
 )
 from tc_lightning.plan.dataflow import Entry
+from tc_lightning.plan.forecasts import Forecast
 from tc_lightning.plan.segments import MODES, Segment
 
 _GUIDANCE = {
     "both": "",
-    "forecast": "; conditional half alone, guided by a forecast of order {}",
+    "forecast": "; conditional half alone, guided by a forecast of {}",
     "cond": "; conditional half alone, not guided",
 }
 COLOURS = {"compute": "#1b4965", "partial": "#5fa8d3", "reuse": "#f2b880", "skip": "#f4f1ea"}
@@ -45,7 +46,7 @@ def explain(plan: CachePlan, lowered: LoweredPlan, bytes_per_value: int = 4) -> 
         share = halves_share(program.guidance) * macs / full
         lines.append(
             f"  {program.name}: {len(program.steps)} steps, {macs / 1e6:.1f} MMACs a sample, {share:.3f} of a full step"
-            + _GUIDANCE[program.guidance.mode].format(program.guidance.order)
+            + _GUIDANCE[program.guidance.mode].format(program.guidance.forecast.in_words)
         )
         lines.append("    runs   " + ", ".join(_describe(s) for s in program.segments))
         if others := [other.name for other in lowered.graphs[program.graph] if other is not program]:
@@ -120,11 +121,11 @@ def plan_figure(plan: CachePlan, lowered: LoweredPlan, path: Path) -> None:
 
 
 def _draw_guidance(axes: Any, plan: CachePlan) -> None:
-    """Which halves each step computes: 2 both, a digit with a tilde the forecast's order, - no guidance."""
+    """Which halves each step computes: 2 both, a digit with a tilde the forecast's order or its weights less one, - no guidance."""
     shades = {"both": 0.8, "forecast": 0.4, "cond": 0.1}
     axes.imshow([[shades[mode.mode] for mode in plan.guidance_modes]], aspect="auto", cmap="Blues", vmin=0, vmax=1)
     for i, mode in enumerate(plan.guidance_modes):
-        label = {"both": "2", "forecast": f"~{mode.order}", "cond": "-"}[mode.mode]
+        label = {"both": "2", "forecast": f"~{mode.forecast.history - 1}", "cond": "-"}[mode.mode]
         axes.text(i, 0, label, ha="center", va="center", fontsize=7, color="white" if mode.mode == "both" else "black")
     axes.set_yticks([0], ["halves"])
 
@@ -156,4 +157,11 @@ def _listing(counts: dict[Entry, int]) -> str:
 def _describe(s: Segment) -> str:
     partial = f"partial {s.keep} {'content ' if s.is_content else ''}tokens"
     what = {"partial": partial, "reuse": f"reuse {'+'.join(s.branches)}"}.get(s.mode, s.mode)
-    return f"[{s.start},{s.stop}) {what}" + (f" order {s.order}" if s.mode != "compute" else "")
+    return f"[{s.start},{s.stop}) {what}" + _forecasts(s)
+
+
+def _forecasts(s: Segment) -> str:
+    if s.mode == "compute":
+        return ""
+    kv = f", keys and values {s.kv_forecast.in_words}" if s.kv_forecast != Forecast() else ""
+    return f" {s.forecast.in_words}{kv}"

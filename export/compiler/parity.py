@@ -86,12 +86,12 @@ def prove(
     final: Tensor | None = None
     for state in sample_steps(model, plan, x_T, y, selector=selector):
         if state.step in chosen:
-            checks += _check_program(plan, chosen[state.step], sampler, _on_host(state), given, model.nulls)
+            checks += check_program(plan, chosen[state.step], sampler, _on_host(state), given, model.nulls)
         final = state.x_next
     full = next(p for p in lowered.programs if p.name == FULL)
     if not full.steps:  # no step of the plan runs it: take those of the reference, until its sampler uses all that it may
         for state in itertools.islice(sample_steps(model, reference_plan(plan), x_T, y), plan.reference.history + 1):
-            checks += _check_program(plan, full, sampler, _on_host(state), given, model.nulls)
+            checks += check_program(plan, full, sampler, _on_host(state), given, model.nulls)
     assert final is not None
     latents = sampler.sample(conditions={name: value.numpy() for name, value in given.items()}, seed=seed, pixels=False).latents
     worst = max(relative_l2(a, b) for a, b in zip(latents, final.cpu().numpy(), strict=True))
@@ -132,9 +132,19 @@ def _on_host(state: SamplingStep) -> SamplingStep:
     )
 
 
-def _check_program(
+def check_program(
     plan: CachePlan, program: Program, sampler: CachedSampler, state: SamplingStep, given: Given, nulls: Arrays | None
 ) -> list[Check]:
+    """Run one program at one step, and compare what it gives with what the step gave.
+
+    Args:
+        plan: the plan that was exported.
+        program: the program.
+        sampler: the artefact.
+        state: what the step goes on from, and what it leads to, on the host.
+        given: conditions of its images, on the host.
+        nulls: those that guidance leads away from.
+    """
     doubled = plan.guidance.doubles_batch and not program.guidance.single
     rows = given.with_nulls(plan.model.conditions, nulls) if doubled else given
     precision = sampler.manifest["precision"]
@@ -147,7 +157,7 @@ def _check_program(
     past = [*state.past, *[torch.zeros_like(state.x)] * (len(PAST) - len(state.past))]
     floats = {"x": state.x, "guidance": torch.full((given.images, 1, 1, 1), plan.guidance.scale)} | dict(zip(PAST, past, strict=True))
     values |= {name: _place(tensor, "fp32", sampler) for name, tensor in floats.items()}
-    values |= {name: _place(tensor, dtype, sampler) for name, dtype, tensor in _cache_inputs(program, state, precision)}
+    values |= {name: _place(tensor, dtype, sampler) for name, dtype, tensor in _cache_inputs(plan, program, state, precision)}
     session = sampler.session(program.name)
     unread = _unread(plan, program, given.images, precision, {given.name for given in session.get_inputs()} - values.keys())
     values |= {name: _place(tensor, dtype, sampler) for name, dtype, tensor in unread}
@@ -157,12 +167,11 @@ def _check_program(
     return [Check(where, name, relative_l2(to_numpy(results[name]), expected[name].numpy())) for name in results if name in expected]
 
 
-def _cache_inputs(program: Program, state: SamplingStep, precision: str) -> list[tuple[str, str, Tensor]]:
+def _cache_inputs(plan: CachePlan, program: Program, state: SamplingStep, precision: str) -> list[tuple[str, str, Tensor]]:
     """Past values of every entry that the program reads, latest first, padded as at run time, and the precision of each."""
-    inputs = []
+    inputs, sources = [], {read.entry: read.sources for read in plan.flows[state.step].reads}
     for entry, count in program.reads:
-        written = sorted((step for e, step in state.store if e == entry), reverse=True)[:count]
-        padded = written + written[-1:] * (count - len(written))
+        padded = (*sources[entry], *sources[entry][-1:] * (count - len(sources[entry])))
         dtype = entry_dtype(entry, precision)
         inputs += [(f"{entry.name}.{j}", dtype, state.store[entry, step]) for j, step in enumerate(padded)]
     return inputs

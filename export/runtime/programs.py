@@ -13,6 +13,7 @@ import dataclasses
 
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.dataflow import Entry, StepFlow, assign_slots
+from tc_lightning.plan.forecasts import Forecast
 from tc_lightning.plan.guidance import BOTH, GuidanceMode
 from tc_lightning.plan.segments import DIT, Branches, Segment
 
@@ -83,7 +84,7 @@ def lower(plan: CachePlan, provider: str) -> LoweredPlan:
     slot_of, depth = assign_slots(flows)
     groups: dict[tuple[object, ...], list[int]] = {}
     for i, segments in enumerate(plan.steps):
-        groups.setdefault((_shapes(merge(segments)), plan.guidance_mode(i)), []).append(i)
+        groups.setdefault((tuple(s.outline for s in merge(segments)), plan.guidance_mode(i).outline), []).append(i)
     full_steps: tuple[int, ...] = ()
     programs: list[Program] = []
     for steps in groups.values():
@@ -138,17 +139,12 @@ def kept_tokens(plan: CachePlan, step: int, segment: Segment) -> tuple[int, ...]
     return kept.get(segment.start, tuple(range(plan.model.tokens)))
 
 
-def _shapes(segments: tuple[Segment, ...]) -> tuple[object, ...]:
-    """What two steps must have in common to share a program: all but which tokens."""
-    return tuple((s.start, s.stop, s.mode, s.order, s.branches, s.choice, s.keep) for s in segments)
-
-
 def _share_graphs(programs: list[Program], everything: tuple[Segment, ...], block: Branches) -> list[Program]:
     """Give programs that differ in the number of kept tokens alone one graph; full compute joins those that run most often."""
     alike: dict[object, list[Program]] = {}
     for program in programs:
-        cuts = tuple((s.start, s.stop, s.mode, s.order, s.branches, s.is_content and s.keep) for s in program.segments)
-        alike.setdefault((cuts, program.reads, program.guidance), []).append(program)
+        cuts = tuple((*s.outline[:-1], s.is_content and s.keep) for s in program.segments)
+        alike.setdefault((cuts, program.reads, program.guidance.outline), []).append(program)
     for full in (p for p in programs if p.segments == everything):
         if hosts := [group for group in alike.values() if _can_host(group[0], full, block)]:
             max(hosts, key=lambda group: sum(len(p.steps) for p in group)).append(full)
@@ -163,7 +159,7 @@ def _can_host(program: Program, full: Program, block: Branches) -> bool:
     """
     more = {entry for entry, _ in {*program.reads} - {*full.reads}}
     yields = all(_yields(s, entry, block) for s in program.segments for entry in full.writes)
-    return yields and program.guidance == full.guidance and bool(more) and more <= {*full.writes}
+    return yields and program.guidance.outline == full.guidance.outline and bool(more) and more <= {*full.writes}
 
 
 def _yields(segment: Segment, entry: Entry, block: Branches) -> bool:
@@ -178,15 +174,16 @@ def _yields(segment: Segment, entry: Entry, block: Branches) -> bool:
 
 
 def _read_counts(segments: tuple[Segment, ...], flow: StepFlow, mode: GuidanceMode) -> tuple[tuple[Entry, int], ...]:
-    """Past values of each entry that the program takes: order + 1, even at early steps that have fewer."""
-    of_block = {b: s.order for s in segments for b in s.blocks}
+    """Past values of each entry that the program takes: as many as it weighs, even at early steps that have fewer."""
+    of_block = {b: s for s in segments for b in s.blocks}
 
-    def order(entry: Entry) -> int:
+    def forecast(entry: Entry) -> Forecast:
         if entry.kind == "guidance":
-            return mode.order
-        return 0 if entry.kind in ("k", "v") else of_block[entry.start]
+            return mode.forecast
+        segment = of_block[entry.start]
+        return segment.kv_forecast if entry.kind in ("k", "v") else segment.forecast
 
-    return tuple((r.entry, order(r.entry) + 1) for r in flow.reads)
+    return tuple((r.entry, forecast(r.entry).history) for r in flow.reads)
 
 
 def _bind(program: Program, flow: StepFlow, step: int, slot_of: dict[tuple[Entry, int], int]) -> Binding:

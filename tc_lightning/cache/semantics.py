@@ -38,9 +38,10 @@ class Step(NamedTuple):
 
 
 def forecast(values: Sequence[Tensor], weights: Sequence[Any]) -> Tensor:
-    """Weighted sum of an entry's last values, latest first (TaylorSeer, arXiv 2503.06923, with exact extrapolation weights)."""
-    if len(values) == 1:
-        return values[0]
+    """Weighted sum of an entry's last values, latest first; without weights the one value as it is (`tc_lightning.plan.forecasts`)."""
+    if not weights:
+        (value,) = values
+        return value
     total = values[0] * weights[0]
     for value, weight in zip(values[1:], weights[1:], strict=True):
         total = total + value * weight

@@ -26,10 +26,11 @@ from tc_lightning.measure.step_effect import step_effect
 from tc_lightning.models.conditions import Asked, given_of
 from tc_lightning.models.network import Network
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.plan.dataflow import Entry, lagrange_weights
+from tc_lightning.plan.dataflow import Entry
+from tc_lightning.plan.forecasts import MAX_ORDER, lagrange_weights
 from tc_lightning.plan.given import PLANNING
 from tc_lightning.plan.guidance import Guidance
-from tc_lightning.plan.segments import MAX_ORDER, compute
+from tc_lightning.plan.segments import compute
 from tc_lightning.rollout.sampling import device_of, full_plan, given_for, noise_for, sample_steps
 
 BATCH = 4  # trajectories at a time: the branches of the last G steps of each are held

@@ -15,7 +15,7 @@ import numpy as np
 
 from tc_lightning.errors import RunError
 from tc_lightning.plan.atomic import write_atomically
-from tc_lightning.plan.segments import MAX_ORDER
+from tc_lightning.plan.forecasts import MAX_ORDER
 from tc_lightning.plan.tensor_files import TensorFileError, read_tensors
 
 MAX_GAP = 8  # steps between a computation and its reuse that are measured, unless told otherwise

@@ -3,17 +3,18 @@
     {"step": 7, "segments": [
         {"blocks": [0, 3],   "mode": "compute"},
         {"blocks": [3, 20],  "mode": "skip",    "order": 2},
-        {"blocks": [20, 25], "mode": "partial", "keep": 4, "tokens": [3, 17, 18, 40], "order": 1},
+        {"blocks": [20, 25], "mode": "partial", "keep": 4, "tokens": [3, 17, 18, 40], "order": 1, "kv_order": 1},
         {"blocks": [25, 27], "mode": "partial", "keep": 64, "choice": "content", "order": 1},
-        {"blocks": [27, 28], "mode": "reuse",   "branches": ["attn"], "order": 1}]}
+        {"blocks": [27, 28], "mode": "reuse",   "branches": ["attn"], "weights": [1.4, -0.5, 0.1]}]}
 
-compute: everything. partial: some tokens are recomputed and attend to all tokens; the keys and values of the others come from the
-cache, and those of the recomputed ones take their places in it; for the others the segment's summed residual comes from the
-cache. Static tokens are listed; content tokens are the `keep` ones that the content predictor, named by the plan's `selector`,
-scores highest, image by image. With branches ["mlp"] only the MLP is recomputed, and attention comes from the cache. reuse: the
-named branches come from the cache before their gate, the current gate is applied; other branches are computed. skip: the
-segment's summed residual comes from the cache as one tensor. order: 0 repeats the cached value, 1 and 2 extrapolate it from the
-last 2 and 3 times that it was computed (keys and values are always repeated).
+compute: everything. partial: some tokens are recomputed and attend to all tokens; keys and values of the others, and their summed
+residual through the segment, come from the cache. Keys and values have a forecast of their own, kv_order; where they are repeated (0),
+those of the recomputed tokens take their places in the cache. Static tokens are listed; content tokens are the `keep` ones that the
+content predictor, named by the plan's `selector`, scores highest, image by image. With branches ["mlp"] only the MLP is recomputed,
+and attention comes from the cache. reuse: the named branches come from the cache before their gate, the current gate is applied;
+other branches are computed. skip: the segment's summed residual comes from the cache as one tensor. order: 0 repeats the cached
+value, 1 and 2 extrapolate it from the last 2 and 3 times that it was computed for all tokens; weights in its place state what the
+last 1 to 4 of these count, latest first (kv_weights: of keys and values).
 
 A segment that knows some tokens alone (skip, partial) holds both ends of a long skip between blocks, or neither.
 
@@ -36,15 +37,16 @@ from typing import Any
 from tc_lightning.errors import PlanError
 from tc_lightning.plan.atomic import write_atomically
 from tc_lightning.plan.dataflow import StepFlow, trace
+from tc_lightning.plan.forecasts import Forecast
 from tc_lightning.plan.guidance import BOTH, GUIDANCE_MODES, Guidance, GuidanceMode
 from tc_lightning.plan.json_fields import as_list, check_keys, from_fields, is_int, is_name, is_number, shown
 from tc_lightning.plan.sampler_table import SamplerTable
-from tc_lightning.plan.segments import MAX_ORDER, Segment, require_branches, require_valid
+from tc_lightning.plan.segments import Segment, require_branches, require_valid
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.plan.skips import require_uncut
 
 FORMAT_VERSION = (
-    5  # 4: conditions, costs of branches and the output space of the model; 5: its fixed tokens, and blocks unlike the rest
+    6  # 4: conditions, costs of branches; 5: the model's fixed tokens, and blocks unlike the rest; 6: free weights, forecasts of K/V
 )
 
 
@@ -268,8 +270,10 @@ def _validate(plan: CachePlan) -> None:
 def _validate_mode(mode: GuidanceMode, guidance: Guidance, where: str) -> None:
     if mode.mode not in GUIDANCE_MODES:
         raise PlanError(f"{where}: unknown mode {mode.mode!r}, choose one of {', '.join(GUIDANCE_MODES)}.")
-    if not 0 <= mode.order <= MAX_ORDER or (mode.order and mode.mode != "forecast"):
-        raise PlanError(f"{where}: order {mode.order} is not 0, 1 or 2, or mode {mode.mode} takes none.")
+    if fault := mode.forecast.fault():
+        raise PlanError(f"{where}: {fault}.")
+    if mode.mode != "forecast" and mode.forecast != Forecast():
+        raise PlanError(f"{where}: mode {mode.mode} takes neither order nor weights.")
     if mode.single and not guidance.doubles_batch:
         raise PlanError(f"{where}: mode {mode.mode} leaves out the unconditional half, and at guidance scale 1 there is none.")
 

@@ -1,10 +1,11 @@
 """What a plan reads from and writes to the cache, step by step: plain data, no torch.
 
-An *entry* is one cached quantity. It is written at every step that computes it for all tokens; a read takes its last `order + 1`
-writes, weighted by constants. Keys and values are also *updated*: a partial step reads them, puts those of its tokens in place,
-and what it leaves is a write like any other. Where a plan has steps that compute only the conditional half of a guided batch, each
-half has entries of its own, which differ in when they were last written. From this follow which writes are live, how many copies of
-an entry must be kept, and where each is kept (a *slot*): the reference sampler and the compiler both go by it.
+An *entry* is one cached quantity. It is written at every step that computes it for all tokens; a read takes its last writes, as
+many as its forecast weighs. Keys and values that are repeated are also *updated*: a partial step reads what was written or updated
+last, and puts those of its tokens in place. Other forecasts do not look at updates, which are of some tokens alone. Where a plan has
+steps that compute only the conditional half of a guided batch, each half has entries of its own, which differ in when they were last
+written. From this follow which writes are live, how many copies of an entry must be kept, and where each is kept (a *slot*): the
+reference sampler and the compiler both go by it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from tc_lightning.errors import PlanError
+from tc_lightning.plan.forecasts import Forecast
 from tc_lightning.plan.guidance import BOTH, GuidanceMode
 from tc_lightning.plan.segments import DIT, Branches, Segment
 from tc_lightning.plan.signature import ModelSignature
@@ -71,6 +73,11 @@ class Read:
     sources: tuple[int, ...]
     weights: tuple[float, ...]
 
+    @property
+    def repeats(self) -> bool:
+        """Whether its value is the latest source's as it is."""
+        return self.weights == (1.0,)
+
 
 @dataclasses.dataclass(frozen=True)
 class StepFlow:
@@ -84,32 +91,20 @@ class StepFlow:
         return entry in self.writes and any(read.entry == entry for read in self.reads)
 
 
-def lagrange_weights(sources: Sequence[int], at: int) -> tuple[float, ...]:
-    """Weights that extrapolate the polynomial through values at steps `sources` to step `at`; one source repeats its value."""
-    weights = []
-    for j, s in enumerate(sources):
-        weight = 1.0
-        for k, other in enumerate(sources):
-            if k != j:
-                weight *= (at - other) / (s - other)
-        weights.append(weight)
-    return tuple(weights)
-
-
-def entries_read(segment: Segment, num_tokens: int, block: Branches = DIT) -> dict[Entry, int]:
-    """Entries that a segment reads, with the forecast order of each."""
-    start, stop, order = segment.start, segment.stop, segment.order
+def entries_read(segment: Segment, num_tokens: int, block: Branches = DIT) -> dict[Entry, Forecast]:
+    """Entries that a segment reads, with the forecast of each."""
+    start, stop, own, kv = segment.start, segment.stop, segment.forecast, segment.kv_forecast
     if segment.mode == "skip":
-        return {Entry("span", start, stop): order}
+        return {Entry("span", start, stop): own}
     if segment.mode == "reuse":
-        return {Entry(branch, b, b + 1): order for b in segment.blocks for branch in segment.branches}
+        return {Entry(branch, b, b + 1): own for b in segment.blocks for branch in segment.branches}
     if segment.mode == "compute":
         return {}
-    reads = {} if segment.keep == num_tokens else {Entry("span", start, stop): order}
+    reads = {} if segment.keep == num_tokens else {Entry("span", start, stop): own}
     for b in segment.blocks:
-        reads |= {Entry(branch, b, b + 1): order for branch in block.names if not segment.computes(branch)}
+        reads |= {Entry(branch, b, b + 1): own for branch in block.names if not segment.computes(branch)}
         if segment.keep < num_tokens and any(segment.computes(branch) for branch in block.attending):
-            reads |= {Entry("k", b, b + 1): 0, Entry("v", b, b + 1): 0}
+            reads |= {Entry("k", b, b + 1): kv, Entry("v", b, b + 1): kv}
     return reads
 
 
@@ -120,12 +115,12 @@ def halves(plan: ScheduledSteps, step: int) -> tuple[str, ...]:
     return ("cond",) if plan.guidance_modes[step].single else ("cond", "uncond")
 
 
-def step_reads(plan: ScheduledSteps, step: int) -> dict[Entry, int]:
-    """Entries that a step reads, with the forecast order of each."""
-    found = {e: order for s in plan.steps[step] for e, order in entries_read(s, plan.model.tokens, plan.model.block).items()}
-    reads = {e._replace(half=half): order for e, order in found.items() for half in halves(plan, step)}
+def step_reads(plan: ScheduledSteps, step: int) -> dict[Entry, Forecast]:
+    """Entries that a step reads, with the forecast of each."""
+    found = {e: how for s in plan.steps[step] for e, how in entries_read(s, plan.model.tokens, plan.model.block).items()}
+    reads = {e._replace(half=half): how for e, how in found.items() for half in halves(plan, step)}
     mode = plan.guidance_modes[step] if plan.guidance_modes else BOTH
-    return reads | ({Entry("guidance", 0, plan.model.depth): mode.order} if mode.mode == "forecast" else {})
+    return reads | ({Entry("guidance", 0, plan.model.depth): mode.forecast} if mode.mode == "forecast" else {})
 
 
 def step_writes(plan: ScheduledSteps, step: int, entry: Entry) -> bool:
@@ -146,9 +141,11 @@ def is_written(entry: Entry, segments: Iterable[Segment], block: Branches = DIT)
 
 
 def is_updated(entry: Entry, segments: Iterable[Segment], num_tokens: int, block: Branches = DIT) -> bool:
-    """Whether a step with these segments puts the keys or values of some tokens in place."""
-    placing = (s for s in segments if s.mode == "partial")
-    return entry.kind in ("k", "v") and any(entry.whole in entries_read(s, num_tokens, block) for s in placing)
+    """Whether a step with these segments puts the keys or values of some tokens in place, in the cache."""
+    if entry.kind not in ("k", "v"):
+        return False
+    reads = (entries_read(s, num_tokens, block).get(entry.whole) for s in segments if s.mode == "partial")
+    return any(how is not None and how.repeats for how in reads)
 
 
 def trace(plan: ScheduledSteps) -> tuple[StepFlow, ...]:
@@ -160,20 +157,24 @@ def trace(plan: ScheduledSteps) -> tuple[StepFlow, ...]:
     wanted = [step_reads(plan, i) for i in range(len(plan.steps))]
     universe = {entry for reads in wanted for entry in reads}
     written: dict[Entry, list[int]] = defaultdict(list)
+    latest: dict[Entry, int] = {}  # the last write or update
     live: set[tuple[Entry, int]] = set()
     reads: list[tuple[Read, ...]] = []
     for i, segments in enumerate(plan.steps):
-        reads.append(tuple(_resolve(entry, order, written[entry], i) for entry, order in sorted(wanted[i].items())))
+        reads.append(tuple(_resolve(e, how, written[e], latest.get(e), i) for e, how in sorted(wanted[i].items())))
         live |= {(read.entry, source) for read in reads[-1] for source in read.sources}
         updated = {entry for entry in wanted[i] if is_updated(entry, segments, plan.model.tokens, plan.model.block)}
         live |= {(entry, i) for entry in updated}
         for entry in universe:
-            if entry in updated or step_writes(plan, i, entry):
+            if step_writes(plan, i, entry):
                 written[entry].append(i)
+                latest[entry] = i
+            elif entry in updated:
+                latest[entry] = i
     return tuple(StepFlow(r, tuple(sorted(e for e in universe if (e, i) in live))) for i, r in enumerate(reads))
 
 
-def _resolve(entry: Entry, order: int, written: list[int], step: int) -> Read:
+def _resolve(entry: Entry, how: Forecast, written: list[int], latest: int | None, step: int) -> Read:
     if not written and entry.kind == "guidance":
         raise PlanError(
             f"step {step} forecasts guidance from the difference of the two halves, which no earlier step has computed: "
@@ -186,12 +187,19 @@ def _resolve(entry: Entry, order: int, written: list[int], step: int) -> Read:
             f"step {step} reads the cached {entry.kind} of {span}, which no earlier step has computed as a whole: "
             "put a step that computes these blocks before it."
         )
-    sources = tuple(reversed(written[-order - 1 :]))
-    return Read(entry, sources, lagrange_weights(sources, step))
+    sources = (latest,) if how.repeats and latest is not None else tuple(reversed(written[-how.history :]))
+    if len(sources) < len(how.weights):
+        raise PlanError(
+            f"step {step} weighs the last {len(how.weights)} values of {entry.name}, of which {len(sources)} have been computed: give "
+            "fewer weights there, or an order in their place."
+        )
+    return Read(entry, sources, how.weigh(sources, step))
 
 
 def assign_slots(flows: Sequence[StepFlow]) -> tuple[dict[tuple[Entry, int], int], dict[Entry, int]]:
-    """Place every write in a slot of its entry, reusing slots whose value is not read any more; an update stays where it was.
+    """Place every write in a slot of its entry, reusing slots whose value is not read any more.
+
+    So an update stays where it was, unless what was there is still to be forecast from.
 
     Returns:
         The slot of (entry, step of the write), and the number of slots of each entry.
@@ -205,9 +213,10 @@ def assign_slots(flows: Sequence[StepFlow]) -> tuple[dict[tuple[Entry, int], int
     for i, flow in enumerate(flows):
         sources = {read.entry: read.sources[0] for read in flow.reads}
         for entry in flow.writes:
+            updated = sources.get(entry)
             held[entry] = [step for step in held[entry] if last_read.get((entry, step), -1) >= i]
-            if flow.updates(entry):
-                slots[entry, i] = slots[entry, sources[entry]]
+            if updated is not None and last_read[entry, updated] == i:
+                slots[entry, i] = slots[entry, updated]
             else:
                 busy = {slots[entry, step] for step in held[entry]}
                 slots[entry, i] = next(s for s in range(len(busy) + 1) if s not in busy)

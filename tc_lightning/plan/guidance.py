@@ -6,7 +6,8 @@ import dataclasses
 from typing import Any
 
 from tc_lightning.errors import PlanError
-from tc_lightning.plan.json_fields import is_int, is_name
+from tc_lightning.plan.forecasts import Forecast, forecast_from_json, forecast_to_json
+from tc_lightning.plan.json_fields import is_name
 
 GUIDANCE_MODES = ("both", "forecast", "cond")
 
@@ -40,10 +41,25 @@ class GuidanceMode:
     Args:
         mode: both, forecast or cond.
         order: forecast order of the difference, 0 to 2.
+        weights: free forecast weights in its place, latest value first.
     """
 
     mode: str = "both"
     order: int = 0
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(map(float, self.weights)))
+
+    @property
+    def forecast(self) -> Forecast:
+        """How the difference of the halves is forecast."""
+        return Forecast(self.order, self.weights)
+
+    @property
+    def outline(self) -> tuple[str, int]:
+        """What it does, but for what the forecast weighs: modes of one outline share a program."""
+        return self.mode, self.forecast.history
 
     @property
     def single(self) -> bool:
@@ -52,7 +68,7 @@ class GuidanceMode:
 
     def to_json(self) -> dict[str, Any]:
         """The fields that the mode uses."""
-        return {"mode": self.mode} | ({"order": self.order} if self.mode == "forecast" else {})
+        return {"mode": self.mode} | (forecast_to_json(self.forecast) if self.mode == "forecast" else {})
 
     @classmethod
     def from_json(cls, raw: Any, where: str) -> GuidanceMode:
@@ -61,11 +77,13 @@ class GuidanceMode:
         Raises:
             PlanError: if a key is missing or unknown, or a value has the wrong type.
         """
-        if not isinstance(raw, dict) or not {"mode"} <= set(raw) <= {"mode", "order"}:
-            raise PlanError(f"{where}: guidance must be an object with a mode, and an order if that is forecast; found {raw!r}.")
-        if not is_name(raw["mode"]) or not is_int(raw.get("order", 0)):
-            raise PlanError(f"{where}: the mode of guidance must be a name and its order an integer; found {raw!r}.")
-        return cls(**raw)
+        if not isinstance(raw, dict) or not {"mode"} <= set(raw) <= {"mode", "order", "weights"}:
+            raise PlanError(
+                f"{where}: guidance must be an object with a mode, and an order or weights if that is forecast; found {raw!r}."
+            )
+        if not is_name(raw["mode"]):
+            raise PlanError(f"{where}: the mode of guidance must be a name; found {raw!r}.")
+        return cls(raw["mode"], *forecast_from_json(raw, f"{where}, guidance"))
 
 
 BOTH = GuidanceMode()

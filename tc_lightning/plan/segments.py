@@ -6,11 +6,12 @@ import dataclasses
 from typing import Any, NamedTuple, NoReturn
 
 from tc_lightning.errors import PlanError
-from tc_lightning.plan.json_fields import check_keys, is_ints, is_name, shown
+from tc_lightning.plan.forecasts import Forecast, forecast_from_json, forecast_to_json
+from tc_lightning.plan.json_fields import check_keys, is_int, is_ints, is_name, shown
 
 MODES = ("compute", "partial", "reuse", "skip")
 CHOICES = ("static", "content")
-MAX_ORDER = 2
+_OPTIONAL_KEYS = {"choice", "keep", "tokens", "branches", "order", "weights", "kv_order", "kv_weights"}
 CACHED = ("span", "k", "v", "guidance")  # what is cached beside branches (`tc_lightning.plan.dataflow.Entry`)
 
 
@@ -75,11 +76,14 @@ class Segment:
         start: first block.
         stop: one past the last block.
         mode: compute, partial, reuse or skip.
-        order: forecast order of what comes from the cache, 0 to 2.
+        order: forecast order of what comes from the cache, 0 to 2; of keys and values, `kv_order` is.
         branches: reuse: the branches that come from the cache; partial: those recomputed for the kept tokens.
         tokens: partial, static: the tokens that are recomputed, ascending.
         choice: partial: static (the listed tokens) or content (those that the content predictor scores highest).
         keep: partial: how many tokens are recomputed; of static ones, always as many as are listed.
+        weights: free forecast weights in place of the order's, latest value first, 4 at most (`tc_lightning.plan.forecasts`).
+        kv_order: partial: forecast order of the keys and values of the tokens that are not recomputed.
+        kv_weights: partial: free weights in its place.
     """
 
     start: int
@@ -90,8 +94,13 @@ class Segment:
     tokens: tuple[int, ...] = ()
     choice: str = "static"
     keep: int = 0
+    weights: tuple[float, ...] = ()
+    kv_order: int = 0
+    kv_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(map(float, self.weights)))
+        object.__setattr__(self, "kv_weights", tuple(map(float, self.kv_weights)))
         if self.choice == "static":
             object.__setattr__(self, "keep", len(self.tokens))
 
@@ -99,6 +108,22 @@ class Segment:
     def is_content(self) -> bool:
         """Whether its tokens depend on the image."""
         return self.choice == "content"
+
+    @property
+    def forecast(self) -> Forecast:
+        """How residuals and branches that come from the cache are forecast."""
+        return Forecast(self.order, self.weights)
+
+    @property
+    def kv_forecast(self) -> Forecast:
+        """How keys and values that come from the cache are forecast."""
+        return Forecast(self.kv_order, self.kv_weights)
+
+    @property
+    def outline(self) -> tuple[object, ...]:
+        """What it does, but for which tokens it keeps and what its forecasts weigh: segments of one outline share a program."""
+        histories = (self.forecast.history, self.kv_forecast.history, self.kv_forecast.repeats)
+        return (self.start, self.stop, self.mode, histories, self.branches, self.choice, self.keep)
 
     @property
     def blocks(self) -> range:
@@ -117,7 +142,9 @@ class Segment:
         if self.mode in ("partial", "reuse"):
             raw["branches"] = list(self.branches)
         if self.mode != "compute":
-            raw["order"] = self.order
+            raw |= forecast_to_json(self.forecast)
+        if self.mode == "partial":
+            raw |= forecast_to_json(self.kv_forecast, "kv_")
         return raw
 
     @classmethod
@@ -127,17 +154,30 @@ class Segment:
         Raises:
             PlanError: if a key is missing or unknown, or a value has the wrong type.
         """
-        check_keys(raw, {"blocks", "mode"}, {"choice", "keep", "tokens", "branches", "order"}, where)
+        check_keys(raw, {"blocks", "mode"}, _OPTIONAL_KEYS, where)
         blocks, tokens = raw["blocks"], raw.get("tokens", [])
         choice, keep = raw.get("choice", "static"), raw.get("keep", len(tokens) if isinstance(tokens, list) else 0)
-        if not (is_ints(blocks) and len(blocks) == 2 and is_ints(tokens) and is_ints([keep, raw.get("order", 0)])):
-            raise PlanError(f"{where}: blocks must be two integers, tokens a list of integers, keep and order an integer each.")
+        if not (is_ints(blocks) and len(blocks) == 2 and is_ints(tokens) and is_int(keep)):
+            raise PlanError(f"{where}: blocks must be two integers, tokens a list of integers, and keep an integer.")
         if choice == "static" and keep != len(tokens):
             raise PlanError(f"{where}: keep is {keep}, but {len(tokens)} tokens are listed.")
         branches = raw.get("branches", list(BRANCHES) if raw["mode"] == "partial" else [])
         if not (isinstance(branches, list) and all(map(is_name, branches))):
             raise PlanError(f"{where}: branches must be a list of names.")
-        return cls(blocks[0], blocks[1], raw["mode"], raw.get("order", 0), tuple(branches), tuple(tokens), choice, keep)
+        own, kv = forecast_from_json(raw, where), forecast_from_json(raw, where, "kv_")
+        return cls(
+            blocks[0],
+            blocks[1],
+            raw["mode"],
+            own.order,
+            tuple(branches),
+            tuple(tokens),
+            choice,
+            keep,
+            own.weights,
+            kv.order,
+            kv.weights,
+        )
 
 
 def compute(start: int, stop: int) -> Segment:
@@ -150,14 +190,16 @@ def skip(start: int, stop: int, order: int = 0) -> Segment:
     return Segment(start, stop, "skip", order)
 
 
-def partial(start: int, stop: int, tokens: tuple[int, ...], order: int = 0, branches: tuple[str, ...] = BRANCHES) -> Segment:
+def partial(
+    start: int, stop: int, tokens: tuple[int, ...], order: int = 0, branches: tuple[str, ...] = BRANCHES, kv_order: int = 0
+) -> Segment:
     """Segment that recomputes the given tokens."""
-    return Segment(start, stop, "partial", order, branches, tuple(sorted(tokens)))
+    return Segment(start, stop, "partial", order, branches, tuple(sorted(tokens)), kv_order=kv_order)
 
 
-def content(start: int, stop: int, keep: int, order: int = 0, branches: tuple[str, ...] = BRANCHES) -> Segment:
+def content(start: int, stop: int, keep: int, order: int = 0, branches: tuple[str, ...] = BRANCHES, kv_order: int = 0) -> Segment:
     """Segment that recomputes the `keep` tokens which the content predictor scores highest."""
-    return Segment(start, stop, "partial", order, branches, choice="content", keep=keep)
+    return Segment(start, stop, "partial", order, branches, choice="content", keep=keep, kv_order=kv_order)
 
 
 def reuse(start: int, stop: int, branches: tuple[str, ...], order: int = 0) -> Segment:
@@ -181,8 +223,12 @@ def require_valid(
         fail(f"unknown mode {segment.mode!r}, choose one of {', '.join(MODES)}")
     if segment.start != reached or segment.stop <= segment.start or segment.stop > depth:
         fail(f"segments must cover blocks 0 to {depth} in order without gap or overlap; {reached} was reached")
-    if not 0 <= segment.order <= MAX_ORDER:
-        fail(f"order {segment.order} is not 0, 1 or 2")
+    if fault := segment.forecast.fault():
+        fail(fault)
+    if fault := segment.kv_forecast.fault():
+        fail(f"keys and values: {fault}")
+    if segment.kv_forecast != Forecast() and not (segment.mode == "partial" and any(map(segment.computes, block.attending))):
+        fail("keys and values are forecast where the mode is partial and attention is recomputed alone")
     if len(set(segment.branches)) != len(segment.branches) or not set(segment.branches) <= set(block.names):
         fail(f"branches {list(segment.branches)} must be distinct and of {list(block.names)}")
     if segment.choice not in CHOICES or (segment.is_content and segment.mode != "partial"):
@@ -203,7 +249,7 @@ def require_valid(
         fail("reuse must name the branches that come from the cache")
     if segment.mode == "partial" and set(segment.branches) not in ({*block.names}, {*block.tokenwise}):
         fail(f"partial recomputes {' and '.join(block.names)}, or {' and '.join(block.tokenwise)} alone")
-    if segment.mode == "compute" and (segment.order or segment.branches):
-        fail("compute takes neither order nor branches")
+    if segment.mode == "compute" and (segment.forecast != Forecast() or segment.branches):
+        fail("compute takes neither order nor weights nor branches")
     if segment.mode == "skip" and segment.branches:
         fail("skip takes no branches")

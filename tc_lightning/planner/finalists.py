@@ -61,10 +61,7 @@ class Finalist:
     def simplicity(self) -> tuple[bool, int, int]:
         """The less, the simpler: whether it caches, how many programs it runs, bytes of its cache."""
         plan = self.plan
-        kinds = {
-            (plan.guidance_mode(i), tuple((s.start, s.stop, s.mode, s.order, s.branches, s.keep) for s in segments))
-            for i, segments in enumerate(plan.steps)
-        }
+        kinds = {(plan.guidance_mode(i).outline, tuple(s.outline for s in segments)) for i, segments in enumerate(plan.steps)}
         return plan.caches, len(kinds), cache_bytes_per_image(plan)
 
     def worse_than(self, other: Finalist) -> bool:

@@ -15,9 +15,10 @@ import numpy as np
 from tc_lightning.diffusion.samplers import make_sampler
 from tc_lightning.measure.scores import Scores
 from tc_lightning.plan.cache_plan import CachePlan
+from tc_lightning.plan.forecasts import MAX_ORDER
 from tc_lightning.plan.guidance import BOTH, GuidanceMode
 from tc_lightning.plan.sampler_table import SamplerTable
-from tc_lightning.plan.segments import MAX_ORDER, compute
+from tc_lightning.plan.segments import compute
 from tc_lightning.policies.pruned_steps import PrunedStep
 from tc_lightning.policies.subject import Subject
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from tc_lightning.errors import PlanError
 from tc_lightning.plan.costs import full_step_macs, step_macs
+from tc_lightning.plan.forecasts import MAX_ORDER
 from tc_lightning.plan.sampler_table import SamplerTable
-from tc_lightning.plan.segments import MAX_ORDER
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.targeted import Offer, TargetedPolicy

@@ -24,9 +24,10 @@ import numpy as np
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.scores import Scores
 from tc_lightning.plan.costs import full_step_macs, selector_runs, step_macs
+from tc_lightning.plan.forecasts import MAX_ORDER
 from tc_lightning.plan.guidance import BOTH
 from tc_lightning.plan.sampler_table import SamplerTable
-from tc_lightning.plan.segments import MAX_ORDER, Segment, compute, content, partial, skip
+from tc_lightning.plan.segments import Segment, compute, content, partial, skip
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.pruned_steps import top_tokens

@@ -21,9 +21,10 @@ from tc_lightning.measure.psnr import psnr_db
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
+from tc_lightning.plan.forecasts import MAX_ORDER
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
-from tc_lightning.plan.segments import MAX_ORDER, Segment, compute
+from tc_lightning.plan.segments import Segment, compute
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.policies.base import PlanningContext, Policy
 from tc_lightning.policies.choice import PlanChoice

@@ -94,7 +94,7 @@ class Rollout:
         """Guided eps [B, C, H, W] of a step, and what it writes; gradients are recorded if they are wanted."""
         plan, model, i, x_BCHW = self.plan, self.model, state.step, state.x
         flow, mode, guidance = plan.flows[i], plan.guidance_mode(i), plan.guidance
-        cached = {r.entry: forecast([state.store[r.entry, s] for s in r.sources], r.weights) for r in flow.reads}
+        cached = {r.entry: forecast([state.store[r.entry, s] for s in r.sources], () if r.repeats else r.weights) for r in flow.reads}
         kept = tuple(kept_tokens(s, x_BCHW.device) for s in plan.steps[i])
         half = slice(len(x_BCHW)) if mode.single else slice(None)
         rows = self.rows.part(half)
