@@ -13,7 +13,7 @@ from tc_lightning.cache.soft_network import StepCaches, full_eps, mixed_branches
 from tc_lightning.errors import RunError
 from tc_lightning.learn.objectives.base import Batch, Task
 from tc_lightning.measure.cache_cases import REPEATED, CacheCases, Case
-from tc_lightning.plan.dataflow import lagrange_weights
+from tc_lightning.plan.forecasts import lagrange_weights
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import BRANCHES, compute, partial, reuse, skip
 from tc_lightning.rollout.sampling import SamplingStep, full_plan, model_signature, noise_for, sample_steps
@@ -107,15 +107,17 @@ def test_branches_of_weight_0_are_the_plan_that_reuses_them(order: int) -> None:
         torch.testing.assert_close(eps, states[step].eps, rtol=1e-4, atol=1e-4)
 
 
-def test_tokens_of_weight_1_are_the_plan_that_recomputes_them() -> None:
+@pytest.mark.parametrize(("order", "gap"), [(0, 2), (1, 2), (1, 3), (2, 3)])
+def test_tokens_of_weight_1_are_the_plan_that_recomputes_them(order: int, gap: int) -> None:
+    """Keys and values are forecast at the order of residuals. (Where both are repeated, steps that follow one another update them.)"""
     kept = ((0, 3, 7), (2,), (1, 5, 9, 15))
-    light = tuple(partial(b, b + 1, tokens) for b, tokens in enumerate(kept))
-    states = run(tuple(light if i % 2 else FULL for i in range(7)))
+    light = tuple(partial(b, b + 1, tokens, order, kv_order=order) for b, tokens in enumerate(kept))
+    states = run(tuple(light if i % gap else FULL for i in range(9)))
     w = torch.zeros(2, DEPTH, 16)
     for b, tokens in enumerate(kept):
         w[:, b, list(tokens)] = 1.0
-    for step in (1, 3, 5):
-        caches = cached(states, Case(0, 2, 1), step)
+    for step in (i for i in range(9) if i % gap):
+        caches = cached(states, Case(order, gap, step % gap), step)
         eps = mixed_eps(TEACHER, GUIDED, caches.blocks, *soft_args(states, step), w)
         torch.testing.assert_close(eps, states[step].eps, rtol=1e-4, atol=1e-4)
 

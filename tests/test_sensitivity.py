@@ -17,7 +17,8 @@ from tc_lightning.measure.cache_cases import CacheCases, Case
 from tc_lightning.measure.sensitivity import branch_sensitivity, probes_for, token_sensitivity
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan.cache_plan import CachePlan
-from tc_lightning.plan.dataflow import Entry, lagrange_weights
+from tc_lightning.plan.dataflow import Entry
+from tc_lightning.plan.forecasts import lagrange_weights
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import BRANCHES, Segment, compute, reuse, skip
 from tc_lightning.rollout.sampling import SamplingStep, full_plan, model_signature, noise_for, sample_steps

@@ -62,8 +62,9 @@ class _Rows:
         rows, factors = torch.tensor(rows_JB, device=device), torch.tensor(weights_JB, dtype=torch.float64, device=device)
         self.rows_JM = torch.cat([rows, rows + starts[-1]], 1) if both else rows
         self.weights_JM = torch.cat([factors, factors], 1) if both else factors
+        self.repeats = most == 1
 
     def __call__(self, value_SND: Tensor) -> Tensor:
         precision = torch.promote_types(value_SND.dtype, torch.float32)
-        weights_JM11 = self.weights_JM.to(precision)[..., None, None]
+        weights_JM11 = () if self.repeats else self.weights_JM.to(precision)[..., None, None].unbind()
         return forecast([value_SND[rows_M] for rows_M in self.rows_JM], weights_JM11).to(value_SND.dtype)

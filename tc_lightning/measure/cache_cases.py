@@ -11,8 +11,7 @@ import functools
 from typing import NamedTuple
 
 from tc_lightning.errors import RunError
-from tc_lightning.plan.dataflow import lagrange_weights
-from tc_lightning.plan.segments import MAX_ORDER
+from tc_lightning.plan.forecasts import MAX_ORDER, lagrange_weights
 
 MAX_GAP = 100  # most steps from one full step to the next
 
