@@ -16,8 +16,8 @@ from tc_lightning.learn.distiller import TokenCacheDistiller
 from tc_lightning.learn.objectives.rollout import RouterRollout
 from tc_lightning.learn.objectives.superposition import RouterSuperposition
 from tc_lightning.learn.planning import trajectory_sensitivity
-from tc_lightning.measure.calibration import Calibration
 from tc_lightning.measure.cache_cases import CacheCases
+from tc_lightning.measure.calibration import Calibration
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.checkpoints import TeacherSpec
 from tc_lightning.models.predictor import INITIAL_IMPORTANCE

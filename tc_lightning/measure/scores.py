@@ -114,8 +114,8 @@ class Scores:
         if not set(_REQUIRED) <= set(arrays) <= {*_REQUIRED, *_OPTIONAL} or not {"teacher", "sampler"} <= set(metadata):
             raise RunError(f"{path} does not hold scores: found {', '.join(sorted(arrays)) or 'nothing'}.")
         try:
-            texts = {name: metadata.get(name, "") for name in ("teacher", "sampler", "selector")}
-            return cls(**arrays, **texts, cases=_cases(metadata))
+            selector, cases = metadata.get("selector", ""), _cases(metadata)
+            return cls(**arrays, teacher=metadata["teacher"], sampler=metadata["sampler"], selector=selector, cases=cases)
         except RunError as error:
             raise RunError(f"{path}: {error}") from error
 
