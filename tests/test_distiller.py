@@ -83,7 +83,7 @@ def test_fit_learns_holds_the_budget_and_writes_everything(teacher: TeacherSpec,
     run = read_run(folder)
     assert (plan.model.teacher, plan.num_steps) == (module.teacher_digest, 6)
     assert (scores.teacher, scores.sampler) == (module.teacher_digest, sampler_digest(module.sampler))
-    assert scores.cases == module.task.cases == CacheCases((0, 1, 2), (2, 3, 4))
+    assert scores.cases == module.task.cases == CacheCases((0, 1, 2), (2, 3, 4), 2)
     assert abs(scores.importance_TLN[1:].mean() - 0.4) < 0.02
     assert (scores.importance_TLN[0] == 1).all()
     assert (scores.sensitivity_TL2[1:] > 0).all()

@@ -83,7 +83,7 @@ def test_resume_with_another_teacher_or_sampler_is_refused(teacher: TeacherSpec,
     del checkpoint["cases"]  # as before there were several
     with pytest.raises(RunError, match="trained for a cache that forecasts at order 0 from full steps 1 apart"):
         module.on_load_checkpoint(checkpoint)
-    make_distiller(teacher, orders=(0,), gaps=(1,)).on_load_checkpoint(checkpoint)
+    make_distiller(teacher, orders=(0,), gaps=(1,), kv_order=0).on_load_checkpoint(checkpoint)
 
 
 def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_a_router_is_optional_and_part_of_the_digest(tmp_path: Path) -> None:
 
 
 def test_the_cache_that_scores_are_of_is_kept_and_named(tmp_path: Path) -> None:
-    path, cases = tmp_path / "scores.safetensors", CacheCases((1, 2), (2, 4))
+    path, cases = tmp_path / "scores.safetensors", CacheCases((1, 2), (2, 4), 2)
     repeated, scores = Scores(*arrays(), "t", "s"), Scores(*arrays(), "t", "s", cases=cases)
     scores.save(path)
     assert Scores.load(path).cases == cases
@@ -67,7 +67,10 @@ def test_the_cache_that_scores_are_of_is_kept_and_named(tmp_path: Path) -> None:
 def test_a_plan_says_of_scores_that_they_are_of_another_cache() -> None:
     scores = Scores(*arrays(), "t", "s", cases=CacheCases((1, 2), (3,)))
     assert scores.provenance([2, 1]) == scores.provenance([]) == {"scores": scores.digest}
-    said = "they were learned for a cache that forecasts at order 1 or 2 from full steps 3 apart, and this plan forecasts at order 0"
+    said = (
+        "they were learned for a cache that forecasts at order 1 or 2 (keys and values at order 0) from full steps 3 apart, and this "
+        "plan forecasts at order 0"
+    )
     assert scores.provenance([0, 1]) == {"scores": scores.digest, "scores_of_another_cache": said}
 
 
@@ -81,8 +84,9 @@ def test_files_of_the_version_before_are_of_the_step_before(tmp_path: Path) -> N
     wrong = [
         ({"format_version": "3"}, "format version 3 is not 2"),
         ({"format_version": "2", "orders": "1"}, "cannot be read"),
-        ({"format_version": "2", "orders": "1", "gaps": "x"}, "cannot be read"),
-        ({"format_version": "2", "orders": "7", "gaps": "2"}, r"orders are \[7\]"),
+        ({"format_version": "2", "orders": "1", "gaps": "2"}, "cannot be read"),
+        ({"format_version": "2", "orders": "1", "gaps": "x", "kv_order": "0"}, "cannot be read"),
+        ({"format_version": "2", "orders": "7", "gaps": "2", "kv_order": "0"}, r"orders are \[7\]"),
     ]
     for more, message in wrong:
         save_file(content, path, metadata | more)

@@ -18,7 +18,6 @@ from tc_lightning.measure.sensitivity import branch_sensitivity, probes_for, tok
 from tc_lightning.models.dit import DiT, DiTConfig, randomise_
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.dataflow import Entry
-from tc_lightning.plan.forecasts import lagrange_weights
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import BRANCHES, Segment, compute, reuse, skip
 from tc_lightning.rollout.sampling import SamplingStep, full_plan, model_signature, noise_for, sample_steps
@@ -131,10 +130,11 @@ def test_is_what_replacing_a_branch_by_its_forecast_does_in_a_run(model: DiT, or
     states = interrupted(model, order, gap, step, (compute(0, L),))
     axes = torch.eye(128, dtype=torch.float64).mul(128**0.5).reshape(128, 1, 2, 8, 8).expand(-1, 2, -1, -1, -1)
 
-    sources = Case(order, gap, age).sources(step)
-    of = [(row, source) for row in range(2) for source in sources]
+    read = Case(order, gap, age).reads(step)
+    of = [(row, source) for row in range(2) for source in read.sources]
     x, t = torch.stack([states[source].x[row] for row, source in of]), torch.tensor([times[source] for _, source in of])
-    cached = forecast_caches(model, guidance, x, t, LABELS[[row for row, _ in of]], [lagrange_weights(sources, step)] * 2).branches
+    labels, weights = LABELS[[row for row, _ in of]], [read.weights] * 2
+    cached = forecast_caches(model, guidance, x, t, labels, weights, weights).branches
     found = branch_sensitivity(model, guidance, cached, states[step].x, torch.full((2,), times[step]), LABELS, axes)
 
     for b, (place, branch) in itertools.product(range(L), enumerate(BRANCHES)):
@@ -154,7 +154,8 @@ def test_a_trajectory_is_measured_case_by_case(model: DiT) -> None:
         read = cases.reads(sample, step)
         x = torch.cat([states[source].x for source in read.sources])
         t = torch.tensor([plan.sampler.steps[source].t for source in read.sources])
-        cached = forecast_caches(model, plan.guidance, x, t, label.expand(len(x)), [read.weights]).branches
+        weights = [read.weights], [read.kv_weights]
+        cached = forecast_caches(model, plan.guidance, x, t, label.expand(len(x)), *weights).branches
         now = states[step].x, torch.tensor([plan.sampler.steps[step].t]), label
         alone = branch_sensitivity(model, plan.guidance, cached, *now, probes_for(model, sample, [step], 2).double())
         torch.testing.assert_close(rows[step], alone[0], rtol=1e-6, atol=0.0)

@@ -22,11 +22,15 @@ from tc_lightning.plan.guidance import Guidance
 
 @torch.no_grad()
 def forecast_caches(
-    model: Network, guidance: Guidance, x_SCHW: Tensor, t_S: Tensor, asked_S: Asked, weights: Sequence[Sequence[float]]
+    model: Network,
+    guidance: Guidance,
+    x_SCHW: Tensor,
+    t_S: Tensor,
+    asked_S: Asked,
+    weights: Sequence[Sequence[float]],
+    kv_weights: Sequence[Sequence[float]],
 ) -> StepCaches:
     """Compute full steps, and forecast from those of each image what `mixed_eps` and `mixed_branches_eps` reuse.
-
-    Residuals, keys, values and branches are forecast with the same weights, as in a plan whose orders are all the same.
 
     Args:
         model: the teacher.
@@ -34,17 +38,17 @@ def forecast_caches(
         x_SCHW: latents of the full steps: those of the first image, latest first, then those of the second, and so on.
         t_S: their times, in the network's units.
         asked_S: their conditions.
-        weights: for each of the B images the weights of its full steps.
+        weights: for each of the B images what its full steps weigh in residuals and branches.
+        kv_weights: the same for keys and values.
     """
-    forecast_rows = _Rows(weights, guidance.doubles_batch, x_SCHW.device)
+    own, kv = (_Rows(each, guidance.doubles_batch, x_SCHW.device) for each in (weights, kv_weights))
     z_MND, mods, _ = enter(model, guidance, x_SCHW, t_S, asked_S)
     caches = StepCaches([], [])
 
     def run(b: int, z_MND: Tensor, skip_MND: Tensor | None) -> Tensor:
         out_MND, whole, branches = full_block(model.blocks[b], z_MND, mods[b], skip_MND)  # type: ignore[arg-type]
-        kv = None if whole.kv is None else KeyValue(*map(forecast_rows, whole.kv))
-        caches.blocks.append(BlockCache(forecast_rows(whole.residual), kv))
-        caches.branches.append({name: forecast_rows(update) for name, update in branches.items()})
+        caches.blocks.append(BlockCache(own(whole.residual), None if whole.kv is None else KeyValue(*map(kv, whole.kv))))
+        caches.branches.append({name: own(update) for name, update in branches.items()})
         return out_MND
 
     run_through(list(model.blocks), z_MND, run)

@@ -31,6 +31,7 @@ from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, teacher_d
 from tc_lightning.models.conditions import require_null
 from tc_lightning.models.content_predictor import Selector
 from tc_lightning.models.network import Network
+from tc_lightning.plan.forecasts import KV_ORDER
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.policies.base import Policy
 from tc_lightning.policies.tprr import TPRRPolicy
@@ -60,8 +61,9 @@ class TokenCacheDistiller(LightningModule):
         budget_rate: step of the multiplier's dual ascent, for each optimiser step.
         budget_penalty: weight of the squared distance from `target_share`.
         orders: forecast orders of the caches for which tokens and sensitivities are scored, 0 to 2; 0 repeats.
-        gaps: steps between the full steps from which these caches are forecast. At orders (0,) and gaps (1,) the step before is
-            repeated, as the papers have it.
+        gaps: steps between the full steps from which these caches are forecast.
+        kv_order: forecast order of their keys and values. With orders (0,), gaps (1,) and kv_order 0 the step before is repeated, as
+            the papers have it.
         sensitivity_samples: trajectories over which sensitivities are averaged.
         sensitivity_probes: random probes for each step of these.
         purpose: what the run says that it is for: `fit`, or `ablation`, which later commands do not take for the user's newest run.
@@ -90,6 +92,7 @@ class TokenCacheDistiller(LightningModule):
         budget_penalty: float = 10.0,
         orders: tuple[int, ...] = (0, 1, 2),
         gaps: tuple[int, ...] = (2, 3, 4),
+        kv_order: int = KV_ORDER,
         sensitivity_samples: int = 16,
         sensitivity_probes: int = 4,
         purpose: str = FIT,
@@ -120,7 +123,7 @@ class TokenCacheDistiller(LightningModule):
         self.lr = lr
         self.sensitivity_samples, self.sensitivity_probes = sensitivity_samples, sensitivity_probes
         self.purpose = purpose
-        self.task = Task(self.teacher, self.signature, self.sampler, self.guidance, CacheCases(orders, gaps))
+        self.task = Task(self.teacher, self.signature, self.sampler, self.guidance, CacheCases(orders, gaps, kv_order))
         self.reach = self.task.cases.reach
         self.tokens, self.router = tokens, router
         for objective in self.objectives:  # the tokens' first: whether there is a router does not change where they start
@@ -235,7 +238,7 @@ class TokenCacheDistiller(LightningModule):
         if (theirs := checkpoint.get("cases", REPEATED.in_words)) != (ours := self.task.cases.in_words):
             raise RunError(
                 f"the checkpoint was trained for a cache that {theirs}, and the configured one {ours}. "
-                "Restore orders and gaps, or start a new run without `--ckpt_path`."
+                "Restore orders, gaps and kv_order, or start a new run without `--ckpt_path`."
             )
         state = {_state_name(name): value for name, value in checkpoint["state_dict"].items()}
         if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in self.state_dict().items()}:

@@ -7,6 +7,7 @@ are there.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,14 +61,16 @@ def trajectory_sensitivity(
     given = given_of(model.conditions, asked)
     x_TCHW = torch.cat([state.x for state in sample_steps(model, plan, x_1CHW, asked)])
     t_T = torch.tensor([step.t for step in plan.sampler.steps], device=x_TCHW.device)
+    cases = dataclasses.replace(cases, kv_order=0)  # keys and values are not asked for
     rows = [torch.zeros(1, plan.model.depth, len(plan.model.block.names))]
     for steps in torch.arange(1, len(t_T)).split(STEPS_AT_ONCE):
         v = probes_for(model, sample, steps.tolist(), probes).to(x_TCHW)
         reads = [cases.reads(sample, step) for step in steps.tolist()]
         full = torch.tensor([source for read in reads for source in read.sources])
-        weights = [read.weights for read in reads]
-        cached = forecast_caches(model, plan.guidance, x_TCHW[full], t_T[full], given.part(torch.zeros_like(full)), weights).branches
+        weights = [read.weights for read in reads], [read.kv_weights for read in reads]
+        before = x_TCHW[full], t_T[full], given.part(torch.zeros_like(full))
         now = x_TCHW[steps], t_T[steps], given.part(torch.zeros_like(steps))
+        cached = forecast_caches(model, plan.guidance, *before, *weights).branches
         rows.append(branch_sensitivity(model, plan.guidance, cached, *now, v).cpu())
     return torch.cat(rows).double()
 

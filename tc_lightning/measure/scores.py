@@ -98,7 +98,7 @@ class Scores:
 
         metadata = {"teacher": self.teacher, "sampler": self.sampler, "selector": self.selector, "format_version": FORMAT_VERSION}
         numbers = {name: " ".join(map(str, getattr(self.cases, name))) for name in ("orders", "gaps")}
-        write_atomically(path, save(self.arrays, metadata | numbers))
+        write_atomically(path, save(self.arrays, metadata | numbers | {"kv_order": str(self.cases.kv_order)}))
 
     @classmethod
     def load(cls, path: Path) -> Scores:
@@ -147,7 +147,8 @@ def _cases(metadata: Mapping[str, str]) -> CacheCases:
     if version != FORMAT_VERSION:
         raise RunError(f"format version {version} is not {FORMAT_VERSION}: use the release that wrote the scores, or distil again.")
     try:
-        return CacheCases(*(tuple(map(int, metadata[name].split())) for name in ("orders", "gaps")))
+        orders, gaps = (tuple(map(int, metadata[name].split())) for name in ("orders", "gaps"))
+        return CacheCases(orders, gaps, int(metadata["kv_order"]))
     except (KeyError, ValueError) as error:
         raise RunError(f"the orders and gaps that the scores were learned for cannot be read ({error!r}): distil again.") from error
 

@@ -91,8 +91,8 @@ class Batch:
         of_S = [(row, source) for row, read in enumerate(reads) for source in read.sources]
         rows_S, sources_S = torch.tensor(of_S, device=self.step.device).unbind(1)
         x_SCHW = b["x_prev"][rows_S, self.step[rows_S] - 1 - sources_S]
-        weights = [read.weights for read in reads]
-        return forecast_caches(task.teacher, task.guidance, x_SCHW, self.times(sources_S), self.given.part(rows_S), weights)
+        weights = [read.weights for read in reads], [read.kv_weights for read in reads]
+        return forecast_caches(task.teacher, task.guidance, x_SCHW, self.times(sources_S), self.given.part(rows_S), *weights)
 
     def reuse_error_B(self, cases: CacheCases = REPEATED) -> Tensor:
         """Mean squared error of eps with everything reused, by image."""
