@@ -1,4 +1,4 @@
-"""Reading of recorded trajectories: memory-mapped shards, neighbouring pairs for training, end points for planning.
+"""Reading of recorded trajectories: memory-mapped shards, steps with those before them for training, end points for planning.
 
 The shards are ordinary Hugging Face Arrow files: `datasets.Dataset.from_file("shard-00000.arrow")` opens one, and
 `TrajectorySet.table` is all of them.
@@ -31,8 +31,8 @@ class Endpoints(NamedTuple):
     latents: Tensor
 
 
-# Two neighbouring steps of one trajectory: x_prev, x, eps, step, index, and each condition by its name; collated, latents are
-# [B, C, H, W] and numbers [B].
+# A step of one trajectory with those before it: x_prev, x, eps, step, index, and each condition by its name; collated, latents are
+# [B, C, H, W], those of the steps before [B, R, C, H, W], and numbers [B].
 Pair = dict[str, Any]
 
 
@@ -98,16 +98,18 @@ class TrajectorySet:
 
 
 class PairDataset(TorchDataset[Pair]):
-    """Steps 1 to T - 1 of each sample with the step before them, ordered by index, then step.
+    """Steps 1 to T - 1 of each sample with the steps before them, ordered by index, then step.
 
     Args:
         trajectories: the set.
         indices: the samples taken from it.
+        reach: how many steps before each step, latest first; step 0 stands in for those before it.
     """
 
-    def __init__(self, trajectories: TrajectorySet, indices: range) -> None:
+    def __init__(self, trajectories: TrajectorySet, indices: range, reach: int = 1) -> None:
         self.trajectories, self.indices = trajectories, indices
         self._pairs = trajectories.recipe.num_steps - 1
+        self._reach = min(reach, self._pairs)
 
     def __len__(self) -> int:
         return len(self.indices) * self._pairs
@@ -118,7 +120,7 @@ class PairDataset(TorchDataset[Pair]):
         sample, step = divmod(item, self._pairs)
         index, step, source = self.indices[sample], step + 1, self.trajectories
         return dict(
-            x_prev=source.latent(index, step - 1),
+            x_prev=torch.stack([source.latent(index, max(step - 1 - r, 0)) for r in range(self._reach)]),
             x=source.latent(index, step),
             eps=source.eps(index, step),
             **source.given(index),

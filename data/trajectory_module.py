@@ -23,16 +23,17 @@ from tc_lightning.plan.sampler_table import SamplerTable
 
 
 class Distiller(Protocol):
-    """What the LightningModule must have."""
+    """What the LightningModule must have; `reach` is how many steps before a step it looks at."""
 
     teacher: Network
     teacher_digest: str
     sampler: SamplerTable
     guidance: Guidance
+    reach: int
 
 
 class TrajectoryDataModule(LightningDataModule):
-    """Neighbouring steps of full-compute trajectories, for a module that has a frozen teacher.
+    """Steps of full-compute trajectories with those before them, for a module that has a frozen teacher.
 
     Batches are those of one process, whatever the number of processes: batch j of all of them together is batch j of one. The
     loaders bring their own distributed sampler, which the trainer leaves alone. Incomplete batches are dropped.
@@ -97,12 +98,12 @@ class TrajectoryDataModule(LightningDataModule):
     @property
     def pairs(self) -> PairDataset:
         """Training pairs."""
-        return PairDataset(self.trajectories, self.train_indices)
+        return PairDataset(self.trajectories, self.train_indices, self._distiller().reach)
 
     @property
     def val_pairs(self) -> PairDataset:
         """Held-out pairs."""
-        return PairDataset(self.trajectories, self.val_indices)
+        return PairDataset(self.trajectories, self.val_indices, self._distiller().reach)
 
     def heldout(self) -> Endpoints:
         """Noise, conditions and final latents of the held-out samples."""

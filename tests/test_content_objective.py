@@ -36,8 +36,9 @@ def make_module(teacher: TeacherSpec, uncached: int = 1, **changes: Any) -> tupl
 
 def make_batch(module: TokenCacheDistiller) -> Batch:
     x_prev, x, eps = torch.randn(3, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    content = {"x_prev": x_prev, "x": x, "eps": eps, "label": torch.tensor([0, 2]), "step": torch.tensor([1, 4])}
-    return Batch(module.task, content)
+    before = x_prev[:, None].expand(-1, module.reach, -1, -1, -1)
+    numbers = {"label": torch.tensor([0, 2]), "step": torch.tensor([1, 4]), "index": torch.tensor([0, 1])}
+    return Batch(module.task, {"x_prev": before, "x": x, "eps": eps, **numbers})
 
 
 @pytest.mark.parametrize("uncached", [0, 1, 2])
@@ -53,7 +54,8 @@ def test_errors_at_both_ends(teacher: TeacherSpec, uncached: int) -> None:
     b = batch.content
     z, mods, _ = enter(module.teacher, module.guidance, b["x"], batch.times(batch.step), b["label"])
     x_L, reused = z, z
-    for l, (block, mod, cache) in enumerate(zip(module.teacher.blocks, mods, batch.caches.blocks, strict=True)):  # noqa: E741
+    caches = batch.caches(module.task.cases).blocks
+    for l, (block, mod, cache) in enumerate(zip(module.teacher.blocks, mods, caches, strict=True)):  # noqa: E741
         x_L = block(x_L, mod)
         reused = reused + cache.residual if l < 3 - uncached else block(reused, mod)
     by_hand = (reused - x_L).square().reshape(2, 2, -1).mean((0, 2))  # both halves, tokens and width

@@ -16,6 +16,7 @@ from tc_lightning.learn.distiller import TokenCacheDistiller
 from tc_lightning.learn.objectives.rollout import RouterRollout
 from tc_lightning.learn.objectives.superposition import RouterSuperposition
 from tc_lightning.learn.planning import trajectory_sensitivity
+from tc_lightning.measure.cache_cases import CacheCases
 from tc_lightning.measure.calibration import Calibration
 from tc_lightning.measure.scores import Scores, sampler_digest
 from tc_lightning.models.checkpoints import TeacherSpec
@@ -82,6 +83,7 @@ def test_fit_learns_holds_the_budget_and_writes_everything(teacher: TeacherSpec,
     run = read_run(folder)
     assert (plan.model.teacher, plan.num_steps) == (module.teacher_digest, 6)
     assert (scores.teacher, scores.sampler) == (module.teacher_digest, sampler_digest(module.sampler))
+    assert scores.cases == module.task.cases == CacheCases((0, 1, 2), (2, 3, 4), 2)
     assert abs(scores.importance_TLN[1:].mean() - 0.4) < 0.02
     assert (scores.importance_TLN[0] == 1).all()
     assert (scores.sensitivity_TL2[1:] > 0).all()
@@ -229,6 +231,8 @@ def test_sensitivity_of_a_trajectory_starts_with_a_zero_row(teacher: TeacherSpec
         ({"lr": 0.0}, "lr is 0"),
         ({"num_steps": 1}, "num_steps is 1"),
         ({"target_share": 1.0}, "target_share is 1"),
+        ({"orders": (3,)}, r"orders are \[3\]: name at least one, each 0 to 2"),
+        ({"gaps": ()}, "gaps are"),
     ],
 )
 def test_settings_out_of_range(teacher: TeacherSpec, wrong: dict[str, Any], message: str) -> None:

@@ -78,7 +78,12 @@ def test_resume_with_another_teacher_or_sampler_is_refused(teacher: TeacherSpec,
         make_distiller(teacher, num_steps=7).on_load_checkpoint(checkpoint)
     with pytest.raises(RunError, match="another size"):
         make_distiller(teacher, predictor_hidden_size=32).on_load_checkpoint(checkpoint)
-    module.on_load_checkpoint(checkpoint)
+    with pytest.raises(RunError, match=r"trained for a cache that forecasts at order 0, 1 or 2 .* and the configured one .* order 1 "):
+        make_distiller(teacher, orders=(1,)).on_load_checkpoint(checkpoint)
+    del checkpoint["cases"]  # as before there were several
+    with pytest.raises(RunError, match="trained for a cache that forecasts at order 0 from full steps 1 apart"):
+        module.on_load_checkpoint(checkpoint)
+    make_distiller(teacher, orders=(0,), gaps=(1,), kv_order=0).on_load_checkpoint(checkpoint)
 
 
 def test_a_checkpoint_that_cannot_be_written_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,8 +44,8 @@ def pairs(task: Task, steps: list[int]) -> Batch:
     def at(name: str, shift: int) -> Tensor:
         return torch.stack([getattr(states[i + shift], name)[row] for row, i in enumerate(steps)])
 
-    content = {"x_prev": at("x", -1), "x": at("x", 0), "eps": at("eps", 0), "label": label, "step": torch.tensor(steps)}
-    return Batch(task, content)
+    names = {"label": label, "step": torch.tensor(steps), "index": torch.arange(len(steps))}
+    return Batch(task, {"x_prev": at("x", -1)[:, None], "x": at("x", 0), "eps": at("eps", 0), **names})
 
 
 def prepared(objective: RouterObjective, task: Task, router: Tensor | None = None) -> Any:
@@ -170,7 +170,7 @@ def test_on_other_batches_the_router_costs_nothing() -> None:
     objective, batch = prepared(RouterSuperposition(every=2), task), pairs(task, [1, 3])
     loss = objective.loss(batch, 1)
     loss.total.backward()
-    assert (loss.total.item(), loss.logs, "caches" in vars(batch)) == (0.0, {}, False)
+    assert (loss.total.item(), loss.logs, batch._caches) == (0.0, {}, {})
     assert all(p.grad is not None and not p.grad.any() for p in objective.parameters())
     assert objective.loss(batch, 2).total > 0
 

@@ -14,6 +14,7 @@ from recipes import some_scores
 
 from export.compiler.compile import export_artefact
 from tc_lightning.errors import PlanError
+from tc_lightning.measure.cache_cases import CacheCases
 from tc_lightning.measure.calibrate import calibrate
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
@@ -38,6 +39,7 @@ from tc_lightning.policies.spectrum import SpectrumPolicy
 from tc_lightning.policies.taylorseer import TaylorSeerPolicy
 from tc_lightning.policies.toca import ToCaPolicy
 from tc_lightning.policies.tokencache_v1 import TokenCacheV1Policy
+from tc_lightning.policies.tprr import TPRRPolicy
 from tc_lightning.rollout.evaluation import RolloutEvaluator
 from tc_lightning.rollout.sampling import full_plan, model_signature, noise_for, sample
 
@@ -134,6 +136,24 @@ def test_arguments_are_the_schema_of_a_config():
         path = f"{type(policy).__module__}.{type(policy).__name__}"
         config = parser.parse_object({"policy": {"class_path": path, "init_args": {"target_speedup": 3.0}}})
         assert parser.instantiate_classes(config).policy.target_speedup == 3.0
+
+
+@pytest.mark.parametrize(("name", "orders"), [("tokencache_v1", (0,)), ("toca", (0,)), ("tokencache_v2", (0, 1, 2)), ("tprr", (1, 2))])
+def test_a_plan_says_that_its_scores_are_of_another_cache(name: str, orders: tuple[int, ...], context: PlanningContext):
+    """Those at hand are of order 0; a plan that forecasts at another order, where scores chose, says so in words."""
+    tprr = TPRRPolicy(1.5, orders=orders, kinds=("partial",), max_candidates=2, finalists=1, progress=False)
+    policy = tprr if name == "tprr" else standard_policies(1.3)[name]
+    for cases in (CacheCases(), CacheCases((0, 1, 2), (2, 3))):
+        plan = policy.plan(dataclasses.replace(context, scores=dataclasses.replace(context.scores, cases=cases))).plan
+        told = {**plan.provenance["arguments"], **plan.provenance}
+        used = {s.order for segments in plan.steps for s in segments if s.mode != "compute"}
+        assert used <= {*orders}
+        assert ("scores_of_another_cache" in told) == (not used <= {*cases.orders})
+
+
+def test_skipping_everything_takes_no_scores(context: PlanningContext):
+    tprr = TPRRPolicy(1.5, orders=(1,), kinds=("skip",), max_candidates=2, finalists=1, progress=False)
+    assert "scores_of_another_cache" not in tprr.plan(context).plan.provenance
 
 
 def test_what_was_not_measured_for_the_sampler_is_not_used(context: PlanningContext):

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import vp_sampler
+from safetensors.numpy import save_file
 
 from tc_lightning.errors import RunError
+from tc_lightning.measure.cache_cases import REPEATED, CacheCases
 from tc_lightning.measure.figures import importance_figure, router_figure, sensitivity_figure
 from tc_lightning.measure.scores import Scores, sampler_digest
 
@@ -50,6 +52,46 @@ def test_a_router_is_optional_and_part_of_the_digest(tmp_path: Path) -> None:
     router[2, 1, 0] = np.nan
     with pytest.raises(RunError, match="router is not finite at step 2, block 1"):
         Scores(importance, sensitivity, "t", "s", router)
+
+
+def test_the_cache_that_scores_are_of_is_kept_and_named(tmp_path: Path) -> None:
+    path, cases = tmp_path / "scores.safetensors", CacheCases((1, 2), (2, 4), 2)
+    repeated, scores = Scores(*arrays(), "t", "s"), Scores(*arrays(), "t", "s", cases=cases)
+    scores.save(path)
+    assert Scores.load(path).cases == cases
+    assert Scores.load(path).digest == scores.digest != repeated.digest
+    repeated.save(path)
+    assert Scores.load(path).cases == REPEATED == CacheCases((0,), (1,))
+
+
+def test_a_plan_says_of_scores_that_they_are_of_another_cache() -> None:
+    scores = Scores(*arrays(), "t", "s", cases=CacheCases((1, 2), (3,)))
+    assert scores.provenance([2, 1]) == scores.provenance([]) == {"scores": scores.digest}
+    said = (
+        "they were learned for a cache that forecasts at order 1 or 2 (keys and values at order 0) from full steps 3 apart, and this "
+        "plan forecasts at order 0"
+    )
+    assert scores.provenance([0, 1]) == {"scores": scores.digest, "scores_of_another_cache": said}
+
+
+def test_files_of_the_version_before_are_of_the_step_before(tmp_path: Path) -> None:
+    importance, sensitivity = arrays()
+    content = {"importance_TLN": importance, "sensitivity_TL2": sensitivity}
+    path, metadata = tmp_path / "scores.safetensors", {"teacher": "t", "sampler": "s", "selector": ""}
+    save_file(content, path, metadata)
+    assert Scores.load(path).cases == REPEATED
+    assert Scores.load(path).digest == Scores(importance, sensitivity, "t", "s").digest
+    wrong = [
+        ({"format_version": "3"}, "format version 3 is not 2"),
+        ({"format_version": "2", "orders": "1"}, "cannot be read"),
+        ({"format_version": "2", "orders": "1", "gaps": "2"}, "cannot be read"),
+        ({"format_version": "2", "orders": "1", "gaps": "x", "kv_order": "0"}, "cannot be read"),
+        ({"format_version": "2", "orders": "7", "gaps": "2", "kv_order": "0"}, r"orders are \[7\]"),
+    ]
+    for more, message in wrong:
+        save_file(content, path, metadata | more)
+        with pytest.raises(RunError, match=message):
+            Scores.load(path)
 
 
 def test_scores_are_frozen_copies() -> None:

@@ -171,7 +171,7 @@ def test_what_training_and_measurements_see() -> None:
     torch.testing.assert_close(branches, eps, rtol=1e-5, atol=1e-5)
     tokens = mixed_eps(MODEL, GUIDANCE, caches.blocks, x, t, GIVEN, torch.ones(2, 4, IMAGE))
     torch.testing.assert_close(tokens, eps, rtol=1e-5, atol=1e-5)
-    sensitivity = branch_sensitivity(MODEL, GUIDANCE, x_prev, x, t_prev, t, GIVEN, probes_for(MODEL, 0, [1, 2], 1))
+    sensitivity = branch_sensitivity(MODEL, GUIDANCE, caches.branches, x, t, GIVEN, probes_for(MODEL, 0, [1, 2], 1))
     assert sensitivity.shape == (2, 4, 2)
     assert (sensitivity > 0).all()
 

@@ -229,8 +229,8 @@ def test_sensitivity_is_the_slope_of_an_intervention() -> None:
     x, labels, t = noise_for(1, range(1), mdt).double(), torch.tensor([3]), torch.tensor([500.0])
     x_prev = x + 1e-5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     probes = probes_for(mdt, 0, [1], 1).double()
-    found = branch_sensitivity(mdt, NONE, x_prev, x, t, t, labels, probes)
     _, caches = full_eps(mdt, NONE, x_prev, t, labels)
+    found = branch_sensitivity(mdt, NONE, caches.branches, x, t, labels, probes)
     eps, _ = full_eps(mdt, NONE, x, t, labels)
     expected = np.zeros((6, 2))
     for b, branch in itertools.product(range(6), range(2)):

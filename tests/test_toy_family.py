@@ -129,7 +129,7 @@ def test_soft_forms_and_measurements_have_one_column_a_branch() -> None:
     soft = mixed_eps(model, GUIDANCE, caches.blocks, x, t, GIVEN, torch.ones(2, 3, TOKENS - REGISTERS))
     torch.testing.assert_close(soft, eps, rtol=1e-5, atol=1e-5)
     probes = probes_for(model, 0, [1, 2], 1)
-    sensitivity = branch_sensitivity(model, GUIDANCE, x_prev, x, t_prev, t, GIVEN, probes)
+    sensitivity = branch_sensitivity(model, GUIDANCE, caches.branches, x, t, GIVEN, probes)
     assert sensitivity.shape == (2, 3, 3)
     assert (sensitivity > 0).all()
     table = make_plan(SIGNATURE, (FULL,) * 3, GUIDANCE).sampler

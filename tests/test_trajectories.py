@@ -40,13 +40,14 @@ def test_content_is_what_the_sampler_does(recorded: Path) -> None:
     labels = labels_for(0, indices, 5)
     with reproducible(CPU):
         states = list(sample_steps(teacher, plan, noise_for(0, indices, teacher), labels))
-    pairs = PairDataset(trajectories, range(2, 9))
+    pairs = PairDataset(trajectories, range(2, 9), reach=9)
     assert len(pairs) == 7 * (STEPS - 1)
     for item in range(len(pairs)):
         pair = pairs[item]
         index, step = 2 + item // (STEPS - 1), 1 + item % (STEPS - 1)
         assert (pair["index"], pair["step"], pair["label"]) == (index, step, labels[index])
-        assert torch.equal(pair["x_prev"], states[step - 1].x[index])
+        before = [states[max(step - back, 0)].x[index] for back in range(1, STEPS)]  # no step has more before it
+        assert torch.equal(pair["x_prev"], torch.stack(before))
         assert torch.equal(pair["x"], states[step].x[index])
         assert torch.equal(pair["eps"], states[step].eps[index])
     ends = trajectories.endpoints(range(3, 16))

@@ -28,6 +28,8 @@ from tc_lightning.rollout.sampling import labels_for
 class Distiller(LightningModule):
     """The least that a TrajectoryDataModule asks of a module; keeps what it saw of each batch."""
 
+    reach = 2
+
     def __init__(self, seed: int = 0, steps: int = STEPS) -> None:
         super().__init__()
         self.teacher = tiny_teacher(seed)
@@ -37,6 +39,7 @@ class Distiller(LightningModule):
         self.seen: list[list[list[int]]] = []
 
     def training_step(self, batch: Pair, batch_idx: int) -> Tensor:
+        assert "x_prev" not in batch or batch["x_prev"].shape[1] == self.reach
         self.seen.append(torch.stack([torch.as_tensor(batch["index"]), torch.as_tensor(batch["step"])], 1).tolist())
         return (self.weight * batch.get("x", batch.get("noise"))).square().mean()
 

@@ -27,11 +27,13 @@ from tc_lightning.learn.objectives.corrector import ForecastCorrection
 from tc_lightning.learn.objectives.routers import RouterObjective
 from tc_lightning.learn.objectives.superposition import PairBatch, TokenSuperposition
 from tc_lightning.learn.planning import Distilled, PlanningJob
+from tc_lightning.measure.cache_cases import REPEATED, CacheCases
 from tc_lightning.measure.scores import sampler_digest
 from tc_lightning.models.checkpoints import TeacherSpec, load_teacher, teacher_digest
 from tc_lightning.models.companions import NO_COMPANIONS, Companions
 from tc_lightning.models.conditions import require_null
 from tc_lightning.models.network import Network
+from tc_lightning.plan.forecasts import KV_ORDER
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.policies.base import Policy
 from tc_lightning.policies.tprr import TPRRPolicy
@@ -61,6 +63,10 @@ class TokenCacheDistiller(LightningModule):
         target_share: mean of w over steps, blocks and tokens that training holds.
         budget_rate: step of the multiplier's dual ascent, for each optimiser step.
         budget_penalty: weight of the squared distance from `target_share`.
+        orders: forecast orders of the caches for which tokens and sensitivities are scored, 0 to 2; 0 repeats.
+        gaps: steps between the full steps from which these caches are forecast.
+        kv_order: forecast order of their keys and values. With orders (0,), gaps (1,) and kv_order 0 the step before is repeated, as
+            the papers have it.
         sensitivity_samples: trajectories over which sensitivities are averaged.
         sensitivity_probes: random probes for each step of these.
         purpose: what the run says that it is for: `fit`, or `ablation`, which later commands do not take for the user's newest run.
@@ -88,6 +94,9 @@ class TokenCacheDistiller(LightningModule):
         target_share: float = 0.5,
         budget_rate: float = 0.1,
         budget_penalty: float = 10.0,
+        orders: tuple[int, ...] = (0, 1, 2),
+        gaps: tuple[int, ...] = (2, 3, 4),
+        kv_order: int = KV_ORDER,
         sensitivity_samples: int = 16,
         sensitivity_probes: int = 4,
         purpose: str = FIT,
@@ -118,7 +127,8 @@ class TokenCacheDistiller(LightningModule):
         self.lr = lr
         self.sensitivity_samples, self.sensitivity_probes = sensitivity_samples, sensitivity_probes
         self.purpose = purpose
-        self.task = Task(self.teacher, self.signature, self.sampler, self.guidance)
+        self.task = Task(self.teacher, self.signature, self.sampler, self.guidance, CacheCases(orders, gaps, kv_order))
+        self.reach = self.task.cases.reach
         self.tokens, self.router, self.corrector = tokens, router, corrector
         for objective in self.objectives:  # the tokens' first: whether there is a router does not change where they start
             objective.prepare(self.task)
@@ -210,6 +220,7 @@ class TokenCacheDistiller(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name what the predictors were trained for. Those of tokens keep the names that they had when there were no others."""
         checkpoint["teacher_digest"], checkpoint["sampler_digest"] = self.teacher_digest, sampler_digest(self.sampler)
+        checkpoint["cases"] = self.task.cases.in_words
         checkpoint["state_dict"] = {name.removeprefix("tokens."): v for name, v in checkpoint.get("state_dict", {}).items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -217,7 +228,7 @@ class TokenCacheDistiller(LightningModule):
 
         Raises:
             TeacherError: if the teacher is another one.
-            RunError: if the sampler is.
+            RunError: if the sampler is, or the cache.
         """
         if (theirs := checkpoint.get("teacher_digest")) != self.teacher_digest:
             raise TeacherError(
@@ -228,6 +239,11 @@ class TokenCacheDistiller(LightningModule):
             raise RunError(
                 f"the checkpoint was trained for the sampler {theirs}, and the configured one is {ours}. "
                 "Restore sampler, num_steps and spacing, or start a new run without `--ckpt_path`."
+            )
+        if (theirs := checkpoint.get("cases", REPEATED.in_words)) != (ours := self.task.cases.in_words):
+            raise RunError(
+                f"the checkpoint was trained for a cache that {theirs}, and the configured one {ours}. "
+                "Restore orders, gaps and kv_order, or start a new run without `--ckpt_path`."
             )
         state = {_state_name(name): value for name, value in checkpoint["state_dict"].items()}
         if {name: value.shape for name, value in state.items()} != {name: value.shape for name, value in self.state_dict().items()}:

@@ -7,6 +7,7 @@ budgets, and run.json when all others are there.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ from lightning import Trainer
 from torch import Tensor
 from tqdm import tqdm
 
+from tc_lightning.cache.soft_forecast import forecast_caches
 from tc_lightning.learn.objectives.base import Objective, Task
+from tc_lightning.measure.cache_cases import REPEATED, CacheCases
 from tc_lightning.measure.calibrate import run_calibration
 from tc_lightning.measure.figures import importance_figure, router_figure, sensitivity_figure
 from tc_lightning.measure.scores import Scores, sampler_digest
@@ -41,7 +44,9 @@ from tc_lightning.runs.folder import CONTENT, CORRECTOR, write_run
 STEPS_AT_ONCE = 8  # steps of one trajectory that share a forward and a backward pass
 
 
-def trajectory_sensitivity(model: Network, plan: CachePlan, x_1CHW: Tensor, asked: Asked, sample: int, probes: int) -> Tensor:
+def trajectory_sensitivity(
+    model: Network, plan: CachePlan, x_1CHW: Tensor, asked: Asked, sample: int, probes: int, cases: CacheCases = REPEATED
+) -> Tensor:
     """Branch sensitivities along one trajectory at full compute, [T, L, 2] float64 on the CPU; row 0 is zero.
 
     Args:
@@ -49,17 +54,24 @@ def trajectory_sensitivity(model: Network, plan: CachePlan, x_1CHW: Tensor, aske
         plan: the full plan, which tells sampler and guidance.
         x_1CHW: initial noise.
         asked: its conditions.
-        sample: index of the trajectory, which keys its probes.
+        sample: index of the trajectory, which keys its probes, and which step is forecast from which.
         probes: probes for each step.
+        cases: what the cache holds.
     """
     given = given_of(model.conditions, asked)
     x_TCHW = torch.cat([state.x for state in sample_steps(model, plan, x_1CHW, asked)])
     t_T = torch.tensor([step.t for step in plan.sampler.steps], device=x_TCHW.device)
+    cases = dataclasses.replace(cases, kv_order=0)  # keys and values are not asked for
     rows = [torch.zeros(1, plan.model.depth, len(plan.model.block.names))]
     for steps in torch.arange(1, len(t_T)).split(STEPS_AT_ONCE):
         v = probes_for(model, sample, steps.tolist(), probes).to(x_TCHW)
-        x_prev, x, t_prev, t = x_TCHW[steps - 1], x_TCHW[steps], t_T[steps - 1], t_T[steps]
-        rows.append(branch_sensitivity(model, plan.guidance, x_prev, x, t_prev, t, given.part(torch.zeros_like(steps)), v).cpu())
+        reads = [cases.reads(sample, step) for step in steps.tolist()]
+        full = torch.tensor([source for read in reads for source in read.sources])
+        weights = [read.weights for read in reads], [read.kv_weights for read in reads]
+        before = x_TCHW[full], t_T[full], given.part(torch.zeros_like(full))
+        now = x_TCHW[steps], t_T[steps], given.part(torch.zeros_like(steps))
+        cached = forecast_caches(model, plan.guidance, *before, *weights).branches
+        rows.append(branch_sensitivity(model, plan.guidance, cached, *now, v).cpu())
     return torch.cat(rows).double()
 
 
@@ -131,6 +143,7 @@ class PlanningJob:
             sampler=sampler_digest(sampler),
             router_TL2=learned.get("router_TL2"),
             selector="" if self.companions.selector is None else self.companions.selector.digest,
+            cases=self.task.cases,
         )
 
     def _sensitivity(self) -> Tensor:
@@ -144,7 +157,7 @@ class PlanningJob:
         mine = range(self.trainer.global_rank, len(x_SCHW), world)
         for s in tqdm(mine, "sensitivity", disable=not self.trainer.is_global_zero, unit="trajectory"):
             x, y = x_SCHW[s : s + 1], given_S.part(slice(s, s + 1))
-            total_STL2[s] = trajectory_sensitivity(self.teacher, plan, x, y, s, self.distilled.sensitivity_probes)
+            total_STL2[s] = trajectory_sensitivity(self.teacher, plan, x, y, s, self.distilled.sensitivity_probes, task.cases)
         if world > 1:
             total_STL2 = self.trainer.strategy.reduce(total_STL2.to(self.device), reduce_op="sum").cpu()
         return total_STL2.mean(0).float()

@@ -40,7 +40,8 @@ def sensitivity_figure(scores: Scores, names: Sequence[str] = BRANCHES) -> Figur
     sensitivity_TL2 = scores.sensitivity_TL2[1:]
     positive = sensitivity_TL2[sensitivity_TL2 > 0]
     norm = LogNorm(positive.min(), positive.max()) if positive.size else None
-    return _branch_maps(sensitivity_TL2, names, "reused from the step before", "mean squared change of eps", norm=norm, cmap="magma")
+    title = "repeated" if scores.cases.orders == (0,) else "forecast"
+    return _branch_maps(sensitivity_TL2, names, title, "mean squared change of eps", norm=norm, cmap="magma")
 
 
 def router_figure(router_TL2: np.ndarray, names: Sequence[str] = BRANCHES) -> Figure:

@@ -9,17 +9,22 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tc_lightning.errors import RunError
+from tc_lightning.measure.cache_cases import REPEATED, CacheCases
 from tc_lightning.plan.atomic import write_atomically
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.tensor_files import TensorFileError, read_tensors
 
 _REQUIRED = ("importance_TLN", "sensitivity_TL2")
 _OPTIONAL = ("router_TL2",)
+FORMAT_VERSION = "2"
+UNSTATED = "1"  # the version before, whose scores are of the step before, repeated
 
 
 def sampler_digest(sampler: SamplerTable) -> str:
@@ -34,12 +39,13 @@ class Scores:
     Args:
         importance_TLN: the predictor's w in [0, 1] of the image's tokens, 1 meaning recompute; row 0 is all ones. Ones everywhere if no
             predictor of tokens was trained.
-        sensitivity_TL2: mean squared change of the guided eps when one branch of one block is reused from the step before and
-            everything else is computed; row 0 is all zeros, since there is nothing to reuse.
+        sensitivity_TL2: mean squared change of the guided eps when one branch of one block comes from the cache and everything else
+            is computed; row 0 is all zeros, since there is nothing to reuse.
         teacher: sha256 of the teacher's weights.
         sampler: `sampler_digest` of the sampler.
         router_TL2: a router's w in [0, 1] of each branch, 1 meaning compute; row 0 is all ones. None if no router was trained.
         selector: sha256 of the content predictor whose mean scores the importances are; empty if they do not depend on the image.
+        cases: the caches for which importances and sensitivities were learned. (A router's is the step before, or its own.)
 
     Raises:
         RunError: if shapes disagree, a value is not finite or out of range.
@@ -51,6 +57,7 @@ class Scores:
     sampler: str
     router_TL2: np.ndarray | None = None
     selector: str = ""
+    cases: CacheCases = REPEATED
 
     def __post_init__(self) -> None:
         for name, given in self.arrays.items():
@@ -67,24 +74,38 @@ class Scores:
     @functools.cached_property
     def digest(self) -> str:
         """sha256 of all arrays and of what they belong to."""
-        hasher = hashlib.sha256(" ".join(filter(None, (self.teacher, self.sampler, self.selector))).encode())
+        cases = "" if self.cases == REPEATED else self.cases.in_words
+        hasher = hashlib.sha256(" ".join(filter(None, (self.teacher, self.sampler, self.selector, cases))).encode())
         for name, array in self.arrays.items():
             hasher.update(f"\n{name} {array.shape}\n".encode() + array.tobytes())
         return hasher.hexdigest()
+
+    def provenance(self, orders: Iterable[int]) -> dict[str, Any]:
+        """What a plan that goes by these scores says of them: which they are, and, in words, if they are of another cache than its own.
+
+        Args:
+            orders: those at which it forecasts.
+        """
+        others = sorted({*orders} - {*self.cases.orders})
+        if not others:
+            return {"scores": self.digest}
+        said = f"they were learned for a cache that {self.cases.in_words}, and this plan forecasts at order {others[0]}"
+        return {"scores": self.digest, "scores_of_another_cache": said}
 
     def save(self, path: Path) -> None:
         """Write `.safetensors` atomically: a reader sees the old file or the new one."""
         from safetensors.numpy import save
 
-        content = save(self.arrays, {"teacher": self.teacher, "sampler": self.sampler, "selector": self.selector})
-        write_atomically(path, content)
+        metadata = {"teacher": self.teacher, "sampler": self.sampler, "selector": self.selector, "format_version": FORMAT_VERSION}
+        numbers = {name: " ".join(map(str, getattr(self.cases, name))) for name in ("orders", "gaps")}
+        write_atomically(path, save(self.arrays, metadata | numbers | {"kv_order": str(self.cases.kv_order)}))
 
     @classmethod
     def load(cls, path: Path) -> Scores:
-        """Read what `save` wrote.
+        """Read what `save` wrote, now or before scores said for which cache they are.
 
         Raises:
-            RunError: if the file is missing, damaged, or does not hold valid scores.
+            RunError: if the file is missing, damaged, of a later version, or does not hold valid scores.
         """
         try:
             arrays, metadata = read_tensors(path, "np")
@@ -93,7 +114,8 @@ class Scores:
         if not set(_REQUIRED) <= set(arrays) <= {*_REQUIRED, *_OPTIONAL} or not {"teacher", "sampler"} <= set(metadata):
             raise RunError(f"{path} does not hold scores: found {', '.join(sorted(arrays)) or 'nothing'}.")
         try:
-            return cls(**arrays, teacher=metadata["teacher"], sampler=metadata["sampler"], selector=metadata.get("selector", ""))
+            selector, cases = metadata.get("selector", ""), _cases(metadata)
+            return cls(**arrays, teacher=metadata["teacher"], sampler=metadata["sampler"], selector=selector, cases=cases)
         except RunError as error:
             raise RunError(f"{path}: {error}") from error
 
@@ -115,6 +137,20 @@ def _validate(scores: Scores) -> None:
         raise RunError("sensitivity must not be negative, and must be 0 at step 0, where nothing can be reused.")
     if scores.router_TL2 is not None and (scores.router_TL2[0] != 1).any():
         raise RunError("router must be 1 at step 0, where nothing can be reused.")
+
+
+def _cases(metadata: Mapping[str, str]) -> CacheCases:
+    """Those that a file names; one of the version before names none."""
+    version = metadata.get("format_version", UNSTATED)
+    if version == UNSTATED:
+        return REPEATED
+    if version != FORMAT_VERSION:
+        raise RunError(f"format version {version} is not {FORMAT_VERSION}: use the release that wrote the scores, or distil again.")
+    try:
+        orders, gaps = (tuple(map(int, metadata[name].split())) for name in ("orders", "gaps"))
+        return CacheCases(orders, gaps, int(metadata["kv_order"]))
+    except (KeyError, ValueError) as error:
+        raise RunError(f"the orders and gaps that the scores were learned for cannot be read ({error!r}): distil again.") from error
 
 
 def _said(name: str) -> str:

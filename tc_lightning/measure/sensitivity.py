@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tc_lightning.cache.soft import BranchCache
-from tc_lightning.cache.soft_network import enter, full_eps, guided_eps
+from tc_lightning.cache.soft_network import enter, guided_eps
 from tc_lightning.models.conditions import Asked
 from tc_lightning.models.network import Network, Take, compose, run_through
 from tc_lightning.plan.guidance import Guidance
@@ -38,56 +38,52 @@ def probes_for(model: Network, sample: int, steps: Sequence[int], count: int) ->
 def branch_sensitivity(
     model: Network,
     guidance: Guidance,
-    x_prev_BCHW: Tensor,
+    cached: Sequence[BranchCache],
     x_BCHW: Tensor,
-    t_prev_B: Tensor,
     t_B: Tensor,
     asked: Asked,
     probes_PBCHW: Tensor,
 ) -> Tensor:
-    """Estimated mean squared change of the guided eps when a branch is reused from the step before (order 0), [B, L, 2].
+    """Estimated mean squared change of the guided eps when a branch comes from the cache, [B, L, 2].
 
     Args:
         model: the teacher.
         guidance: guidance scale and channels.
-        x_prev_BCHW: latents of the step before.
-        x_BCHW: latents of this step.
-        t_prev_B: times of the step before, in the network's units.
-        t_B: times of this step.
+        cached: branches of each block before the gate: those of another step, or forecasts (`cache.soft_forecast`).
+        x_BCHW: latents.
+        t_B: their times, in the network's units.
         asked: conditions of each image; of a class-conditional model its labels [B] will do.
         probes_PBCHW: standard normal probes, P for each image; the estimate is the mean over them.
     """
-    shifts = _probe_shifts(model, guidance, x_prev_BCHW, x_BCHW, t_prev_B, t_B, asked, probes_PBCHW)
+    shifts = _probe_shifts(model, guidance, cached, x_BCHW, t_B, asked, probes_PBCHW)
     return shifts.sum(-1).square().mean(0) / x_BCHW[0].numel()
 
 
 def token_sensitivity(
     model: Network,
     guidance: Guidance,
-    x_prev_BCHW: Tensor,
+    cached: Sequence[BranchCache],
     x_BCHW: Tensor,
-    t_prev_B: Tensor,
     t_B: Tensor,
     asked: Asked,
     probes_PBCHW: Tensor,
 ) -> Tensor:
-    """As `branch_sensitivity`, when a single token of the image is reused in a branch, [B, L, 2, N]."""
-    shifts = _probe_shifts(model, guidance, x_prev_BCHW, x_BCHW, t_prev_B, t_B, asked, probes_PBCHW)
+    """As `branch_sensitivity`, when a single token of the image comes from the cache in a branch, [B, L, 2, N]."""
+    shifts = _probe_shifts(model, guidance, cached, x_BCHW, t_B, asked, probes_PBCHW)
     return shifts[..., model.fixed_tokens :].square().mean(0) / x_BCHW[0].numel()
 
 
 def _probe_shifts(
     model: Network,
     guidance: Guidance,
-    x_prev: Tensor,
+    cached: Sequence[BranchCache],
     x: Tensor,
-    t_prev: Tensor,
     t: Tensor,
     asked: Asked,
     probes_PBCHW: Tensor,
 ) -> Tensor:
     """v . J delta by token, [P, B, L, 2, N]; both halves of guidance reuse together, so their shifts add."""
-    eps, sums, deltas = _trace(model, guidance, x, t, asked, _branches(model, guidance, x_prev, t_prev, asked))
+    eps, sums, deltas = _trace(model, guidance, x, t, asked, cached)
     shifts = []
     for probe in probes_PBCHW:
         grads = torch.autograd.grad(eps, sums, probe, retain_graph=True)
@@ -100,15 +96,9 @@ def _probe_shifts(
     return shifts_PBL2N
 
 
-@torch.no_grad()
-def _branches(model: Network, guidance: Guidance, x: Tensor, t: Tensor, asked: Asked) -> list[BranchCache]:
-    """Branch outputs before the gate, [B, N, D] each, of every block."""
-    return full_eps(model, guidance, x, t, asked)[1].branches
-
-
 @torch.enable_grad()
 def _trace(
-    model: Network, guidance: Guidance, x: Tensor, t: Tensor, asked: Asked, cached: list[BranchCache]
+    model: Network, guidance: Guidance, x: Tensor, t: Tensor, asked: Asked, cached: Sequence[BranchCache]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Guided eps, the residual stream after each branch (where v J is read off), and delta of each branch."""
     z_BND, mods, final = enter(model, guidance, x, t, asked)

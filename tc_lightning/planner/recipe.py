@@ -76,7 +76,7 @@ def build_plan(subject: Subject, recipe: Recipe) -> CachePlan:
     everything = (compute(0, s.signature.depth),)
     steps = tuple(everything if i in full else recipe.pruned.segments(s.signature, scores, pruned, i) for i in range(recipe.num_steps))
     modes = tuple(GuidanceMode("forecast", MAX_ORDER) if i in recipe.alone else BOTH for i in range(recipe.num_steps))
-    provenance = {"policy": "planner", "arguments": recipe.to_json(), "scores": s.scores.digest}
+    provenance = {"policy": "planner", "arguments": recipe.to_json(), **s.scores.provenance(recipe.pruned.orders)}
     modes = modes if recipe.alone else ()
     return CachePlan(s.signature, sampler, s.guidance, steps, s.reference, provenance, guidance_modes=modes)
 

@@ -53,6 +53,11 @@ class PrunedStep:
         if not all(0.0 < share <= 1.0 for share in shares):
             raise PlanError(f"a {self.kind} P-step needs shares above 0 and at most 1; found {shares}.")
 
+    @property
+    def orders(self) -> tuple[int, ...]:
+        """Orders of what comes from the cache in place of what scores chose: none where they choose nothing."""
+        return () if self.kind == "skip" else (self.order,)
+
     def segments(self, signature: ModelSignature, scores: Scores, phase: Sequence[int], step: int) -> tuple[Segment, ...]:
         """Segments of one P-step.
 

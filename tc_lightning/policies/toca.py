@@ -130,4 +130,4 @@ def _offer(context: PlanningContext, interval: int, ratio: float) -> Offer:
         return top_tokens(context.scores.importance_TLN[step, block], count)
 
     steps = _steps(context.signature, len(context.sampler), interval, ratio, choose)
-    return Offer(steps, {"interval": interval, "ratio": ratio, "scores": context.scores.digest})
+    return Offer(steps, {"interval": interval, "ratio": ratio, **context.scores.provenance([0])})

@@ -115,7 +115,7 @@ class TokenCacheV1Policy(TargetedPolicy):
             "block_share": self.block_share,
             "token_share": tokens / context.signature.image_tokens,
             "kv_order": self.kv_order,
-            "scores": context.scores.digest,
+            **context.scores.provenance([0]),
         }
         return Offer(steps, arguments)
 

@@ -161,7 +161,7 @@ class TokenCacheV2Policy(TargetedPolicy):
             "order": order,
             "kv_order": self.kv_order,
             "least_share": self.least_share,
-            "scores": context.scores.digest,
+            **context.scores.provenance([order]),
         }
         chosen = any(s.is_content for segments in steps for s in segments)
         return Offer(steps, arguments, selector=context.scores.selector if chosen else "")

@@ -41,7 +41,7 @@ class Rounds:
         boundary: first step of the second phase.
         k1: interval of the first phase: one I-step, then k1 - 1 P-steps.
         k2: interval of the second phase.
-        warmup: steps computed in full at the start; the last of them is the first I-step of the rounds. Forecasts of order 1
+        warmup: steps computed in full at the start; the last of them is the first I-step of the rounds. CacheCases of order 1
             and 2 are what they say from the second and third full step on.
 
     Raises:
@@ -268,7 +268,7 @@ def _build(context: PlanningContext, rounds: Rounds, pruned: PrunedStep) -> Cach
         return pruned.segments(context.signature, context.scores, rounds.phase(step, T), step)
 
     where = dataclasses.asdict(rounds)
-    provenance = {"arguments": {**where, **dataclasses.asdict(pruned)}, "scores": context.scores.digest}
+    provenance = {"arguments": {**where, **dataclasses.asdict(pruned)}, **context.scores.provenance(pruned.orders)}
     return tprr_plan(
         context.signature, context.sampler, context.guidance, context.reference, **where, pruned_step=pruned_step, provenance=provenance
     )

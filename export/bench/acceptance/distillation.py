@@ -187,5 +187,5 @@ def _pairs(model: Network, pairs: int, steps: int, device: str) -> PairBatch:
     x_prev, x, eps = torch.randn(3, pairs, c.in_channels, c.input_size, c.input_size, device=device)
     step = torch.arange(pairs, device=device) % (steps - 1) + 1
     given = given_for(0, range(pairs), model, device)
-    pairs_B = PairBatch(x_prev=x_prev, x=x, eps=eps, step=step, index=torch.arange(pairs, device=device))
+    pairs_B = PairBatch(x_prev=x_prev[:, None], x=x, eps=eps, step=step, index=torch.arange(pairs, device=device))
     return cast(PairBatch, {**pairs_B, **given})

@@ -5,7 +5,6 @@ Shape suffixes: B images, C H W latent, T steps, L blocks, N tokens, 2 branches.
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,8 +13,10 @@ import torch
 from lightning import Trainer
 from torch import Tensor, nn
 
-from tc_lightning.cache.soft_network import StepCaches, full_eps, reused_eps
+from tc_lightning.cache.soft_forecast import forecast_caches
+from tc_lightning.cache.soft_network import StepCaches, reused_eps
 from tc_lightning.errors import RunError
+from tc_lightning.measure.cache_cases import REPEATED, CacheCases
 from tc_lightning.models.companions import NO_COMPANIONS, Companions
 from tc_lightning.models.conditions import Given
 from tc_lightning.models.network import Network
@@ -25,12 +26,13 @@ from tc_lightning.plan.signature import ModelSignature
 
 
 class Task(NamedTuple):
-    """What is distilled: a frozen teacher, sampled in one way."""
+    """What is distilled: a frozen teacher, sampled in one way, and the caches that its tokens and sensitivities are scored for."""
 
     teacher: Network
     signature: ModelSignature
     sampler: SamplerTable
     guidance: Guidance
+    cases: CacheCases = REPEATED
 
     @property
     def times(self) -> Tensor:
@@ -55,11 +57,13 @@ class Batch:
 
     Args:
         task: what is distilled.
-        content: neighbouring steps (`PairBatch`), or one step of rollouts (`RolloutBatch`).
+        content: steps and those before them (`PairBatch`), or one step of rollouts (`RolloutBatch`).
     """
 
     def __init__(self, task: Task, content: Mapping[str, Any]) -> None:
         self.task, self.content = task, content
+        self._caches: dict[CacheCases, StepCaches] = {}
+        self._reuse_errors: dict[CacheCases, Tensor] = {}
 
     @property
     def step(self) -> Tensor:
@@ -75,18 +79,28 @@ class Batch:
         """Times of sampling steps in the network's units, [B]."""
         return self.task.times.to(steps_B.device)[steps_B]
 
-    @functools.cached_property
-    @torch.no_grad()
-    def caches(self) -> StepCaches:
-        """What the step before each pair's step leaves, computed in full."""
-        b = self.content
-        return full_eps(self.task.teacher, self.task.guidance, b["x_prev"], self.times(self.step - 1), self.given)[1]
+    def caches(self, cases: CacheCases = REPEATED) -> StepCaches:
+        """What the cache holds at each pair's step: forecasts from full steps on the pair's trajectory."""
+        if cases not in self._caches:
+            self._caches[cases] = self._forecast(cases)
+        return self._caches[cases]
 
-    @functools.cached_property
-    def reuse_error_B(self) -> Tensor:
-        """Mean squared error of eps with everything reused, by image."""
+    def _forecast(self, cases: CacheCases) -> StepCaches:
         b, task = self.content, self.task
-        return self.error_B(reused_eps(task.teacher, task.guidance, self.caches.blocks, b["x"], self.times(self.step), self.given))
+        reads = [cases.reads(index, step) for index, step in zip(b["index"].tolist(), self.step.tolist(), strict=True)]
+        of_S = [(row, source) for row, read in enumerate(reads) for source in read.sources]
+        rows_S, sources_S = torch.tensor(of_S, device=self.step.device).unbind(1)
+        x_SCHW = b["x_prev"][rows_S, self.step[rows_S] - 1 - sources_S]
+        weights = [read.weights for read in reads], [read.kv_weights for read in reads]
+        return forecast_caches(task.teacher, task.guidance, x_SCHW, self.times(sources_S), self.given.part(rows_S), *weights)
+
+    def reuse_error_B(self, cases: CacheCases = REPEATED) -> Tensor:
+        """Mean squared error of eps with everything reused, by image."""
+        if cases not in self._reuse_errors:
+            b, task, caches = self.content, self.task, self.caches(cases)
+            eps = reused_eps(task.teacher, task.guidance, caches.blocks, b["x"], self.times(self.step), self.given)
+            self._reuse_errors[cases] = self.error_B(eps)
+        return self._reuse_errors[cases]
 
     def error_B(self, eps_BCHW: Tensor) -> Tensor:
         """Mean squared error against the recorded eps, by image."""

@@ -1,10 +1,11 @@
-"""TokenCache v2's predictor, which looks at the image, on recorded pairs of neighbouring steps.
+"""TokenCache v2's predictor, which looks at the image, on recorded trajectories.
 
 Loss of a pair (arXiv 2409.18523, version 2): |x^_L - x_L|^2 + lambda |a|_1, where x_L are the tokens after the last block and x^_L
-those when each token of each block is the superposition of computing and reusing, with its score a as weight. The last blocks may
-stay uncached: they are computed, and do not count. The error of reuse varies by orders of magnitude along a trajectory; undivided,
-the last steps would be all that is learned. So it is divided by the error of reusing everything, as in version 1, but not wholly:
-what is left of it (`emphasis`) is what lets scores tell steps apart, and full steps are placed by the sum of scores.
+those when each token of each block is the superposition of computing and reusing, with its score a as weight. What is reused is
+forecast from full steps, as plans do (`Task.cases`); the paper repeats the step before. The last blocks may stay uncached: they are
+computed, and do not count. The error of reuse varies by orders of magnitude along a trajectory; undivided, the last steps would be
+all that is learned. So it is divided by the error of reusing everything, as in version 1, but not wholly: what is left of it
+(`emphasis`) is what lets scores tell steps apart, and full steps are placed by the sum of scores.
 
 Shape suffixes: B images, M rows (guidance doubles them), C H W latent, S samples, T steps, L blocks, N tokens, D width.
 """
@@ -106,9 +107,10 @@ class ContentSuperposition(Objective):
         keep = max(1, round(self.target_share * scores_BS.shape[1]))
         hard_BS = torch.zeros_like(scores_BS).scatter_(1, scores_BS.topk(keep, dim=1).indices, 1.0)
         w_BLN = torch.cat([hard_BS.unflatten(1, (self.cached_blocks, -1)), a_BLN[:, self.cached_blocks :]], 1)
-        b, (teacher, _, _, guidance) = batch.content, self.task
-        eps = mixed_eps(teacher, guidance, batch.caches.blocks, b["x"], batch.times(batch.step), batch.given, w_BLN)
-        return {"distil_mse": batch.error_B(eps).mean(), "reuse_mse": batch.reuse_error_B.mean()}
+        task, caches = self.task, batch.caches(self.task.cases).blocks
+        args = caches, batch.content["x"], batch.times(batch.step), batch.given, w_BLN
+        eps = mixed_eps(task.teacher, task.guidance, *args)
+        return {"distil_mse": batch.error_B(eps).mean(), "reuse_mse": batch.reuse_error_B(task.cases).mean()}
 
     @torch.no_grad()
     def finish(self, trainer: Trainer) -> None:
@@ -142,11 +144,11 @@ class ContentSuperposition(Objective):
 
     def _token_errors(self, batch: Batch, a_BLN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean squared error of x_L by image, the same with everything reused, and the mean square of x_L."""
-        b, (teacher, _, _, guidance) = batch.content, self.task
-        z_MND, mods, _ = enter(teacher, guidance, b["x"], batch.times(batch.step), batch.given)
+        teacher, guidance = self.task.teacher, self.task.guidance
+        z_MND, mods, _ = enter(teacher, guidance, batch.content["x"], batch.times(batch.step), batch.given)
         w_MLN = torch.cat([a_BLN, a_BLN]) if guidance.doubles_batch else a_BLN
         blocks: list[Any] = list(teacher.blocks)
-        caches = batch.caches.blocks
+        caches = batch.caches(self.task.cases).blocks
 
         def computed(b: int, z: Tensor, skip: Tensor | None) -> Tensor:
             return blocks[b](z, mods[b], skip)

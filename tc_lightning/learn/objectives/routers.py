@@ -100,10 +100,9 @@ class RouterObjective(Budgeted):
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, Tensor]:
         """Error and computed share of branches when those with w above `THRESHOLD` are computed and the others reused."""
-        b, (teacher, _, _, guidance) = batch.content, self.task
         hard_BL2 = (self.predictor() > THRESHOLD).float()[batch.step]
-        args = b["x"], batch.times(batch.step), batch.given, hard_BL2
-        eps, _ = mixed_branches_eps(teacher, guidance, batch.caches.branches, *args)
+        args = batch.caches().branches, batch.content["x"], batch.times(batch.step), batch.given, hard_BL2
+        eps, _ = mixed_branches_eps(self.task.teacher, self.task.guidance, *args)
         return {"router_mse": batch.error_B(eps).mean(), "router_computed": hard_BL2.mean()}
 
     @torch.no_grad()
@@ -149,7 +148,7 @@ def reuse_damage(task: Task, x_BCHW: Tensor, asked: Asked) -> Tensor:
 
     The trajectories are those of full compute.
     """
-    teacher, _, sampler, guidance = task
+    teacher, sampler, guidance = task.teacher, task.sampler, task.guidance
     none_BL2 = torch.zeros(len(x_BCHW), task.signature.depth, len(task.signature.block.names), device=x_BCHW.device)
     damage: list[float] = []
     past: tuple[Tensor, ...] = ()

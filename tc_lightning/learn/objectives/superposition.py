@@ -1,4 +1,4 @@
-"""Superposition on recorded pairs of neighbouring steps: the cache is that of the step before at full compute.
+"""Superposition on recorded trajectories of full compute: the cache of a step is forecast from full steps before it.
 
 Shape suffixes: B images, C H W latent, T steps, L blocks, N tokens, 2 branches.
 """
@@ -21,12 +21,12 @@ FLOOR = 1e-12  # mean squared eps below which reuse does no damage worth dividin
 
 
 class PairBatch(TypedDict):
-    """Neighbouring steps of recorded trajectories; steps may differ within a batch.
+    """Steps of recorded trajectories, each with the steps before it; steps may differ within a batch.
 
     Beside these, each condition by its name, [B, ...].
     """
 
-    x_prev: Tensor  # [B, C, H, W] latents of step - 1
+    x_prev: Tensor  # [B, R, C, H, W] latents of step - 1, step - 2, ..., as far as forecasts reach; those of step 0 before it
     x: Tensor  # [B, C, H, W] latents of step
     eps: Tensor  # [B, C, H, W] guided eps of step at full compute
     step: Tensor  # [B] 1 to T - 1
@@ -36,10 +36,11 @@ class PairBatch(TypedDict):
 class TokenSuperposition(Budgeted):
     """The Cache Predictor of TokenCache v1 (arXiv 2409.18523), held at a budget.
 
-    The loss of a pair is the error of eps when every token is the superposition of computing and reusing. It is divided by the
-    error of reusing everything, which varies by orders of magnitude along the trajectory: each pair then says what share of the
-    damage of reuse is left (0 at w = 1, 1 at w = 0), and every step counts. Alone, this loss is least at w = 1: the mean of w over
-    all steps, blocks and tokens is held at `target_share` by an augmented Lagrangian.
+    The loss of a pair is the error of eps when every token is the superposition of computing and reusing. What is reused is what
+    plans reuse (`Task.cases`); the paper's is the step before. The loss is divided by the error of reusing everything, which
+    varies by orders of magnitude along the trajectory and from order to order: each pair then says what share of the damage of reuse
+    is left (0 at w = 1, 1 at w = 0), and every step counts. Alone, this loss is least at w = 1: the mean of w over all steps, blocks
+    and tokens is held at `target_share` by an augmented Lagrangian.
 
     Args:
         target_share: mean of w over steps, blocks and tokens that training holds.
@@ -70,7 +71,7 @@ class TokenSuperposition(Budgeted):
         """Relative distillation error plus the budget's Lagrangian."""
         w_TLN = self.predictor(self.times_T[1:])
         error_B = self._error(batch, w_TLN[batch.step - 1])
-        distil = (error_B / batch.reuse_error_B.clamp(min=FLOOR)).mean()
+        distil = (error_B / batch.reuse_error_B(self.task.cases).clamp(min=FLOOR)).mean()
         mean_w = w_TLN.detach().mean()
         logs = {"distil_relative": distil.detach(), "distil_mse": error_B.detach().mean(), "mean_w": mean_w}
         return Loss(distil + self.budget(w_TLN.mean()), logs | {"macs_share": self._macs_share(mean_w)})
@@ -80,7 +81,8 @@ class TokenSuperposition(Budgeted):
         w_TLN = self.predictor(self.times_T[1:])
         keep = max(1, round(self.target_share * w_TLN.shape[-1]))
         hard_TLN = torch.zeros_like(w_TLN).scatter_(-1, w_TLN.topk(keep, dim=-1).indices, 1.0)
-        return {"distil_mse": self._error(batch, hard_TLN[batch.step - 1]).mean(), "reuse_mse": batch.reuse_error_B.mean()}
+        reuse_B = batch.reuse_error_B(self.task.cases)
+        return {"distil_mse": self._error(batch, hard_TLN[batch.step - 1]).mean(), "reuse_mse": reuse_B.mean()}
 
     @torch.no_grad()
     def scores(self) -> Tensor:
@@ -91,8 +93,9 @@ class TokenSuperposition(Budgeted):
 
     def _error(self, batch: Batch, w_BLN: Tensor) -> Tensor:
         """Mean squared error of eps with importances w, by image."""
-        b, (teacher, _, _, guidance) = batch.content, self.task
-        return batch.error_B(mixed_eps(teacher, guidance, batch.caches.blocks, b["x"], batch.times(batch.step), batch.given, w_BLN))
+        task, caches = self.task, batch.caches(self.task.cases).blocks
+        args = caches, batch.content["x"], batch.times(batch.step), batch.given, w_BLN
+        return batch.error_B(mixed_eps(task.teacher, task.guidance, *args))
 
     def _macs_share(self, mean_w: Tensor) -> Tensor:
         signature = self.task.signature
@@ -142,6 +145,6 @@ class RouterSuperposition(RouterObjective):
         w_TL2 = self.predictor()
         if batch_idx % self.every:
             return self.idle(w_TL2)
-        b, (teacher, _, _, guidance), w_BL2 = batch.content, self.task, w_TL2[batch.step]
-        eps, _ = mixed_branches_eps(teacher, guidance, batch.caches.branches, b["x"], batch.times(batch.step), batch.given, w_BL2)
+        args = batch.caches().branches, batch.content["x"], batch.times(batch.step), batch.given, w_TL2[batch.step]
+        eps, _ = mixed_branches_eps(self.task.teacher, self.task.guidance, *args)
         return self.priced(self.weight_T[batch.step] * batch.error_B(eps), w_TL2)

@@ -91,6 +91,8 @@ class SeedMeasurer:
         shares = (args.token_share, args.window_share, args.block_share)
         layout = EqualCost(plan.model, plan.reference, plan.guidance, args.full, args.order, *shares, args.kv_order)
         variants = all_variants(layout, run.model.config, learned, seed, args.draws)
+        if said := learned.v1.provenance([args.order]).get("scores_of_another_cache"):
+            print(f"the scores are of another cache: {said}")
         model = run.model.to(Fabric(accelerator="auto", devices=1).device)
         target = self._target = self._target or _full_run(model, layout, args.images)
         errors: dict[str, list[np.ndarray]] = {}
