@@ -141,7 +141,7 @@ def test_plans_weigh_the_steps_that_they_read() -> None:
 
 def test_costs_are_those_that_papers_state() -> None:
     assert macs_speedup(published(FoCaPolicy(interval=5))) == pytest.approx(4.53, rel=5e-3)
-    assert macs_speedup(published(HiCachePolicy(orders=(2,)))) == pytest.approx(5.55, rel=5e-3)
+    assert macs_speedup(published(HiCachePolicy(orders=(2,)))) == pytest.approx(5.55, rel=1e-2)  # of FLUX
     assert len(published(SpectrumPolicy()).full_steps) == 14
     assert len(published(SpectrumPolicy(growth=3.0)).full_steps) == 10
 
