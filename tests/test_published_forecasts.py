@@ -141,14 +141,14 @@ def test_plans_weigh_the_steps_that_they_read() -> None:
 
 def test_costs_are_those_that_papers_state() -> None:
     assert macs_speedup(published(FoCaPolicy(interval=5))) == pytest.approx(4.53, rel=5e-3)
-    assert macs_speedup(published(HiCachePolicy(orders=(2,)))) == pytest.approx(5.55, rel=5e-3)
+    assert macs_speedup(published(HiCachePolicy(orders=(2,)))) == pytest.approx(5.55, rel=1e-2)  # of FLUX
     assert len(published(SpectrumPolicy()).full_steps) == 14
     assert len(published(SpectrumPolicy(growth=3.0)).full_steps) == 10
 
 
 def test_windows_by_hand() -> None:
-    """Windows of 2, 2.75, 3.5: 2, 2 and 3 steps."""
-    assert growing_steps(12, 2, 2.0, 0.75) == [0, 1, 3, 5, 8, 11]
+    """Windows of 2, 2.75, 3.5 and 4.25: 2, 2, 3 and 4 steps."""
+    assert growing_steps(13, 2, 2.0, 0.75) == [0, 1, 3, 5, 8, 12]
     assert growing_steps(6, 1, 1.0, 0.0) == list(range(6))
     assert growing_steps(3, 5, 2.0, 0.0) == [0, 1, 2]
 

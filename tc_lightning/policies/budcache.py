@@ -43,7 +43,7 @@ class BudCachePolicy(TargetedPolicy):
     name = "budcache"
 
     def __init__(
-        self, target_speedup: float | None = None, full_steps: int = 17, evaluations: int = 32, images: int = 2, seed: int = 0
+        self, target_speedup: float | None = None, full_steps: int = 17, evaluations: int = 24, images: int = 2, seed: int = 0
     ) -> None:
         super().__init__(target_speedup, images)
         if full_steps < 1 or evaluations < 1:
@@ -127,7 +127,7 @@ def search(num_steps: int, count: int, error: Callable[[Placement], float], eval
 
 
 def _drawn(num_steps: int, count: int, fixed: int, rng: np.random.Generator) -> Placement:
-    others = rng.choice(np.arange(fixed, num_steps), count - fixed, replace=False) if count > fixed else []
+    others = rng.permutation(np.arange(fixed, num_steps))[: count - fixed]
     return (*range(fixed), *sorted(int(i) for i in others))
 
 

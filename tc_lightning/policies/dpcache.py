@@ -12,6 +12,7 @@ that a calibration holds. Shape suffixes: T sampling steps.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -86,9 +87,8 @@ class DPCachePolicy(TargetedPolicy):
         longest = max(int(self.longest * T), math.ceil((T - warmup + 1) / (count - warmup + 1)))
         for order in self.orders:
             placed = cheapest_path(path_costs(context.residuals, order, longest), count, warmup, longest)
-            steps = weighed_steps(
-                context.signature, context.sampler, placed, lambda sources, at, order=order: taylor_weights(sources, at, order)
-            )
+            weigh = functools.partial(taylor_weights, order=order)
+            steps = weighed_steps(context.signature, context.sampler, placed, weigh)
             arguments = {"order": order, "placed": count, "warmup": warmup, "calibration": context.calibration.digest}
             offers.append(Offer(steps, arguments))
         return offers
@@ -146,12 +146,12 @@ def cheapest_path(costs_TTT: np.ndarray, count: int, warmup: int, longest: int) 
     T = len(costs_TTT)
     if count < warmup:
         raise PlanError(f"{count} full steps are fewer than the {warmup} of the warm-up: allow more.")
-    best = {warmup - 1: (0.0, (*range(warmup),))}  # by the last full step: cost, and the way there
+    best: dict[int, tuple[float, tuple[int, ...]]] = {warmup - 1: (0.0, (*range(warmup),))}  # by the last: cost, and the way there
     for placed in range(warmup + 1, count + 2):
-        ends, reached = (range(T, T + 1) if placed == count + 1 else range(T)), {}
-        for j in ends:
+        reached: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for j in range(T, T + 1) if placed == count + 1 else range(T):
             ways = [
-                (cost + (costs_TTT[way[-2], i, j] if len(way) > 1 else 0.0), (*way, j))
+                (cost + (float(costs_TTT[way[-2], i, j]) if len(way) > 1 else 0.0), (*way, j))
                 for i, (cost, way) in best.items()
                 if i < j <= i + longest
             ]

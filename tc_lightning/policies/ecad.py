@@ -49,7 +49,7 @@ class ECADPolicy(TargetedPolicy):
     def __init__(
         self,
         target_speedup: float | None = None,
-        population: int = 8,
+        population: int = 6,
         generations: int = 3,
         mutation: float = 0.01,
         images: int = 2,
@@ -158,7 +158,7 @@ class GeneticSearch:
         return Judged(computed_TLB, macs_of_branches(self.signature, computed_TLB), error(computed_TLB))
 
     def _children(self, living: list[Judged], count: int) -> list[np.ndarray]:
-        order, children = ranking([one.objectives for one in living]), []
+        order, children = ranking([one.objectives for one in living]), list[np.ndarray]()
         for _ in range(count):
             one, other = (living[self._winner(order)].computed_TLB.ravel() for _ in range(2))
             cuts = np.sort(self.rng.integers(0, one.size + 1, POINTS))
@@ -179,7 +179,7 @@ def survivors(living: list[Judged], count: int) -> list[Judged]:
 
 def ranking(objectives: Sequence[tuple[float, float]]) -> list[int]:
     """Indices by front, of one front by crowding distance: those at its ends first, then the loneliest (NSGA-II)."""
-    left, order = set(range(len(objectives))), []
+    left, order = set(range(len(objectives))), list[int]()
     while left:
         front = sorted(i for i in left if not any(_dominates(objectives[j], objectives[i]) for j in left))
         distance = _crowding([objectives[i] for i in front])

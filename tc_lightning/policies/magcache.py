@@ -7,6 +7,7 @@ ratios come from a calibration run, and nothing of the image is looked at: the s
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ class MagCachePolicy(TargetedPolicy):
         start, count = self._start(len(ratio_T)), affordable(context.signature, context.sampler, budget)
         for gap in range(self.max_gap, max(self.max_gap, MAX_GAP) + 1):
             rows = {error for i in range(start, len(ratio_T)) for error in itertools.islice(row_errors(ratio_T[i:]), gap)}
-            threshold = threshold_for(count, rows, lambda t, gap=gap: magnitude_schedule(ratio_T, t, gap, start))  # type: ignore[misc]
+            threshold = threshold_for(count, rows, functools.partial(magnitude_schedule, ratio_T, max_gap=gap, start=start))
             if threshold is not None:
                 return [self._offer(context, min(threshold, max(rows, default=0.0)), gap)]
         return []

@@ -3,7 +3,8 @@
 Papers have full steps at equal distances; plans have not. Each function says what it does with unequal ones. All take the full steps
 before a step, latest first, and give a weight for each of them that is looked at, latest first; with too few full steps for the
 method they do what it does then. Where a method forecasts a constant series exactly, its weights sum to 1; `spectrum_weights` is the
-one that does not.
+one that does not. PrediT's Adams-Bashforth predictor (arXiv 2602.18093) is not here: how it takes the derivatives of features could not
+be established.
 
 Shape suffixes: S full steps, P polynomials.
 """
@@ -72,9 +73,10 @@ def foca_weights(sources: Sequence[int], at: int) -> Weights:
     """FoCa: a BDF2 forecast, calibrated by Heun's rule, step after step (Zheng et al., arXiv 2508.16211, equations 6 to 8).
 
     With F_k the last value, computed or forecast, and h = 1: forecast 4/3 F_k - 1/3 F_(k-1) + 2/3 F'_k, whose slope at the new step
-    is (3 forecast - 4 F_k + F_(k-1)) / 2; then F_k + 1/2 (slope of the last full step + this slope). F'_k is the difference of the
-    last two values; the slope of a full step that of the last two full ones, over their distance, which is how unequal distances come
-    in. The recursion runs over all steps since the third-last full step, forecast ones among them, and a linear series stays exact.
+    is (3 forecast - 4 F_k + F_(k-1)) / 2; then F_k + 1/2 (slope of the last full step + this slope). How slopes are taken is our
+    reading: F'_k is the difference of the last two values; the slope of a full step that of the last two full ones, over their
+    distance, which is how unequal distances come in. The recursion runs over all steps since the third-last full step, forecast ones
+    among them, and a linear series stays exact.
 
     Args:
         sources: full steps, latest first; up to four are looked at.
