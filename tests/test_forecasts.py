@@ -129,25 +129,26 @@ EVERY_KIND = (reuse(0, 1, ("mlp",)), skip(1, 2), partial(2, 4, (1, 5, 6, 9)))
 
 
 def with_forecast(forecast: Forecast) -> CachePlan:
-    """Four full steps, then one that takes residuals, a branch, keys and values and guidance's difference from a cache."""
+    """Four full steps, one that takes residuals, a branch, keys and values and guidance's difference from a cache, and a full one."""
     own = {"order": forecast.order, "weights": forecast.weights}
     kv = {"kv_order": forecast.order, "kv_weights": forecast.weights}
     last = tuple(dataclasses.replace(s, **own, **(kv if s.mode == "partial" else {})) for s in EVERY_KIND)
-    modes = (*[GuidanceMode()] * 4, GuidanceMode("forecast", **own))
-    return dataclasses.replace(make_plan(make_teacher(3), (*[FULL] * 4, last)), guidance_modes=modes)
+    modes = (*[GuidanceMode()] * 4, GuidanceMode("forecast", **own), GuidanceMode())
+    return dataclasses.replace(make_plan(make_teacher(3), (*[FULL] * 4, last, FULL)), guidance_modes=modes)
 
 
 class Series:
     """Values of every entry that change in time as a polynomial does, whose coefficients are random."""
 
     def __init__(self, plan: CachePlan, degree: int) -> None:
-        run, noise = Rollout(make_teacher(3), plan, LABELS), noise_for(7, range(2), make_teacher(3))
-        state = run.start(noise)
+        run = Rollout(make_teacher(3), plan, LABELS)
+        self._x = noise_for(7, range(2), run.model)
+        state = run.start(self._x)
         with torch.no_grad():
             for i in range(4):
                 eps, writes = run.predict(state)
                 state = run.after(state, *advance(state.x, eps, state.past, coefficients(plan.sampler.steps[i])), writes)
-        self._run, self._x = run, state.x
+        self._run = run
         shapes = {entry: value.shape for (entry, _), value in state.store.items()}
         generator = torch.Generator().manual_seed(0)
         self._terms = {e: [torch.randn(shape, generator=generator) * 0.1**d for d in range(degree + 1)] for e, shape in shapes.items()}
@@ -156,12 +157,12 @@ class Series:
         return torch.stack([term * step**d for d, term in enumerate(self._terms[entry])]).sum(0)
 
     def state(self, plan: CachePlan, at: tuple[int, ...]) -> RunState:
-        """Before the last step of a plan whose full step s left the series' value of time at[s]."""
+        """Before the step of a plan that forecasts, where full step s has left the series' value of time at[s]."""
         store = {(r.entry, s): self.value(r.entry, at[s]) for r in plan.flows[4].reads for s in r.sources}
         return RunState(4, self._x, (), store)
 
     def step(self, plan: CachePlan, at: tuple[int, ...]) -> SamplingStep:
-        """The last step of a plan."""
+        """That step of a plan."""
         state = self.state(plan, at)
         with torch.no_grad():
             eps, writes = Rollout(self._run.model, plan, LABELS).predict(state)

@@ -52,7 +52,7 @@ def test_full_steps_compute_both_halves():
     [
         ((GuidanceMode("uncond"), GuidanceMode()), None, "step 0, guidance: unknown mode 'uncond', choose one of both, forecast, cond"),
         ((GuidanceMode(), GuidanceMode("forecast", 3)), None, "step 1, guidance: order 3 is not 0, 1 or 2"),
-        ((GuidanceMode(), GuidanceMode("cond", 1)), None, "order 1 .* or mode cond takes none"),
+        ((GuidanceMode(), GuidanceMode("cond", 1)), None, "mode cond takes neither order nor weights"),
         ((GuidanceMode("cond"),) * 2, Guidance(), "leaves out the unconditional half, and at guidance scale 1 there is none"),
         ((GuidanceMode("cond"),), None, "there are 1 guidance modes for 2 steps"),
         ((GuidanceMode("forecast"), GuidanceMode()), None, "step 0 forecasts guidance from the difference of the two halves"),
@@ -68,7 +68,7 @@ def test_modes_that_are_refused(modes, guidance, message):
 def test_json_that_is_refused(raw):
     plan = make_plan(SIGNATURE, (FULL,) * 2).to_json()
     plan["steps"][1]["guidance"] = raw
-    with pytest.raises(PlanError, match=r"step 1: .*guidance"):
+    with pytest.raises(PlanError, match=r"step 1\b.*guidance"):
         CachePlan.from_json(plan)
 
 

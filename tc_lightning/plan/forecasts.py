@@ -16,6 +16,7 @@ from tc_lightning.plan.json_fields import is_int, is_number
 
 MAX_ORDER = 2  # of polynomials
 MAX_HISTORY = 4  # past values of one entry that free weights may weigh
+KV_ORDER = 2  # of keys and values, unless told otherwise: measured best whatever the order of residuals (export/BENCHMARKS.md)
 
 
 class Forecast(NamedTuple):

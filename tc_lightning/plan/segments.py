@@ -143,7 +143,7 @@ class Segment:
             raw["branches"] = list(self.branches)
         if self.mode != "compute":
             raw |= forecast_to_json(self.forecast)
-        if self.mode == "partial":
+        if self.kv_forecast != Forecast():
             raw |= forecast_to_json(self.kv_forecast, "kv_")
         return raw
 

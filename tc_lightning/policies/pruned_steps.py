@@ -21,6 +21,7 @@ import numpy as np
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.scores import Scores
 from tc_lightning.plan.costs import full_step_macs, step_macs
+from tc_lightning.plan.forecasts import KV_ORDER
 from tc_lightning.plan.segments import Segment, compute, partial, reuse, skip
 from tc_lightning.plan.signature import ModelSignature
 from tc_lightning.plan.skips import NO_SKIPS, LongSkips
@@ -127,7 +128,7 @@ def _partial(p: PrunedStep, signature: ModelSignature, scores: Scores, phase: Se
     sensitivity_L = scores.sensitivity_TL2[list(phase)].sum((0, 2))
     start, stop = best_window(sensitivity_L, _rounded(p.block_share, L), signature.skips)
     tokens = top_tokens(scores.importance_TLN[step, start:stop].mean(0), _rounded(p.token_share, N))
-    kept = partial(start, stop, signature.kept(tokens), p.order, signature.block.names)
+    kept = partial(start, stop, signature.kept(tokens), p.order, signature.block.names, KV_ORDER)
     return skip(0, start, p.order), kept, skip(stop, L, p.order)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.scores import Scores
 from tc_lightning.plan.costs import step_macs
+from tc_lightning.plan.forecasts import KV_ORDER, MAX_ORDER
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.segments import Segment, compute, partial, skip
 from tc_lightning.plan.signature import ModelSignature
@@ -39,6 +40,7 @@ class TokenCacheV1Policy(TargetedPolicy):
         block_share: share of the blocks in which P-steps recompute tokens; the least important others reuse their residual.
         token_share: share of the image's tokens that P-steps recompute in those blocks.
         images: held-out images on which intervals are compared.
+        kv_order: forecast order of the keys and values that are not recomputed (the paper repeats them: 0).
 
     Raises:
         PlanError: if an argument is out of range.
@@ -57,11 +59,14 @@ class TokenCacheV1Policy(TargetedPolicy):
         block_share: float = 0.75,
         token_share: float = 0.1,
         images: int = 4,
+        kv_order: int = KV_ORDER,
     ) -> None:
         super().__init__(target_speedup, images)
         if not all(0.0 < share <= 1.0 for share in (block_share, token_share)) or not 0.0 <= boundary_share <= 1.0:
             raise PlanError("block_share and token_share must lie above 0 and at most 1, boundary_share between 0 and 1.")
-        self.k1, self.k2, self.boundary_share = k1, k2, boundary_share
+        if not 0 <= kv_order <= MAX_ORDER:
+            raise PlanError(f"kv_order is {kv_order}: choose from 0 to {MAX_ORDER}.")
+        self.k1, self.k2, self.boundary_share, self.kv_order = k1, k2, boundary_share, kv_order
         self.block_share, self.token_share = block_share, token_share
         self._rounds(1, k1, k2)
 
@@ -95,7 +100,7 @@ class TokenCacheV1Policy(TargetedPolicy):
 
     def _macs(self, signature: ModelSignature, sampler: SamplerTable, k2: int, tokens: int) -> float:
         """They do not depend on which blocks and tokens are chosen."""
-        pruned = _segments(signature, range(self._blocks(signature)), lambda start, stop: tuple(range(tokens)))
+        pruned = _segments(signature, range(self._blocks(signature)), lambda start, stop: tuple(range(tokens)), self.kv_order)
         full = len(self._rounds(len(sampler), k2 + 1, k2).full_steps(len(sampler)))
         spared = reference_macs(signature, sampler) / len(sampler) - step_macs(signature, pruned)
         return reference_macs(signature, sampler) - (len(sampler) - full) * spared
@@ -109,6 +114,7 @@ class TokenCacheV1Policy(TargetedPolicy):
             "boundary_share": self.boundary_share,
             "block_share": self.block_share,
             "token_share": tokens / context.signature.image_tokens,
+            "kv_order": self.kv_order,
             "scores": context.scores.digest,
         }
         return Offer(steps, arguments)
@@ -118,17 +124,19 @@ class TokenCacheV1Policy(TargetedPolicy):
         if i in rounds.full_steps(T):
             return (compute(0, signature.depth),)
         kept = important_blocks(scores, rounds.phase(i, T), self._blocks(signature))
-        return _segments(signature, kept, lambda a, b: top_tokens(scores.importance_TLN[i, a:b].mean(0), tokens))
+        return _segments(signature, kept, lambda a, b: top_tokens(scores.importance_TLN[i, a:b].mean(0), tokens), self.kv_order)
 
 
-def _segments(signature: ModelSignature, kept: Sequence[int], choose: Callable[[int, int], tuple[int, ...]]) -> tuple[Segment, ...]:
+def _segments(
+    signature: ModelSignature, kept: Sequence[int], choose: Callable[[int, int], tuple[int, ...]], kv_order: int
+) -> tuple[Segment, ...]:
     """Neighbouring blocks of one kind make a segment; `choose(start, stop)` names the image's tokens of one that is kept."""
     segments = []
     for is_kept, group in itertools.groupby(range(signature.depth), key=set(kept).__contains__):
         blocks = list(group)
         start, stop = blocks[0], blocks[-1] + 1
         tokens = signature.kept(choose(start, stop)) if is_kept else ()
-        segments.append(partial(start, stop, tokens, 0, signature.block.names) if is_kept else skip(start, stop))
+        segments.append(partial(start, stop, tokens, 0, signature.block.names, kv_order) if is_kept else skip(start, stop))
     return tuple(segments)
 
 

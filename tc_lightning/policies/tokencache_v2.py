@@ -24,7 +24,7 @@ import numpy as np
 from tc_lightning.errors import PlanError
 from tc_lightning.measure.scores import Scores
 from tc_lightning.plan.costs import full_step_macs, selector_runs, step_macs
-from tc_lightning.plan.forecasts import MAX_ORDER
+from tc_lightning.plan.forecasts import KV_ORDER, MAX_ORDER
 from tc_lightning.plan.guidance import BOTH
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.segments import Segment, compute, content, partial, skip
@@ -49,7 +49,7 @@ def block_keeps(importance_LN: np.ndarray, total: int) -> list[int]:
 
 
 def kept_segments(
-    signature: ModelSignature, scores: Scores, step: int, keeps: Sequence[int], order: int, least: int
+    signature: ModelSignature, scores: Scores, step: int, keeps: Sequence[int], order: int, least: int, kv_order: int = 0
 ) -> tuple[Segment, ...]:
     """Segments of a P-step.
 
@@ -60,6 +60,7 @@ def kept_segments(
         keeps: tokens of the image that each block recomputes.
         order: forecast order of what is not recomputed.
         least: blocks that would recompute fewer tokens are skipped.
+        kv_order: forecast order of their keys and values.
     """
     N = signature.image_tokens
     segments: list[Segment] = []
@@ -67,7 +68,7 @@ def kept_segments(
         blocks = list(run)
         start, stop = blocks[0][0], blocks[-1][0] + 1
         if kind == "partial":
-            segments += [_kept(signature, scores, step, b, keep, order) for b, keep in blocks]
+            segments += [_kept(signature, scores, step, b, keep, order, kv_order) for b, keep in blocks]
         else:
             segments.append(compute(start, stop) if kind == "compute" else skip(start, stop, order))
     return tuple(segments)
@@ -84,6 +85,7 @@ class TokenCacheV2Policy(TargetedPolicy):
         keep_share: share of all blocks' tokens that P-steps recompute, 1 - r in the paper.
         full_shares: shares of I-steps that are tried with a target.
         orders: forecast orders of what is not recomputed, to be compared: 0 repeats (the paper), 1 and 2 extrapolate.
+        kv_order: forecast order of keys and values that are not recomputed (the paper repeats them: 0).
         least_share: blocks that would recompute a smaller share of their tokens are skipped.
         images: held-out images on which plans are compared.
 
@@ -103,16 +105,17 @@ class TokenCacheV2Policy(TargetedPolicy):
         orders: tuple[int, ...] = (0,),
         least_share: float = 0.05,
         images: int = 4,
+        kv_order: int = KV_ORDER,
     ) -> None:
         super().__init__(target_speedup, images)
         if not full_shares or not all(0.0 < share < 1.0 for share in (full_share, *full_shares)):
             raise PlanError("shares of full steps must lie between 0 and 1, and at least one be tried.")
         if not all(0.0 <= share <= 1.0 for share in (keep_share, least_share)):
             raise PlanError("keep_share and least_share must lie in 0 to 1.")
-        if not orders or not all(0 <= order <= MAX_ORDER for order in orders):
-            raise PlanError(f"orders must be of 0 to {MAX_ORDER}, at least one.")
+        if not orders or not all(0 <= order <= MAX_ORDER for order in (*orders, kv_order)):
+            raise PlanError(f"orders and kv_order must be of 0 to {MAX_ORDER}, and of the first there must be one at least.")
         self.full_share, self.keep_share, self.full_shares = full_share, keep_share, tuple(full_shares)
-        self.orders, self.least_share = tuple(orders), least_share
+        self.orders, self.least_share, self.kv_order = tuple(orders), least_share, kv_order
 
     def least_macs(self, signature: ModelSignature, sampler: SamplerTable) -> float:
         """The fewest I-steps, and P-steps that skip everything."""
@@ -144,12 +147,22 @@ class TokenCacheV2Policy(TargetedPolicy):
         pruned = [i for i in range(T) if i not in full_steps]
         keeps = block_keeps(scores.importance_TLN[pruned].mean(0), total) if pruned else []
         least, everything = max(1, round(self.least_share * signature.image_tokens)), (compute(0, signature.depth),)
-        return tuple(everything if i in full_steps else kept_segments(signature, scores, i, keeps, order, least) for i in range(T))
+
+        def pruned_step(i: int) -> tuple[Segment, ...]:
+            return kept_segments(signature, scores, i, keeps, order, least, self.kv_order)
+
+        return tuple(everything if i in full_steps else pruned_step(i) for i in range(T))
 
     def _offer(self, context: PlanningContext, full_steps: Sequence[int], total: int, order: int) -> Offer:
         steps = self._steps(context, full_steps, total, order)
         share = total / (context.signature.depth * context.signature.image_tokens)
-        arguments = {"keep_share": share, "order": order, "least_share": self.least_share, "scores": context.scores.digest}
+        arguments = {
+            "keep_share": share,
+            "order": order,
+            "kv_order": self.kv_order,
+            "least_share": self.least_share,
+            "scores": context.scores.digest,
+        }
         chosen = any(s.is_content for segments in steps for s in segments)
         return Offer(steps, arguments, selector=context.scores.selector if chosen else "")
 
@@ -164,10 +177,10 @@ def _kind(keep: int, least: int, num_tokens: int) -> str:
     return "compute" if keep == num_tokens else "partial"
 
 
-def _kept(signature: ModelSignature, scores: Scores, step: int, block: int, keep: int, order: int) -> Segment:
+def _kept(signature: ModelSignature, scores: Scores, step: int, block: int, keep: int, order: int, kv_order: int) -> Segment:
     """One block that recomputes `keep` tokens of the image."""
     names = signature.block.names
     if scores.selector:
-        return content(block, block + 1, keep, order, names)
+        return content(block, block + 1, keep, order, names, kv_order)
     tokens = signature.kept(top_tokens(scores.importance_TLN[step, block], keep))
-    return partial(block, block + 1, tokens, order, names)
+    return partial(block, block + 1, tokens, order, names, kv_order)

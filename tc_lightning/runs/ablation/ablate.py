@@ -27,6 +27,7 @@ from tc_lightning.errors import RunError
 from tc_lightning.models.network import Network
 from tc_lightning.plan.atomic import write_atomically
 from tc_lightning.plan.costs import full_step_macs, macs_speedup
+from tc_lightning.plan.forecasts import KV_ORDER
 from tc_lightning.planner.image_choice import images
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.policies.targeted import Steps
@@ -87,7 +88,7 @@ class SeedMeasurer:
         """
         args, plan = self.args, run.plan
         shares = (args.token_share, args.window_share, args.block_share)
-        layout = EqualCost(plan.model, plan.reference, plan.guidance, args.full, args.order, *shares)
+        layout = EqualCost(plan.model, plan.reference, plan.guidance, args.full, args.order, *shares, args.kv_order)
         variants = all_variants(layout, run.model.config, learned, seed, args.draws)
         model = run.model.to(Fabric(accelerator="auto", devices=1).device)
         target = self._target = self._target or _full_run(model, layout, args.images)
@@ -170,6 +171,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--draws", type=int, default=2, help="draws of each random choice for each training seed")
     parser.add_argument("--full", type=int, default=16, help="sampling steps that compute everything")
     parser.add_argument("--order", type=int, default=1, choices=(0, 1, 2), help="forecast order of what comes from the cache")
+    parser.add_argument("--kv-order", type=int, default=KV_ORDER, choices=(0, 1, 2), help="forecast order of keys and values")
     parser.add_argument("--token-share", type=float, default=0.25, help="share of the tokens that the other steps recompute")
     parser.add_argument("--window-share", type=float, default=1.0, help="share of the blocks in which they do")
     parser.add_argument("--block-share", type=float, default=1 / 3, help="share of the blocks computed, where blocks are compared")

@@ -14,6 +14,7 @@ import numpy as np
 from tc_lightning.errors import PlanError
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import full_step_macs, step_macs
+from tc_lightning.plan.forecasts import KV_ORDER
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.segments import Segment, compute, skip
@@ -37,6 +38,7 @@ class EqualCost:
         token_share: share of the tokens that P-steps recompute, where tokens are compared.
         window_share: share of the blocks in which they do; the others are skipped.
         block_share: share of the blocks that P-steps compute, where blocks are compared.
+        kv_order: forecast order of the keys and values of tokens that P-steps do not recompute.
 
     Raises:
         PlanError: if a number is out of range.
@@ -50,6 +52,7 @@ class EqualCost:
     token_share: float = 0.25
     window_share: float = 1.0
     block_share: float = 1 / 3
+    kv_order: int = KV_ORDER
 
     def __post_init__(self) -> None:
         if not 1 <= self.full < len(self.sampler):

@@ -100,7 +100,7 @@ def _learned_tokens(layout: EqualCost, learned: Learned) -> Iterator[Variant]:
 
     yield chosen("v1", static(v1))
     yield chosen("v1, one set for all steps", lambda i: _in_window(layout, v1, _static(layout, v1, mean_N)))
-    yield chosen("v2", lambda i: _in_window(layout, v1, content(a, b, layout.keep, layout.order)))
+    yield chosen("v2", lambda i: _in_window(layout, v1, _content(layout, v1)))
     yield chosen("v2, mean of images", static(v2))
     for name, scores in (("v1", v1), ("v2", v2)):
         yield chosen(f"{name} by block, even split", _split(layout, scores, _even(layout, v1)))
@@ -110,7 +110,6 @@ def _learned_tokens(layout: EqualCost, learned: Learned) -> Iterator[Variant]:
 
 def _random_tokens(layout: EqualCost, config: Any, learned: Learned, seed: Sequence[int]) -> Iterator[Variant]:
     v1, rng = learned.v1, np.random.default_rng([*seed, 0])
-    a, b = _window(layout, v1)
     digest = hashlib.sha256(f"random {seed}".encode()).hexdigest()
 
     def drawn(name: str, segments: Callable[[int], Segments]) -> Variant:
@@ -120,7 +119,7 @@ def _random_tokens(layout: EqualCost, config: Any, learned: Learned, seed: Seque
     yield drawn("random", lambda i: _in_window(layout, v1, _static(layout, v1, rng.random(config.num_tokens))))
     fixed_N = rng.random(config.num_tokens)
     yield drawn("random, one set for all steps", lambda i: _in_window(layout, v1, _static(layout, v1, fixed_N)))
-    yield drawn("random for each image", lambda i: _in_window(layout, v1, content(a, b, layout.keep, layout.order)))
+    yield drawn("random for each image", lambda i: _in_window(layout, v1, _content(layout, v1)))
     by_image = dataclasses.replace(learned.v2, selector=digest)
     yield drawn("random by block, even split", _split(layout, by_image, _even(layout, v1)))
     yield drawn("random by block, v2's split", _split(layout, by_image, _own(layout, learned.v2)))
@@ -171,7 +170,12 @@ def _window(layout: EqualCost, scores: Scores) -> tuple[int, int]:
 
 
 def _static(layout: EqualCost, v1: Scores, importance_N: np.ndarray) -> Segment:
-    return partial(*_window(layout, v1), layout.signature.kept(top_tokens(importance_N, layout.keep)), layout.order)
+    kept = layout.signature.kept(top_tokens(importance_N, layout.keep))
+    return partial(*_window(layout, v1), kept, layout.order, kv_order=layout.kv_order)
+
+
+def _content(layout: EqualCost, v1: Scores) -> Segment:
+    return content(*_window(layout, v1), layout.keep, layout.order, kv_order=layout.kv_order)
 
 
 def _in_window(layout: EqualCost, v1: Scores, segment: Segment) -> Segments:
@@ -181,7 +185,7 @@ def _in_window(layout: EqualCost, v1: Scores, segment: Segment) -> Segments:
 
 def _split(layout: EqualCost, scores: Scores, keeps: list[int]) -> Callable[[int], Segments]:
     """Every block with a set of its own, of the given size."""
-    return lambda i: kept_segments(layout.signature, scores, i, keeps, layout.order, least=1)
+    return lambda i: kept_segments(layout.signature, scores, i, keeps, layout.order, 1, layout.kv_order)
 
 
 def _even(layout: EqualCost, v1: Scores) -> list[int]:
