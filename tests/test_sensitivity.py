@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 
@@ -108,25 +109,23 @@ def test_a_branch_is_bounded_by_its_tokens(model: DiT) -> None:
     assert (branch <= CONFIG.num_tokens * tokens.sum(-1) * (1 + 1e-9)).all()  # Cauchy-Schwarz
 
 
-STEPS, LABELS = 200, torch.tensor([3, 0])
+LABELS = torch.tensor([3, 0])
+FINE = dataclasses.replace(FINEST := vp_sampler("ddim", 1000), steps=FINEST.steps[:12])
 
 
 def interrupted(model: DiT, order: int, gap: int, step: int, part: tuple[Segment, ...]) -> list[SamplingStep]:
     """A run up to `step`, at which it does `part`; before that, steps at multiples of `gap` are full, and the others forecast all."""
     full, skipped = (compute(0, CONFIG.depth),), (skip(0, CONFIG.depth, order),)
-    steps = [full if i % gap == 0 else skipped for i in range(STEPS)]
+    steps = [full if i % gap == 0 else skipped for i in range(len(FINE))]
     steps[step] = tuple(s for s in part if s.start < s.stop)
-    sampler = vp_sampler("ddim", STEPS)
-    plan = CachePlan(model_signature(model), sampler, Guidance(1.5, 2), tuple(steps), sampler)
+    plan = CachePlan(model_signature(model), FINE, Guidance(1.5, 2), tuple(steps), FINE)
     return list(itertools.islice(sample_steps(model, plan, noise_for(0, range(2), model).double(), LABELS), step + 1))
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize(("gap", "age"), [(2, 1), (4, 3)])
+@pytest.mark.parametrize(("order", "gap", "age"), [(0, 2, 1), (1, 2, 1), (1, 3, 2), (2, 2, 1)])
 def test_is_what_replacing_a_branch_by_its_forecast_does_in_a_run(model: DiT, order: int, gap: int, age: int) -> None:
-    """With the axes of the output for probes the estimate is exact but for second order, which a fine sampler makes small."""
-    step, L, guidance = 16 + age, CONFIG.depth, Guidance(1.5, 2)
-    times = [row.t for row in vp_sampler("ddim", STEPS).steps]
+    """With the axes of the output for probes the estimate is exact but for second order, which the finest steps make small."""
+    step, L, guidance, times = 6 + age, CONFIG.depth, Guidance(1.5, 2), [row.t for row in FINE.steps]
     states = interrupted(model, order, gap, step, (compute(0, L),))
     axes = torch.eye(128, dtype=torch.float64).mul(128**0.5).reshape(128, 1, 2, 8, 8).expand(-1, 2, -1, -1, -1)
 
@@ -140,7 +139,7 @@ def test_is_what_replacing_a_branch_by_its_forecast_does_in_a_run(model: DiT, or
     for b, (place, branch) in itertools.product(range(L), enumerate(BRANCHES)):
         run = interrupted(model, order, gap, step, (compute(0, b), reuse(b, b + 1, (branch,), order), compute(b + 1, L)))
         changed = (run[step].eps - states[step].eps).square().flatten(1).mean(1)
-        torch.testing.assert_close(found[:, b, place], changed, rtol=0.03, atol=0.0)
+        torch.testing.assert_close(found[:, b, place], changed, rtol=0.15, atol=0.0)
 
 
 def test_a_trajectory_is_measured_case_by_case(model: DiT) -> None:
