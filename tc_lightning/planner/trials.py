@@ -98,7 +98,7 @@ class TrialRunner:
             theta_P = self.ranks.values_of_first(known, places.size, device).cpu()
             return places.unpack(dataclasses.replace(plan, sampler=named_fitted(plan.sampler)), theta_P)
         fitted = self.refined(recipe, 0, on_pass) if iterations else self.fit(recipe).plan
-        found = refine_sampler(self.model, fitted, self.target, iterations, self.ranks, on_pass, weights)
+        found = refine_sampler(self.model, fitted, self.target, iterations, self.ranks, on_pass, weights=weights)
         if found == fitted and iterations:  # for want of memory, perhaps: another time there may be more
             return found
         self._record.add_refined(name, places.pack(found).tolist(), write=self.ranks.first)
