@@ -74,7 +74,7 @@ class TokenBench:
         self.keep = max(1, round(share * self.signature.image_tokens))
         self.x, self.given = noise_for(SEED, range(images), model), given_for(SEED, range(images), model)
         self._folder = tempfile.TemporaryDirectory(prefix="tc-tokens-")
-        self._weights = WeightFiles(model, "fp32", Path(self._folder.name), None)
+        self._weights = WeightFiles(model, "fp32", Path(self._folder.name))
 
     def rows(self, orders: tuple[int, ...]) -> Iterator[TokenRow]:
         """All lines of the table."""
@@ -101,7 +101,7 @@ class TokenBench:
         return CachePlan(self.signature, self.sampler, self.guidance, steps, self.sampler, {"policy": "benchmark"})
 
     def _torch(self, plan: CachePlan) -> Tensor:
-        return final_latents(self.model, plan, self.x, self.given, None)
+        return final_latents(self.model, plan, self.x, self.given)
 
     def _onnx(self, plan: CachePlan) -> Tensor:
         with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -98,7 +99,8 @@ class Calibration:
             raise RunError(f"{path} does not hold a calibration: found {', '.join(sorted(arrays)) or 'nothing'}.")
         try:
             residuals = Residuals.of(arrays) if {*OF_RESIDUALS} <= set(arrays) else None
-            return cls(*(arrays[name] for name in _ARRAYS), *(metadata.get(name, "") for name in _TEXTS), residuals=residuals)
+            named: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
+            return cls(**named, **{name: metadata.get(name, "") for name in _TEXTS}, residuals=residuals)
         except RunError as error:
             raise RunError(f"{path}: {error}") from error
 
