@@ -99,8 +99,8 @@ class Calibration:
             raise RunError(f"{path} does not hold a calibration: found {', '.join(sorted(arrays)) or 'nothing'}.")
         try:
             residuals = Residuals.of(arrays) if {*OF_RESIDUALS} <= set(arrays) else None
-            named: dict[str, Any] = {name: arrays[name] for name in _ARRAYS}
-            return cls(**named, **{name: metadata.get(name, "") for name in _TEXTS}, residuals=residuals)
+            named: dict[str, Any] = {name: arrays[name] for name in _ARRAYS} | {name: metadata.get(name, "") for name in _TEXTS}
+            return cls(**named, residuals=residuals)
         except RunError as error:
             raise RunError(f"{path}: {error}") from error
 
