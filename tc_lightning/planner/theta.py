@@ -4,8 +4,9 @@
 
 A forecast is that of what one segment of a step takes from the cache, of the keys and values of one, or of the difference of guidance's
 halves at a step. It is free where all that it forecasts is weighed alike: a segment whose blocks, or whose halves of guidance, were
-last computed at different steps keeps its order, since it has one list of weights. Keys and values that are repeated stay so: they are
-updated in place. The weights start from the polynomial's, and are as many as there are values.
+last computed at different steps keeps its order, since it has one list of weights. Keys and values that repeat one value do so still:
+stated as a weight of 1, it would be another plan, one that updates them in place. The weights start from the polynomial's, and are as
+many as there are values.
 
 Shape suffixes: B images, P places, F coefficients of a step.
 """
@@ -119,7 +120,7 @@ def _forecasts(plan: CachePlan, step: int) -> Iterator[tuple[int | None, str, li
     reads = plan.flows[step].reads
     for j, segment in enumerate(plan.steps[step]):
         own = [read for read in reads if read.entry.whole in entries_read(segment, plan.model.tokens, plan.model.block)]
-        yield j, "weights", [read for read in own if read.entry.kind not in ("k", "v")]
-        if not segment.kv_forecast.repeats:
-            yield j, "kv_weights", [read for read in own if read.entry.kind in ("k", "v")]
+        kv = [read for read in own if read.entry.kind in ("k", "v")]
+        yield j, "weights", [read for read in own if read not in kv]
+        yield j, "kv_weights", [] if any(read.repeats for read in kv) else kv
     yield None, "weights", [read for read in reads if read.entry.kind == "guidance"]
