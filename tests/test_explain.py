@@ -95,11 +95,13 @@ def test_benchmark_plans():
     """Equally many full steps, and the MACs that their names promise."""
     plans = benchmark_plans(SIGNATURE, vp_sampler("ddim", 50), 18)
     assert [len(plan.full_steps) for plan in plans.values()] == [18, 18, 18]
-    skipping, third, quarter = plans.values()
+    skipping, third, quarter, ahead = plans.values()
     assert skipping.steps[3] == (skip(0, 4, 2),)
     assert sum(len(s.blocks) for s in third.steps[3] if s.mode == "compute") == 2
     assert {len(s.tokens) for segments in quarter.steps for s in segments if s.mode == "partial"} == {4}
     assert len({segments[0].tokens for segments in quarter.steps if segments[0].mode == "partial"}) > 10
+    assert [[s.tokens for s in step] for step in ahead.steps] == [[s.tokens for s in step] for step in quarter.steps]
+    assert {s.kv_order for step in ahead.steps for s in step if s.mode == "partial"} == {2}
     assert macs_speedup(skipping) > macs_speedup(quarter) > macs_speedup(third) > 1.4
     assert skipping.full_steps[-1] == 49
     assert max(np.diff(skipping.full_steps)) <= 4

@@ -208,6 +208,6 @@ def test_tokencache_v1_follows_the_predictor():
     plan = TokenCacheV1Policy(token_share=0.25).plan(dataclasses.replace(context, scores=scores)).plan
     assert plan.full_steps == [*range(0, 25, 4), *range(25, 50, 3)]
     tokens = np.argsort(-scores.importance_TLN[2, :20].mean(0), kind="stable")[:64]
-    assert plan.steps[2][0] == partial(0, 20, tuple(sorted(tokens.tolist())))
+    assert plan.steps[2][0] == partial(0, 20, tuple(sorted(tokens.tolist())), kv_order=2)
     assert plan.steps[2][1:] == (skip(20, 27), plan.steps[2][2])
     assert [(s.mode, s.start, s.stop) for s in plan.steps[26]] == [("skip", 0, 7), ("partial", 7, 28)]

@@ -82,7 +82,7 @@ def test_plan_of_the_paper() -> None:
     """Three of ten steps, at equal percentiles; 28 of 64 tokens: 4, 8 and 16 of blocks 1, 2 and 3."""
     selector = "1" * 64
     scores = blocks_differ(selector)
-    plan = TokenCacheV2Policy(full_share=0.3, keep_share=28 / 64).plan(context(scores)).plan
+    plan = TokenCacheV2Policy(full_share=0.3, keep_share=28 / 64, kv_order=0).plan(context(scores)).plan
     pruned = (skip(0, 1), content(1, 2, 4), content(2, 3, 8), compute(3, 4))
     assert plan.full_steps == percentile_steps(scores.importance_TLN, 3) == [0, 3, 6]
     assert {plan.steps[i] for i in range(T) if i not in (0, 3, 6)} == {pruned}

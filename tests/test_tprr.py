@@ -116,7 +116,7 @@ def test_segments_of_each_kind_follow_the_scores():
     assert segments("branch", 1, 0.5) == (reuse(0, 1, ("attn",), 1), skip(1, 3, 1), reuse(3, 4, ("attn",), 1))
     late = make_scores(sensitivity_L2=sensitivity_L2[[1, 2, 0, 3]])
     window = PrunedStep("partial", 1, 0.5, 0.25).segments(SIGNATURE, late, [1, 2, 3], 3)
-    assert window == (skip(0, 2, 1), partial(2, 4, tokens, 1))
+    assert window == (skip(0, 2, 1), partial(2, 4, tokens, 1, kv_order=2))
 
 
 def test_blocks_are_those_that_matter_in_the_phase():

@@ -48,7 +48,7 @@ def random_teacher(sizes: Sizes, device: str) -> Network:
 
 
 def random_plans(model: Network, sizes: Sizes) -> dict[str, CachePlan]:
-    """The three plans of the benchmark for it."""
+    """The plans of the benchmark for it."""
     return benchmark_plans(model_signature(model, NO_DIGEST), make_sampler(model.schedule, "ddim", sizes.steps), sizes.full_steps)
 
 
