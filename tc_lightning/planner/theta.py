@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ class Places:
             if one.segment is None:
                 modes[one.step] = dataclasses.replace(modes[one.step], order=0, weights=weights)
             else:
-                free = {one.field: weights, _ORDERS[one.field]: 0}
+                free: dict[str, Any] = {one.field: weights, _ORDERS[one.field]: 0}
                 steps[one.step][one.segment] = dataclasses.replace(steps[one.step][one.segment], **free)
         sampler = dataclasses.replace(plan.sampler, steps=tuple(rows))
         return dataclasses.replace(plan, sampler=sampler, steps=tuple(map(tuple, steps)), guidance_modes=tuple(modes))
