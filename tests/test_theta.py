@@ -197,13 +197,11 @@ def spoilt(plan: CachePlan) -> CachePlan:
 
 @pytest.mark.usefixtures("many_probes")
 def test_spoilt_weights_are_brought_back(digits: DiT, weighed: CachePlan, target: TargetRun) -> None:
-    """Which the sampler alone can make up for in part."""
+    """Sampler and weights share in mending what the weights alone have spoilt."""
     worse = spoilt(weighed)
-    both, sampler = (refine_sampler(digits, worse, target, 2, weights=weights) for weights in (True, False))
-    before = error(digits, worse, target)
-    print("\nspoilt", before, error(digits, both, target), error(digits, sampler, target))
-    assert error(digits, both, target) < 0.3 * before
-    assert error(digits, both, target) < 0.8 * error(digits, sampler, target)
+    both, sampler = refine_sampler(digits, worse, target, 2, weights=True), refine_sampler(digits, worse, target, 1)
+    assert error(digits, both, target) < 0.2 * error(digits, worse, target)
+    assert (both.steps[2], both.guidance_modes[4]) != (worse.steps[2], worse.guidance_modes[4])
     assert (sampler.steps, sampler.guidance_modes) == (worse.steps, worse.guidance_modes)
 
 
@@ -223,7 +221,6 @@ def test_one_step_after_the_other_leads_to_the_same_weights(
     together = refine_sampler(digits, worse, target, 1, weights=True)
     monkeypatch.setattr(refine, "free_bytes", lambda device: 1000)
     by_step = refine_sampler(digits, worse, target, 1, weights=True)
-    print("\napart", (places.pack(together) - places.pack(by_step)).abs().max())
     assert torch.allclose(places.pack(together), places.pack(by_step), atol=1e-4)
     assert together.steps != worse.steps
 
