@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,18 +76,18 @@ class FitBench:
         """Name of the class label among the conditions."""
         return class_label(self.plan.model.conditions).name
 
-    def rows(self) -> list[CarryRow]:
+    def rows(self) -> Iterator[CarryRow]:
         """All lines of the table."""
         base, half = self.fitted(self.fit_images), class_label(self.plan.model.conditions).classes // 2
         scale = self.plan.guidance.scale
-        rows = [self.row(f"guidance {g:g}" + " (fitted at it)" * (g == scale), base, g) for g in sorted({*GUIDANCE_SCALES, scale})]
+        for g in sorted({*GUIDANCE_SCALES, scale}):
+            yield self.row(f"guidance {g:g}" + " (fitted at it)" * (g == scale), base, g)
         if half:
             some = self.fitted(self.fit_images, lambda labels_B: labels_B < half)
-            rows.append(self.row(f"classes {half} and up, fitted on those below", some, scale, lambda labels_B: labels_B >= half))
-            rows.append(self.row(f"classes {half} and up, fitted on all", base, scale, lambda labels_B: labels_B >= half))
+            yield self.row(f"classes {half} and up, fitted on those below", some, scale, lambda labels_B: labels_B >= half)
+            yield self.row(f"classes {half} and up, fitted on all", base, scale, lambda labels_B: labels_B >= half)
         for count in (self.fit_images // 2, 2 * self.fit_images):
-            rows.append(self.row(f"fitted on {count} images instead of {self.fit_images}", self.fitted(count), scale))
-        return rows
+            yield self.row(f"fitted on {count} images instead of {self.fit_images}", self.fitted(count), scale)
 
     def fitted(self, count: int, labels: Labels | None = None) -> CachePlan:
         """Full compute with fewer steps, fitted and refined on the first images of some classes."""
@@ -140,10 +140,7 @@ def main() -> None:
     parser.add_argument("--images", type=positive, default=64, help="images that are measured on")
     args = parser.parse_args()
     bench = FitBench(load_run(read_run(args.run or find_run(Path("runs")))), args.speedup, args.fit_images, args.images)
-    with tqdm(desc="fitting and measuring", unit="row") as bar:
-        rows = bench.rows()
-        bar.update(len(rows))
-    print(table(rows))
+    print(table(list(tqdm(bench.rows(), "fitting and measuring", unit="row"))))
 
 
 if __name__ == "__main__":
