@@ -79,7 +79,7 @@ def test_how_far_coefficients_carry() -> None:
     """A line for every guidance scale, two for the classes that were left out, two for other numbers of images."""
     loaded: Any = SimpleNamespace(model=MODEL, plan=REFERENCE)
     bench = FitBench(loaded, speedup=2.4, fit_images=4, test_images=3)
-    rows = bench.rows()
+    rows = list(bench.rows())
     assert len(rows) == len(GUIDANCE_SCALES) + 4
     assert all(len(row.fitted_B) == len(row.plain_B) == 3 for row in rows)
     assert [row.where for row in rows if "fitted at it" in row.where] == ["guidance 1.5 (fitted at it)"]
