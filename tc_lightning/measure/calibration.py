@@ -98,7 +98,8 @@ class Calibration:
             raise RunError(f"{path} does not hold a calibration: found {', '.join(sorted(arrays)) or 'nothing'}.")
         try:
             residuals = Residuals.of(arrays) if {*OF_RESIDUALS} <= set(arrays) else None
-            return cls(*(arrays[name] for name in _ARRAYS), *(metadata.get(name, "") for name in _TEXTS), residuals=residuals)
+            found = cls(*(arrays[name] for name in _ARRAYS), *(metadata.get(name, "") for name in _TEXTS))
+            return dataclasses.replace(found, residuals=residuals)
         except RunError as error:
             raise RunError(f"{path}: {error}") from error
 
