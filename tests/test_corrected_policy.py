@@ -32,7 +32,7 @@ def test_counts_and_cost_by_hand(context: PlanningContext) -> None:
     one = (s.fixed_macs + corrector_macs(s)) / full_step_macs(s)
     assert 0.3 < one < 0.7  # one of two blocks, and what surrounds them
     assert corrected_steps(s, 3 + 2 * (1 + one)) == (5, 2)
-    assert corrected_steps(s, 3 + 2 * (1 + one) - 1e-3) == (5, 1)
+    assert corrected_steps(s, 3 + 2 * (1 + one) - 1e-3) == (5, 1)  # what is left pays for a full step more
     assert corrected_steps(s, 3 + 0.99) == (3, 0)
     full, corrected = corrected_steps(s, 6.0)
     plan = alternating(context, "logsnr", full, corrected, 2)
