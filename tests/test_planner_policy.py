@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import VP, vp_sampler
@@ -15,21 +16,16 @@ from tc_lightning.errors import PlanError
 from tc_lightning.models.dit import DiT
 from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.costs import macs_speedup
+from tc_lightning.planner import trials
 from tc_lightning.planner.front import write_front
 from tc_lightning.planner.image_choice import images
 from tc_lightning.planner.policy import PlannerPolicy
 from tc_lightning.planner.run import PlannerRun
-from tc_lightning.planner.target import run_target
+from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.choice import FrontPoint
 from tc_lightning.rollout.ranks import Ranks
 from tc_lightning.rollout.sampling import model_signature, sample
-
-
-def _weights(plan: CachePlan) -> list[float]:
-    """All free weights of a plan."""
-    stated = [*plan.guidance_modes, *(segment for segments in plan.steps for segment in segments)]
-    return [weight for one in stated for weight in one.weights]
 
 
 class TestPolicy:
@@ -65,14 +61,19 @@ class TestPolicy:
             p.plan.digest for p in sorted(choice.front, key=lambda point: macs_speedup(point.plan))
         ]
 
-    def test_forecasts_have_weights_of_their_own_if_they_are_asked_for(self, model: DiT) -> None:
-        """What has no cache is the same with them and without."""
-        settings = dataclasses.replace(self.SMALL.settings, cache="keep", evaluations=2, front=())
-        runs = [PlannerRun(dataclasses.replace(settings, forecast_weights=weights), self.context(model)) for weights in (False, True)]
-        choices = [run.finish(run.searches())[2.0] for run in runs]
-        assert [_weights(choice.plan) != [] for choice in choices] == [False, True]
-        assert choices[0].fewer_steps is not None
-        assert choices[0].plan.fewer_steps == choices[1].plan.fewer_steps
+    @pytest.mark.parametrize("weights", [False, True])
+    def test_forecasts_are_refined_if_that_is_asked_for(self, model: DiT, monkeypatch: pytest.MonkeyPatch, weights: bool) -> None:
+        asked: list[bool] = []
+
+        def refine(model: DiT, plan: CachePlan, target: TargetRun, iterations: int, *more: Any) -> CachePlan:
+            asked.extend([more[-1]] * iterations)
+            return plan
+
+        monkeypatch.setattr(trials, "refine_sampler", refine)
+        settings = dataclasses.replace(self.SMALL.settings, evaluations=2, front=(), forecast_weights=weights)
+        run = PlannerRun(settings, self.context(model))
+        run.finish(run.searches())
+        assert set(asked) == {weights}
 
     def test_the_list_keeps_other_targets_and_says_what_the_run_has(self, model: DiT, tmp_path: Path) -> None:
         point = self.SMALL.plan(self.context(model)).front[0]

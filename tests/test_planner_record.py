@@ -16,7 +16,9 @@ from tc_lightning.planner import trials as bench_module
 from tc_lightning.planner.price import macs_price
 from tc_lightning.planner.recipe import Recipe
 from tc_lightning.planner.record import TrialRecord
+from tc_lightning.planner.refine import OnPass
 from tc_lightning.planner.target import TargetRun
+from tc_lightning.planner.theta import Places
 from tc_lightning.planner.trials import TrialRunner
 from tc_lightning.policies.pruned_steps import PrunedStep
 from tc_lightning.policies.subject import Subject
@@ -91,20 +93,28 @@ class TestRecord:
         assert spoilt.refined(recipe, 1, lambda: passes.append(1)) == first
 
     def test_refined_weights_are_remembered_apart_from_samplers_alone(
-        self, tmp_path: Path, model: DiT, subject: Subject, target: TargetRun
+        self, tmp_path: Path, model: DiT, subject: Subject, target: TargetRun, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         recipe = Recipe("dpmpp_2m", "mix:0.5", 5, (0, 1, 2, 4), PrunedStep("skip", 1), alone=(4,))
-        passes: list[int] = []
+        passes: list[bool] = []
+
+        def refine(
+            model: DiT, plan: CachePlan, target: TargetRun, iterations: int, ranks: Ranks, on_pass: OnPass, w: bool
+        ) -> CachePlan:
+            """Moves the last place of theta."""
+            passes.extend([w] * iterations)
+            places = Places.of(plan, w)
+            return places.moved(plan, 0.01 * iterations * torch.eye(places.size)[-1])
 
         def refined(weights: bool) -> CachePlan:
             bench = TrialRunner(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
-            return bench.refined(recipe, 1, lambda: passes.append(1), weights)
+            return bench.refined(recipe, 1, lambda: None, weights)
 
+        monkeypatch.setattr(bench_module, "refine_sampler", refine)
         first = [refined(weights) for weights in (False, True)]
-        assert len(passes) == 2
         assert [refined(weights) for weights in (False, True)] == first
-        assert len(passes) == 2
-        assert [plan.steps[3][0].forecast.weights != () for plan in first] == [False, True]
+        assert passes == [False, True]
+        assert [plan.steps[3][0].weights != () for plan in first] == [False, True]
         assert [plan.guidance_modes[4].weights != () for plan in first] == [False, True]
 
     def test_what_was_not_refined_is_not_remembered_as_refined(
