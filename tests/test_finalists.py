@@ -198,9 +198,9 @@ class TestPlanner:
         passes: list[dict[str, Any]] = []
         real = bench.refine_sampler
 
-        def refine(model: DiT, plan: CachePlan, target: TargetRun, iterations: int, *more: Any) -> CachePlan:
+        def refine(model: DiT, plan: CachePlan, target: TargetRun, iterations: int, *more: Any, **named: Any) -> CachePlan:
             passes.extend([plan.provenance["arguments"]] * (iterations > 0))
-            return real(model, plan, target, iterations, *more)
+            return real(model, plan, target, iterations, *more, **named)
 
         monkeypatch.setattr(bench, "refine_sampler", refine)
         run = PlannerRun(policy("auto").settings, context())

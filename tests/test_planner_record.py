@@ -99,11 +99,11 @@ class TestRecord:
         passes: list[bool] = []
 
         def refine(
-            model: DiT, plan: CachePlan, target: TargetRun, iterations: int, ranks: Ranks, on_pass: OnPass, w: bool
+            model: DiT, plan: CachePlan, target: TargetRun, iterations: int, ranks: Ranks, on_pass: OnPass, weights: bool
         ) -> CachePlan:
             """Moves the last place of theta."""
-            passes.extend([w] * iterations)
-            places = Places.of(plan, w)
+            passes.extend([weights] * iterations)
+            places = Places.of(plan, weights)
             return places.moved(plan, 0.01 * iterations * torch.eye(places.size)[-1])
 
         def refined(weights: bool) -> CachePlan:
@@ -123,7 +123,7 @@ class TestRecord:
         """For want of memory the sampler stays as it was fitted; with more of it, the same command refines it."""
         recipe = Recipe("dpmpp_2m", "mix:0.5", 5, tuple(range(5)), PrunedStep("skip", 1))
         short = TrialRunner(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl")
-        monkeypatch.setattr(bench_module, "refine_sampler", lambda model, plan, *_: plan)
+        monkeypatch.setattr(bench_module, "refine_sampler", lambda model, plan, *_, **__: plan)
         fitted = short.refined(recipe, 1, lambda: None)
         monkeypatch.undo()
         again = TrialRunner(model, subject, macs_price, target, 8, ALONE, tmp_path / "trials.jsonl").refined(recipe, 1, lambda: None)

@@ -19,7 +19,7 @@ from test_pixart_export import PIXART, PLANS
 pytest.importorskip("litserve", reason="litserve is not installed: pip install -e '.[serve]'")
 
 from export.compiler.compile import export_artefact
-from export.grid import png_of, to_pixels
+from export.grid import png_of
 from export.runtime.sampler import CachedSampler
 from export.serving.app import PAGE
 from export.serving.client import HOST, Running, running
@@ -78,7 +78,7 @@ def test_an_example_of_a_text_in_a_browser(text_server: Running, text_artefact: 
         page.run("document.getElementById('example').value = '2'; document.getElementById('make').click()")
         page.wait("[...document.querySelectorAll('img')].every((one) => !one.hidden)")
         shown = page.run("document.querySelector('#cached img').src").removeprefix("data:image/png;base64,")
-    assert base64.b64decode(shown) == png_of(to_pixels(expected.latents)[0])
+    assert base64.b64decode(shown) == png_of(expected.latents[0])
 
 
 def test_the_page_is_one_file(server: Running) -> None:
@@ -115,7 +115,7 @@ def test_cached_beside_full_compute_in_a_browser(server: Running, artefact: Path
         for name, full in (("cached", False), ("full", True)):
             shown = page.run(f"document.querySelector('#{name} img').src").removeprefix("data:image/png;base64,")
             latent = sampler.sample([3], seed=SEED, full=full).latents
-            assert base64.b64decode(shown) == png_of(to_pixels(latent)[0])
+            assert base64.b64decode(shown) == png_of(latent[0])
             receipt = page.run(f"document.querySelector('#{name} pre').textContent")
             assert f'"seed": {SEED},' in receipt
             assert f'"full_compute": {str(full).lower()}' in receipt

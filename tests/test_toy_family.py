@@ -37,6 +37,7 @@ from tc_lightning.plan.cache_plan import CachePlan
 from tc_lightning.plan.conditions import Condition
 from tc_lightning.plan.costs import block_macs, segment_macs
 from tc_lightning.plan.dataflow import Entry, entries_read
+from tc_lightning.plan.forecasts import Forecast
 from tc_lightning.plan.given import TRAINING
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.nulls import with_nulls
@@ -93,7 +94,7 @@ def test_plans_name_its_branches(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"differ in family .*; branches"):
         plan.require_model(dataclasses.replace(SIGNATURE, family="dit", branches="attn:kv mlp"))
     reads = entries_read(partial(0, 1, (1,), 2, ("widen", "shade")), TOKENS, SIGNATURE.block)
-    assert reads == {Entry("span", 0, 1): 2, Entry("look", 0, 1): 2}
+    assert reads == {Entry("span", 0, 1): Forecast(2), Entry("look", 0, 1): Forecast(2)}
     look, widen = (block_macs(SIGNATURE, TOKENS, (name,)) for name in NAMES[:2])
     assert segment_macs(SIGNATURE, reuse(0, 2, ("shade", "look"))) == 2 * widen
     assert (look, widen) == (TOKENS * (3 * 16**2 + TOKENS * 2 * 16), TOKENS * 4 * 16**2)
