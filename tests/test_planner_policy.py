@@ -65,8 +65,8 @@ class TestPolicy:
     def test_forecasts_are_refined_if_that_is_asked_for(self, model: DiT, monkeypatch: pytest.MonkeyPatch, weights: bool) -> None:
         asked: list[bool] = []
 
-        def refine(model: DiT, plan: CachePlan, target: TargetRun, iterations: int, *more: Any) -> CachePlan:
-            asked.extend([more[-1]] * iterations)
+        def refine(model: DiT, plan: CachePlan, target: TargetRun, iterations: int, *more: Any, weights: bool) -> CachePlan:
+            asked.extend([weights] * iterations)
             return plan
 
         monkeypatch.setattr(trials, "refine_sampler", refine)
