@@ -128,12 +128,8 @@ def main() -> None:
     args = parser.parse_args()
     loaded = load_run(read_run(args.run or find_run(Path("runs"))))
     bench = WeightsBench(loaded, args.speedup, args.target, args.images, args.refinements)
-    with tqdm(desc="refining and measuring", total=len(SHAPES) * len(args.fit_images), unit="row") as bar:
-        rows = []
-        for row in bench.rows(args.fit_images):
-            rows.append(row)
-            bar.update()
-    print(table(rows))
+    total = len(SHAPES) * len(args.fit_images)
+    print(table(list(tqdm(bench.rows(args.fit_images), "refining and measuring", total, unit="row"))))
 
 
 if __name__ == "__main__":

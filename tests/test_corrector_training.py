@@ -126,7 +126,11 @@ def test_residuals_that_are_kept_are_those_that_are_computed(teacher: TeacherSpe
     first, again = objective._full_runs(module.sampler, batch), objective._full_runs(module.sampler, batch)
     assert torch.equal(first.residual_TGBND, again.residual_TGBND)
     assert torch.equal(first.latents_BTCHW, latents)
-    assert len(seen) == 2  # of each image once
+    assert [len(computed) for computed in seen] == [2]  # each image once, all of a batch together
+    objective._kept.popitem()
+    third = objective._full_runs(module.sampler, batch)
+    assert [len(computed) for computed in seen] == [2, 1]  # what is not known any more, alone
+    torch.testing.assert_close(third.residual_TGBND, first.residual_TGBND, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(first.residual_TGBND, own(module.sampler, latents, batch.given), rtol=1e-4, atol=1e-4)
     grid = make_sampler(module.teacher.schedule, "dpmpp_2m", 5, "logsnr")
     other = objective._full_runs(grid, batch)  # from the same noise

@@ -16,7 +16,7 @@ from tc_lightning.cache.soft_network import enter
 from tc_lightning.errors import RunError
 from tc_lightning.measure.calibrate import NAME, calibrate, run_calibration
 from tc_lightning.measure.calibration import Calibration
-from tc_lightning.measure.residuals import Residuals
+from tc_lightning.measure.residuals import Residuals, forecast_error
 from tc_lightning.plan.guidance import Guidance
 from tc_lightning.plan.segments import compute
 from tc_lightning.rollout.sampling import noise_for, sample_steps
@@ -67,12 +67,13 @@ def test_statistics_are_those_of_the_run(residuals: Residuals, spans: list[Tenso
 def test_errors_of_forecasts_follow_from_products(residuals: Residuals, spans: list[Tensor]) -> None:
     forecast = 1.5 * spans[2] - 0.25 * spans[0]
     expected = float((forecast - spans[4]).square().mean())
-    assert residuals.forecast_error([2, 0], [1.5, -0.25], 4) == pytest.approx(expected, rel=1e-3)
+    assert forecast_error(residuals.products_TT, [2, 0], [1.5, -0.25], 4) == pytest.approx(expected, rel=1e-3)
     best = residuals.least_squares([2, 0], 4)
     A = torch.stack([spans[2].flatten(), spans[0].flatten()], 1)
     assert best == pytest.approx(torch.linalg.lstsq(A, spans[4].flatten()[:, None]).solution[:, 0].numpy(), rel=1e-3)
     for step in np.eye(2):
-        assert residuals.forecast_error([2, 0], best, 4) < residuals.forecast_error([2, 0], best + 0.01 * step, 4)
+        moved = forecast_error(residuals.products_TT, [2, 0], best + 0.01 * step, 4)
+        assert forecast_error(residuals.products_TT, [2, 0], best, 4) < moved
 
 
 def test_by_hand() -> None:
@@ -80,8 +81,8 @@ def test_by_hand() -> None:
     r = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 2.0]])
     residuals = Residuals(r @ r.T / 2, np.ones(3), np.zeros((3, 2)))
     assert residuals.least_squares([1, 0], 2) == pytest.approx([1.0, 1.0])
-    assert residuals.forecast_error([1, 0], [1.0, 1.0], 2) == pytest.approx(0.0)
-    assert residuals.forecast_error([1], [1.0], 2) == pytest.approx(0.5)
+    assert forecast_error(residuals.products_TT, [1, 0], [1.0, 1.0], 2) == pytest.approx(0.0)
+    assert forecast_error(residuals.products_TT, [1], [1.0], 2) == pytest.approx(0.5)
     assert residuals.least_squares([1], 2, ridge=1.0) == pytest.approx([0.5])
 
 

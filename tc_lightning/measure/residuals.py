@@ -52,17 +52,24 @@ class Residuals:
         """Inverse of `arrays`; others may be among them."""
         return cls(*(arrays[name] for name in ARRAYS))
 
-    def forecast_error(self, sources: Sequence[int], weights: Sequence[float], at: int) -> float:
-        """Mean squared error of sum_j weights[j] r_(sources[j]) as a forecast of r_at."""
-        S, w_S = list(sources), np.asarray(weights, dtype=np.float64)
-        P = self.products_TT
-        return float(max(0.0, P[at, at] - 2.0 * w_S @ P[S, at] + w_S @ P[np.ix_(S, S)] @ w_S))
-
     def least_squares(self, sources: Sequence[int], at: int, ridge: float = 0.0) -> np.ndarray:
         """Weights [S] of the least mean squared error; `ridge` is relative to the mean square of the sources."""
         S, P = list(sources), self.products_TT
         own_SS = P[np.ix_(S, S)] + ridge * float(np.diag(P)[S].mean()) * np.eye(len(S))
         return np.linalg.lstsq(own_SS, P[S, at], rcond=None)[0]
+
+
+def forecast_error(products_TT: np.ndarray, sources: Sequence[int], weights: Sequence[float], at: int) -> float:
+    """Mean squared error of sum_j weights[j] r_(sources[j]) as a forecast of r_at.
+
+    Args:
+        products_TT: see `Residuals`.
+        sources: steps of the values that are weighed.
+        weights: theirs.
+        at: the step that is forecast.
+    """
+    S, w_S, P = list(sources), np.asarray(weights, dtype=np.float64), products_TT
+    return float(max(0.0, P[at, at] - 2.0 * w_S @ P[S, at] + w_S @ P[np.ix_(S, S)] @ w_S))
 
 
 def _validate(residuals: Residuals) -> None:

@@ -31,10 +31,10 @@ from tc_lightning.planner.shapes import FEWER_SPACINGS, PRUNED_SPACINGS, WARMUP
 from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.policies.base import PlanningContext, Policy
 from tc_lightning.policies.choice import PlanChoice
+from tc_lightning.rollout.evaluation import BATCH
 from tc_lightning.rollout.targets import ODE_STEPS, converged_ode
 
 SOLVER = "dpmpp_2m"
-BATCH = 16
 
 
 class CorrectedTrial(NamedTuple):

@@ -16,12 +16,12 @@ from tc_lightning.planner.refine import refine_sampler
 from tc_lightning.planner.robust import robust_mean
 from tc_lightning.planner.shapes import fewer_steps
 from tc_lightning.planner.target import run_target
+from tc_lightning.rollout.evaluation import BATCH
 from tc_lightning.rollout.sampling import full_plan
 
 NAME = "fewer steps, fitted and refined"
 FIT, JUDGE = 10, 14  # images that spacings are fitted and compared on; the best is refined on both
 REFINEMENTS = 1  # a second step found nothing better in most runs, and costs a third of the first
-BATCH = 16
 
 
 def fitted_fewer_steps(model: Network, plan: CachePlan, num_steps: int, progress: str | None = None) -> CachePlan:

@@ -26,10 +26,9 @@ from tc_lightning.planner.target import TargetRun, run_target
 from tc_lightning.planner.trials import Trial, TrialRunner
 from tc_lightning.policies.base import PlanningContext
 from tc_lightning.policies.choice import FrontPoint, Role
-from tc_lightning.rollout.evaluation import RolloutEvaluator
+from tc_lightning.rollout.evaluation import BATCH, RolloutEvaluator
 from tc_lightning.rollout.targets import converged_ode
 
-BATCH = 16
 SEEDS = 5  # shapes of one budget that the next one starts from
 
 

@@ -18,7 +18,7 @@ import math
 import numpy as np
 
 from tc_lightning.errors import PlanError
-from tc_lightning.measure.residuals import Residuals
+from tc_lightning.measure.residuals import Residuals, forecast_error
 from tc_lightning.plan.costs import full_step_macs, step_macs
 from tc_lightning.plan.sampler_table import SamplerTable
 from tc_lightning.plan.signature import ModelSignature
@@ -110,7 +110,7 @@ def path_costs(residuals: Residuals, order: int, longest: int) -> np.ndarray:
             sources = [i, a, a - 1][: min(order, a + 1) + 1]
             total = 0.0
             for j in range(i + 1, min(T, i + longest) + 1):
-                total += _root_error(ends, sources, taylor_weights(sources, j, order), j)
+                total += math.sqrt(forecast_error(ends, sources, taylor_weights(sources, j, order), j))
                 costs_TTT[a, i, j] = total
     return costs_TTT
 
@@ -122,13 +122,6 @@ def _with_end(products_TT: np.ndarray, order: int) -> np.ndarray:
     basis = np.vstack([np.eye(T), np.zeros(T)])
     basis[T, sources] = taylor_weights(sources, T, order)
     return basis @ products_TT @ basis.T
-
-
-def _root_error(products: np.ndarray, sources: list[int], weights: tuple[float, ...], at: int) -> float:
-    w = np.zeros(len(products))
-    w[at] = 1.0
-    w[sources] -= weights
-    return math.sqrt(max(0.0, float(w @ products @ w)))
 
 
 def cheapest_path(costs_TTT: np.ndarray, count: int, warmup: int, longest: int) -> list[int]:

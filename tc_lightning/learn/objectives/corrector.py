@@ -46,6 +46,10 @@ class FullRun(NamedTuple):
     latents_BTCHW: Tensor
     residual_TGBND: Tensor
 
+    def image(self, b: int) -> FullRun:
+        """One image's, in memory of its own."""
+        return FullRun(self.latents_BTCHW[b : b + 1].clone(), self.residual_TGBND[:, :, b : b + 1].clone())
+
 
 class Left(NamedTuple):
     """Squared errors of each step that is learned from, mean over images, [S]: what is left of them, and those of the forecast alone;
@@ -217,18 +221,19 @@ class ForecastCorrection(Objective):
 
     def _full_runs(self, sampler: SamplerTable, batch: Batch) -> FullRun:
         """The batch's trajectories on a grid; those that there is room for are computed once."""
-        found = []
-        for b, index in enumerate(batch.content["index"].tolist()):
-            place, one = (sampler_digest(sampler), index), slice(b, b + 1)
-            run = self._kept.get(place)
-            if run is None:
-                run = self._full_run(sampler, batch.content["latents"][one], batch.given.part(one))
-                if (len(self._kept) + 1) * (run.latents_BTCHW.nbytes + run.residual_TGBND.nbytes) <= KEPT_BYTES:
-                    self._kept[place] = run
-            found.append(run)
-        device = batch.content["latents"].device
-        latents, residuals = zip(*found, strict=True)
-        return FullRun(torch.cat(latents).to(device), torch.cat(residuals, 2).to(device))
+        digest, indices, all_BTCHW = sampler_digest(sampler), batch.content["index"].tolist(), batch.content["latents"]
+        found = {index: run for index in indices if (run := self._kept.get((digest, index))) is not None}
+        missing = [b for b, index in enumerate(indices) if index not in found]
+        if missing:
+            rows = torch.tensor(missing, device=all_BTCHW.device)
+            made = self._full_run(sampler, all_BTCHW[rows], batch.given.part(rows))
+            found |= {indices[b]: made.image(j) for j, b in enumerate(missing)}
+        for index in (indices[b] for b in missing):
+            run = found[index]
+            if (len(self._kept) + 1) * (run.latents_BTCHW.nbytes + run.residual_TGBND.nbytes) <= KEPT_BYTES:
+                self._kept[digest, index] = run
+        latents, residuals = zip(*(found[index] for index in indices), strict=True)
+        return FullRun(torch.cat(latents).to(all_BTCHW.device), torch.cat(residuals, 2).to(all_BTCHW.device))
 
     @torch.no_grad()
     def _full_run(self, sampler: SamplerTable, latents_BTCHW: Tensor, given: Given) -> FullRun:
